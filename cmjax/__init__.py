@@ -1,0 +1,23 @@
+"""cmjax: a CloudMatrix384-class serving system in JAX."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cmjax.model import Model, load
+
+__all__ = ["Model", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import cmjax` and `cmjax --help` do not pay for JAX.
+    if name in ("Model", "load"):
+        from cmjax import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,30 @@
+"""The supernode: its topology and planes, virtual devices, instances, and the fabric that carries the exchanges.
+
+`fabric` is a module of its own: `from cmjax.mesh import fabric`.
+"""
+
+from cmjax.mesh.devices import EP_AXIS, Instance, Pools, bring_up, carve, describe, virtual_devices
+from cmjax.mesh.planes import PLANE_NAMES, LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
+from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
+
+__all__ = [
+    "EP_AXIS",
+    "PLANE_NAMES",
+    "Instance",
+    "InstanceSpec",
+    "LinkFigures",
+    "Location",
+    "Operation",
+    "Path",
+    "Plane",
+    "PlaneName",
+    "Pools",
+    "Role",
+    "Supernode",
+    "UbSwitches",
+    "bring_up",
+    "carve",
+    "describe",
+    "plan_instances",
+    "virtual_devices",
+]

@@ -1,0 +1,236 @@
+"""The exchange as a JAX primitive: its operands and parameters, abstract evaluation, lowering, and bytes.
+
+Each collective has three primitives, `fabric_NAME`, `fabric_NAME_start` and `fabric_NAME_done`, over canonical
+operands (see `layout.py`):
+
+  plain: place, x, [output, 4 index arrays]
+  start: place, x, [4 index arrays] -> stamp int32[4]
+  done:  place, stamp, x, [output, 4 index arrays], guards...
+
+`place` is int32[]: group * num_ranks + rank, computed from the axis indices so that compiled code holds no device
+ids. Guards are single elements of the work an exchange hides behind. Parameters: `axis_name` (tuple), `num_ranks`,
+`channel` (None = one per call site), `plane`, `forms`, `perm` (ppermute).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn, Primitive
+from jax.interpreters import ad, batching, mlir
+
+from cmjax.mesh.layout import Layout
+from cmjax.mesh.settings import COLLECTIVES, Settings
+
+Array = jax.Array
+AxisName = str | tuple[str, ...]
+Half = Literal["plain", "start", "done"]
+# (x, *extras, axis_name, perm) -> result
+LaxForm = Callable[..., Array]
+# (lowering context, half, collective's number, aliases, channel, operands, params) -> results
+NativeLowering = Callable[..., Sequence[Any]]
+
+_STAMP_LENGTH = 4
+_NUM_INDEX_ARRAYS = 4
+_SUMMABLE = frozenset("int8 uint8 int16 uint16 int32 uint32 int64 uint64 bfloat16 float16 float32 float64".split())
+
+
+class Primitives(NamedTuple):
+    """The three primitives of one collective."""
+
+    plain: Primitive
+    start: Primitive
+    done: Primitive
+
+
+@flax.struct.dataclass
+class Token:
+    """An exchange that has been started: a pytree, so that it can be carried through `lax.scan`."""
+
+    stamp: Array  # int32[4], what the C++ side knows it by
+    index: tuple[Array, ...]  # offsets and sizes of a ragged exchange
+    layout: Layout = flax.struct.field(pytree_node=False)
+    params: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
+
+
+def make_primitives(name: str, lax_form: LaxForm, lower_native: NativeLowering, settings: Settings) -> Primitives:
+    """The primitives of collective `name`: C++ handlers on CPU where they serve, `lax_form` everywhere else."""
+
+    def make(half: Half) -> Primitive:
+        primitive = Primitive(_primitive_name(name, half))
+
+        def lower_lax(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+            def call(*arguments: Array) -> Array:
+                if half == "start":
+                    return jnp.zeros((_STAMP_LENGTH,), jnp.int32)
+                data = _data_operands(name, half, arguments)
+                return lax_form(*data, axis_name=params["axis_name"], perm=params["perm"], forms=params["forms"])
+
+            return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
+
+        def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+            mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+            num_devices = params["num_ranks"] if mesh is None else mesh.size
+            if not settings.cpu_uses_native(params["forms"], num_devices):
+                return lower_lax(ctx, *operands, **params)
+            channel = params["channel"]
+            if channel is None:
+                # The module's own numbering: the same in every process, as JAX's collectives rely on too.
+                channel = f"{ctx.name_stack}/{name}#{ctx.module_context.new_channel()}"
+            return lower_native(ctx, half, COLLECTIVES.index(name), _aliases(name, half), channel, operands, params)
+
+        primitive.def_abstract_eval(functools.partial(_abstract, name, half))
+        primitive.def_impl(functools.partial(_impl, primitive))
+        mlir.register_lowering(primitive, lower_lax, cacheable=False)
+        mlir.register_lowering(primitive, lower_cpu, platform="cpu", cacheable=False)
+        batching.primitive_batchers[primitive] = functools.partial(_refuse, name, "jax.vmap", "a batching rule")
+        ad.primitive_jvps[primitive] = functools.partial(_refuse, name, "differentiation", "a derivative")
+        return primitive
+
+    return Primitives(make("plain"), make("start"), make("done"))
+
+
+def run_plain(
+    primitives: Primitives,
+    layout: Layout,
+    params: dict[str, Any],
+    x: Array,
+    output: tuple[Array, ...] = (),
+    index: tuple[Array, ...] = (),
+) -> Array:
+    """The whole exchange of canonical-form `x`; `output` and `index` are the ragged form's."""
+    operands = _vary([layout.pack(x), *output, *index], params["axis_name"])
+    return layout.unpack(primitives.plain.bind(_place(params["axis_name"]), *operands, **params))
+
+
+def run_start(
+    primitives: Primitives, layout: Layout, params: dict[str, Any], x: Array, index: tuple[Array, ...] = ()
+) -> Token:
+    """The first half."""
+    operands = _vary([layout.pack(x), *index], params["axis_name"])
+    stamp = primitives.start.bind(_place(params["axis_name"]), *operands, **params)
+    return Token(stamp, index, layout, tuple(sorted(params.items())))
+
+
+def run_done(
+    primitives: Primitives, token: Token, hide_behind: Any, x: Array, output: tuple[Array, ...] = ()
+) -> Array:
+    """The second half; any array in `hide_behind` is waited for first."""
+    params = dict(token.params)
+    guards = [_one_element(leaf) for leaf in jax.tree.leaves(hide_behind) if np.size(leaf)]
+    operands = _vary([token.stamp, token.layout.pack(x), *output, *token.index], params["axis_name"])
+    result = primitives.done.bind(_place(params["axis_name"]), *operands, *guards, **params)
+    return token.layout.unpack(result)
+
+
+def check_dtype(name: str, dtype: np.dtype) -> None:
+    """Raises TypeError where a collective cannot carry the dtype."""
+    if name.startswith("psum") and dtype.name not in _SUMMABLE:
+        raise TypeError(f"fabric.{name}: dtype {dtype} cannot be summed (it can be moved, by the other collectives)")
+    if dtype.name in ("int2", "uint2", "int4", "uint4", "float4_e2m1fn"):
+        raise TypeError(f"fabric.{name}: dtype {dtype} does not fill whole bytes")
+    if not jnp.issubdtype(dtype, jnp.number) and dtype != np.bool_:
+        raise TypeError(f"fabric.{name}: dtype {dtype} is not plain data")
+
+
+def exchange_bytes(eqn: JaxprEqn) -> int:
+    """Bytes one rank sends to others in an exchange primitive; 0 for its start half and for any other equation.
+
+    psum counts as psum_scatter then all_gather. Of a ragged exchange, whose sizes are data, it is the upper bound:
+    the whole operand. `eqn.params` holds `plane`, `axis_name`, `num_ranks` and `channel`.
+    """
+    name, half = _name_and_half(eqn.primitive.name)
+    if name is None or half == "start":
+        return 0
+    aval = eqn.invars[1 if half == "plain" else 2].aval
+    num_bytes = math.prod(aval.shape) * aval.dtype.itemsize
+    num_ranks = eqn.params["num_ranks"]
+    if name == "psum":
+        return 2 * -(-num_bytes // num_ranks) * (num_ranks - 1)
+    if name in ("all_to_all", "psum_scatter"):
+        return num_bytes // num_ranks * (num_ranks - 1)
+    return num_bytes * (num_ranks - 1) if name == "all_gather" else num_bytes
+
+
+def _primitive_name(name: str, half: Half) -> str:
+    return f"fabric_{name}" if half == "plain" else f"fabric_{name}_{half}"
+
+
+def _name_and_half(primitive_name: str) -> tuple[str | None, Half]:
+    for name in COLLECTIVES:
+        for half in ("plain", "start", "done"):
+            if primitive_name == _primitive_name(name, half):
+                return name, half
+    return None, "plain"
+
+
+def _data_operands(name: str, half: Half, operands: Sequence[Any]) -> Sequence[Any]:
+    first = 2 if half == "done" else 1
+    count = 1
+    if name == "ragged_all_to_all":
+        count += _NUM_INDEX_ARRAYS + (half != "start")
+    return operands[first : first + count]
+
+
+def _aliases(name: str, half: Half) -> dict[int, int]:
+    # A whole all_to_all happens in place: no second buffer, and in a loop no copy of the carry. The halves cannot: XLA
+    # may read the operand between them.
+    if name == "all_to_all" and half == "plain":
+        return {1: 0}
+    # The ragged form writes into the caller's output: only the rows that arrive are touched.
+    if name != "ragged_all_to_all" or half == "start":
+        return {}
+    return {2 if half == "plain" else 3: 0}
+
+
+def _abstract(name: str, half: Half, *avals: Any, axis_name: tuple[str, ...], num_ranks: int, **_: Any) -> Any:
+    x, *extras = _data_operands(name, half, avals)
+    if half == "start":
+        return x.update(shape=(_STAMP_LENGTH,), dtype=np.dtype(np.int32), weak_type=False)
+    shape, varying = x.shape, x.mat.varying
+    if name == "all_gather":
+        shape = (num_ranks, *shape)
+    elif name == "psum":
+        varying = frozenset(varying) - set(axis_name)
+    elif name == "psum_scatter":
+        shape = shape[1:]
+    elif name == "ragged_all_to_all":
+        shape = extras[0].shape
+    return x.update(shape=shape, weak_type=False, manual_axis_type=x.mat.update(varying=varying))
+
+
+def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
+    return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+
+
+def _refuse(name: str, what: str, rule: str, *_: Any, **__: Any) -> Any:
+    raise NotImplementedError(f"fabric.{name} does not have {rule}: take {what} out of the exchange")
+
+
+def _place(axis_name: tuple[str, ...]) -> Array:
+    others = tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis not in axis_name)
+    return lax.axis_index(others + axis_name)
+
+
+def _vary(operands: Sequence[Array], axis_name: tuple[str, ...]) -> list[Array]:
+    """Marks operands as differing between ranks, and as differing wherever the first does (check_vma=True)."""
+    varying = set().union(*(jax.typeof(operand).mat.varying for operand in operands))
+    if not varying and not jax.sharding.get_abstract_mesh().manual_axes:
+        return list(operands)
+    wanted = varying | set(axis_name)
+    return [_pcast(operand, wanted) for operand in operands]
+
+
+def _pcast(x: Array, axes: set[str]) -> Array:
+    missing = tuple(axis for axis in sorted(axes) if axis not in jax.typeof(x).mat.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _one_element(x: Any) -> Array:
+    return jnp.asarray(x).reshape(-1)[0]

@@ -1,0 +1,1 @@
+"""C++ sources of the fabric and what builds them."""

@@ -1,0 +1,73 @@
+"""DeepSeek V2, V3 and R1: config, parameters, and loading them from Hugging Face folders and orbax checkpoints."""
+
+from cmjax.model.checkpoint import restore, save
+from cmjax.model.config import ModelConfig
+from cmjax.model.model import Model, check_token_ids, expert_maps, load
+from cmjax.model.params import (
+    AttentionParams,
+    LayerParams,
+    MlpParams,
+    MoeParams,
+    MtpParams,
+    Params,
+    abstract_params,
+    aligned_empty,
+    init_params,
+    named_leaves,
+    num_bytes,
+    num_params,
+    params_digest,
+)
+from cmjax.model.placed import num_placed_layers, param_specs, place_params, plan_placement
+from cmjax.model.transformer import (
+    DecodeBatch,
+    PassOutput,
+    PrefillBatch,
+    RankSpec,
+    decode_pass,
+    lm_head,
+    mtp_head,
+    prefill_pass,
+)
+from cmjax.model.weights import TensorSource, load_checkpoint, load_params, save_hf
+from cmjax.model.yarn import YarnConfig
+
+__all__ = [
+    "AttentionParams",
+    "DecodeBatch",
+    "LayerParams",
+    "MlpParams",
+    "Model",
+    "ModelConfig",
+    "MoeParams",
+    "MtpParams",
+    "Params",
+    "PassOutput",
+    "PrefillBatch",
+    "RankSpec",
+    "TensorSource",
+    "YarnConfig",
+    "abstract_params",
+    "aligned_empty",
+    "check_token_ids",
+    "decode_pass",
+    "expert_maps",
+    "init_params",
+    "lm_head",
+    "load",
+    "load_checkpoint",
+    "load_params",
+    "mtp_head",
+    "named_leaves",
+    "num_bytes",
+    "num_params",
+    "num_placed_layers",
+    "param_specs",
+    "params_digest",
+    "place_params",
+    "plan_placement",
+    "prefill_pass",
+    "restore",
+    "save",
+    "save_hf",
+]

@@ -1,0 +1,37 @@
+"""The latent KV cache as the layers see it: rows named by slots, reached through block tables.
+
+A cache is `[cache layers, slots, latent width]`; slot = block_id * block_size + offset. A row is the normalized latent
+followed by the rotated `k_pe`: all that MLA needs to keep of a token. The MTP layer's rows come after the model's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return the cache with `rows[tokens, width]` at the slots `int32[tokens]` of one layer; a slot of -1 is skipped."""
+    layers, slots, width = cache.shape
+    index = jnp.where(slot_mapping < 0, layers * slots, layer * slots + slot_mapping)
+    flat = cache.reshape(layers * slots, width).at[index].set(rows.astype(cache.dtype), mode="drop")
+    return flat.reshape(cache.shape)
+
+
+def read_blocks(
+    cache: jax.Array, layer: jax.Array | int, block_table: jax.Array, first_block: jax.Array | int, num_blocks: int, block_size: int
+) -> jax.Array:
+    """Return rows `[requests, num_blocks * block_size, width]` of one layer, from `block_table int32[requests, blocks]`.
+
+    Unused entries (-1) read block 0: the caller masks what lies beyond a request's length.
+    """
+    layers, slots, width = cache.shape
+    blocks = lax.dynamic_slice_in_dim(block_table, first_block, num_blocks, axis=1)
+    index = jnp.maximum(blocks, 0)[..., None] * block_size + jnp.arange(block_size)
+    index = layer * slots + index.reshape(block_table.shape[0], num_blocks * block_size)
+    return jnp.take(cache.reshape(layers * slots, width), index, axis=0, mode="clip")
+
+
+def slots_of(block_table: jax.Array, positions: jax.Array, block_size: int) -> jax.Array:
+    """Return the slot `int32[requests]` of one position each, -1 where the table has no block for it."""
+    block = jnp.take_along_axis(block_table, (positions // block_size)[:, None], axis=1, mode="fill", fill_value=-1)[:, 0]
+    return jnp.where(block < 0, -1, block * block_size + positions % block_size)

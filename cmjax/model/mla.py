@@ -1,0 +1,219 @@
+"""Multi-head latent attention: expanded for prefill, absorbed for decode (paper sections 4.2.2 and 4.3.1).
+
+Both forms read keys and values from the latent cache in chunks of blocks, with a running softmax, so that neither
+scores nor expanded keys ever exceed one chunk, and a request's result does not depend on what else is in its batch.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cmjax.model.cache import read_blocks
+from cmjax.model.config import ModelConfig
+from cmjax.model.params import AttentionParams
+from cmjax.model.rope import apply_rope, rope_tables
+from cmjax.quant import einsum_f32, linear
+
+# The published models normalize the low-rank latents with this, whatever `rms_norm_eps` says.
+_LATENT_NORM_EPS = 1e-6
+_QUERY_TILE = 128
+_PREFILL_CHUNK = 128
+_DECODE_CHUNK = 256
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalize `x[..., width]` by its root mean square, in float32; same dtype out."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * weight).astype(x.dtype)
+
+
+def mla_prolog(
+    params: AttentionParams, config: ModelConfig, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Project and rotate: `(q_nope [tokens, heads, nope], q_pe [tokens, heads, rope], latent [tokens, latent width])`.
+
+    Args:
+        params: one layer's.
+        x: `[tokens, hidden]`, already normalized.
+        positions: `int32[tokens]`.
+    """
+    tokens = x.shape[0]
+    q_in = x
+    if params.q_a is not None:
+        q_in = rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, _LATENT_NORM_EPS)
+    q = linear(q_in, params.q_b.reshape(-1, params.q_b.shape[-1])).reshape(tokens, *params.q_b.shape[:2])
+    q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+    kv = linear(x, params.kv_a, params.kv_a_bias)
+    latent, k_pe = jnp.split(kv, [config.kv_lora_rank], axis=-1)
+    cos, sin = rope_tables(config, positions)
+    q_pe = apply_rope(q_pe, cos, sin, interleaved=config.rope_interleave)
+    k_pe = apply_rope(k_pe, cos, sin, interleaved=config.rope_interleave)
+    latent = rms_norm(latent, params.kv_a_norm, _LATENT_NORM_EPS)
+    return q_nope, q_pe, jnp.concatenate([latent, k_pe], axis=-1)
+
+
+@flax.struct.dataclass
+class Softmax:
+    """A running softmax: scores seen so far have maximum `peak`, and `total`, `mixed` are relative to it."""
+
+    peak: jax.Array
+    total: jax.Array
+    mixed: jax.Array
+
+    @classmethod
+    def start(cls, shape: tuple[int, ...], width: int) -> "Softmax":
+        """Nothing seen yet, for score rows of `shape` and values of `width`."""
+        return cls(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
+
+    def add(self, scores: jax.Array, mix: jax.Array, spec: str) -> "Softmax":
+        """Take in `scores float32[..., keys]` (-inf: masked) for values `mix`, by the einsum `spec`."""
+        peak = jnp.maximum(self.peak, scores.max(-1))
+        base = jnp.where(jnp.isneginf(peak), 0, peak)
+        p = jnp.exp(scores - base[..., None])
+        keep = jnp.exp(self.peak - base)
+        mixed = einsum_f32(spec, p, mix)
+        return Softmax(peak, self.total * keep + p.sum(-1), self.mixed * keep[..., None] + mixed)
+
+    def result(self) -> jax.Array:
+        """The weighted mean of the values, zero where every score was masked."""
+        return self.mixed / jnp.where(self.total > 0, self.total, 1)[..., None]
+
+
+@flax.struct.dataclass
+class LocalSequences:
+    """The part of each packed sequence whose queries are on this rank; all `int32[sequences]`.
+
+    Attributes:
+        start: index of its first query among the rank's tokens.
+        count: number of its queries here, 0 for none.
+        first_position: position of the first of them.
+    """
+
+    start: jax.Array
+    count: jax.Array
+    first_position: jax.Array
+
+
+def _chunk_blocks(block_size: int, max_blocks: int, chunk: int) -> int:
+    return min(max_blocks, max(1, chunk // block_size))
+
+
+def _pad_table(block_table: jax.Array, blocks_per_chunk: int) -> jax.Array:
+    pad = -block_table.shape[1] % blocks_per_chunk
+    return jnp.pad(block_table, ((0, 0), (0, pad)), constant_values=-1)
+
+
+def attend_expanded(
+    params: AttentionParams,
+    config: ModelConfig,
+    q_nope: jax.Array,
+    q_pe: jax.Array,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    sequences: LocalSequences,
+    block_table: jax.Array,
+    block_size: int,
+) -> jax.Array:
+    """Un-absorbed attention of packed queries over the cache: `[tokens, heads * v_head_dim]`.
+
+    The queries' own latents must be in the cache already. A loop over the key chunks that the sequences need; each
+    chunk is expanded to keys and values once, then meets the query tiles of its sequence. Expected trip counts: the
+    sequences' lengths over the chunk, and their local queries over the tile.
+
+    Args:
+        params: one layer's.
+        q_nope, q_pe: `[tokens, heads, ...]`, queries of one sequence side by side.
+        cache, layer: see `cmjax.model.cache`.
+        sequences: which queries belong to which sequence.
+        block_table: `int32[sequences, max blocks]`.
+    """
+    tokens, heads, _ = q_nope.shape
+    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _PREFILL_CHUNK)
+    chunk = blocks_per_chunk * block_size
+    tile = min(_QUERY_TILE, tokens)
+    table = _pad_table(block_table, blocks_per_chunk)
+    queries = jnp.concatenate([q_nope, q_pe], axis=-1).transpose(1, 0, 2)
+    # A tile may reach beyond the last token; slices must not be moved back to fit.
+    queries = jnp.pad(queries, ((0, 0), (0, tile), (0, 0)))
+    kv_length = jnp.where(sequences.count > 0, sequences.first_position + sequences.count, 0)
+    num_chunks = -(-kv_length // chunk)
+    last_chunk = jnp.cumsum(num_chunks)
+
+    def attend_chunk(step: jax.Array, state: Softmax) -> Softmax:
+        seq = jnp.sum(step >= last_chunk)
+        first_key = (step - (last_chunk[seq] - num_chunks[seq])) * chunk
+        row = lax.dynamic_slice_in_dim(table, seq, 1, axis=0)
+        latent = read_blocks(cache, layer, row, first_key // block_size, blocks_per_chunk, block_size)[0]
+        key_pos = first_key + jnp.arange(chunk)
+        latent = jnp.where((key_pos < kv_length[seq])[:, None], latent, 0)
+        c_kv, k_pe = jnp.split(latent, [config.kv_lora_rank], axis=-1)
+        kv = einsum_f32("cl,hdl->hcd", c_kv, params.kv_b).astype(c_kv.dtype)
+        k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_pe, (heads, *k_pe.shape))], axis=-1)
+
+        def attend_tile(index: jax.Array, state: Softmax) -> Softmax:
+            local = index * tile + jnp.arange(tile)
+            begin = sequences.start[seq] + index * tile
+            q = lax.dynamic_slice_in_dim(queries, begin, tile, axis=1)
+            visible = key_pos <= (sequences.first_position[seq] + local)[:, None]
+            visible &= (local < sequences.count[seq])[:, None]
+            scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", q, k) * config.softmax_scale, -jnp.inf)
+            part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, begin, tile, axis=1), state)
+            part = part.add(scores, v, "hqk,hkd->hqd")
+            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), state, part)
+
+        first_tile = jnp.maximum(first_key - sequences.first_position[seq], 0) // tile
+        return lax.fori_loop(first_tile, -(-sequences.count[seq] // tile), attend_tile, state)
+
+    state = Softmax.start((heads, tokens + tile), config.v_head_dim)
+    out = lax.fori_loop(0, last_chunk[-1], attend_chunk, state).result()[:, :tokens]
+    return out.transpose(1, 0, 2).reshape(tokens, -1).astype(q_nope.dtype)
+
+
+def attend_absorbed(
+    params: AttentionParams,
+    config: ModelConfig,
+    q_nope: jax.Array,
+    q_pe: jax.Array,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    block_table: jax.Array,
+    block_size: int,
+) -> jax.Array:
+    """Absorbed attention of one query a request over the latent cache: `[requests, heads * v_head_dim]`.
+
+    The key and value projections are folded into the query and the output, so that the cached latent serves as the one
+    key and value of all heads. The trip count of the loop follows the longest request.
+
+    Args:
+        params: one layer's.
+        q_nope, q_pe: `[requests, heads, ...]`.
+        lengths: `int32[requests]`, tokens in the cache, the query's own included; 0 for an empty slot.
+        block_table: `int32[requests, max blocks]`.
+    """
+    requests, heads, _ = q_nope.shape
+    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _DECODE_CHUNK)
+    chunk = blocks_per_chunk * block_size
+    table = _pad_table(block_table, blocks_per_chunk)
+    w_uk, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
+    q_latent = einsum_f32("bhn,hnl->bhl", q_nope, w_uk).astype(q_nope.dtype)
+    query = jnp.concatenate([q_latent, q_pe], axis=-1)
+
+    def attend_chunk(index: jax.Array | int, state: Softmax) -> Softmax:
+        latent = read_blocks(cache, layer, table, index * blocks_per_chunk, blocks_per_chunk, block_size)
+        in_length = index * chunk + jnp.arange(chunk) < lengths[:, None]
+        latent = jnp.where(in_length[..., None], latent, 0)
+        scores = einsum_f32("bhw,bcw->bhc", query, latent) * config.softmax_scale
+        scores = jnp.where(in_length[:, None], scores, -jnp.inf)
+        return state.add(scores, latent[..., : config.kv_lora_rank], "bhc,bcl->bhl")
+
+    state = Softmax.start((requests, heads), config.kv_lora_rank)
+    if table.shape[1] == blocks_per_chunk:
+        state = attend_chunk(0, state)
+    else:
+        state = lax.fori_loop(0, -(-lengths.max() // chunk), attend_chunk, state)
+    out = einsum_f32("bhl,hvl->bhv", state.result().astype(q_nope.dtype), w_uv)
+    return out.reshape(requests, -1).astype(q_nope.dtype)

@@ -1,0 +1,242 @@
+"""The parameter tree of a DeepSeek model: its dataclasses, its shapes before any array, and random values for it.
+
+Layers of one kind are stacked: a leading axis L runs over `config.dense_layer_ids` or `config.moe_layer_ids`. Matrices
+keep the checkpoint's orientation, [out, in]. Norms and the router are float32, the rest has the load dtype. A leaf is a
+`jax.Array`, or an `np.ndarray` (as loaded), or a `jax.ShapeDtypeStruct` (abstract).
+
+Letters in shapes: V vocabulary, H hidden, F / f intermediate size of a dense MLP / of an expert, E routed experts,
+n shared experts, heads, nope / rope / v the parts of a head.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from cmjax.model.config import ModelConfig
+
+Leaf = Callable[[tuple[int, ...], Any], Any]  # (shape, dtype) -> array
+
+
+@flax.struct.dataclass
+class AttentionParams:
+    """MLA's projections."""
+
+    q_a: jax.Array | None  # [L, q_lora, H]; None: queries are projected directly
+    q_a_bias: jax.Array | None  # [L, q_lora]
+    q_a_norm: jax.Array | None  # [L, q_lora]
+    q_b: jax.Array  # [L, heads, nope + rope, q_lora, or H without q_a]
+    kv_a: jax.Array  # [L, kv_lora + rope, H]
+    kv_a_bias: jax.Array | None  # [L, kv_lora + rope]
+    kv_a_norm: jax.Array  # [L, kv_lora]
+    kv_b: jax.Array  # [L, heads, nope + v, kv_lora]
+    o: jax.Array  # [L, H, heads * v]
+    o_bias: jax.Array | None  # [L, H]
+
+
+@flax.struct.dataclass
+class MlpParams:
+    """A gated MLP, or (with an axis E after L) one per expert."""
+
+    w13: jax.Array  # [L, 2F, H]: the gate's rows, then the up projection's
+    w2: jax.Array  # [L, H, F]
+
+
+@flax.struct.dataclass
+class MoeParams:
+    """Router, routed experts and the shared experts, which are one MLP n experts wide."""
+
+    router: jax.Array  # [L, E, H] float32
+    router_bias: jax.Array | None  # [L, E] float32, where topk_method is noaux_tc
+    experts: MlpParams  # w13 [L, E, 2f, H], w2 [L, E, H, f]
+    shared: MlpParams | None  # w13 [L, 2nf, H], w2 [L, H, nf]
+
+
+@flax.struct.dataclass
+class LayerParams:
+    """Decoder layers of one kind, stacked."""
+
+    input_norm: jax.Array  # [L, H]
+    attn: AttentionParams
+    post_attn_norm: jax.Array  # [L, H]
+    mlp: MlpParams | MoeParams
+
+
+@flax.struct.dataclass
+class MtpParams:
+    """The multi-token prediction module."""
+
+    enorm: jax.Array  # [H], for the embedding
+    hnorm: jax.Array  # [H], for the hidden state
+    eh_proj: jax.Array  # [H, 2H]: embedding's columns first
+    layer: LayerParams  # L = 1
+    norm: jax.Array  # [H]
+    head: jax.Array | None  # [V, H]; None: the model's
+    embed: jax.Array | None  # [V, H]; None: the model's
+
+
+@flax.struct.dataclass
+class Params:
+    """All weights of a model."""
+
+    embed: jax.Array  # [V, H]
+    dense: LayerParams | None
+    moe: LayerParams | None
+    norm: jax.Array  # [H]
+    head: jax.Array | None  # [V, H]; None: tied to embed
+    mtp: MtpParams | None
+
+
+def build_params(
+    config: ModelConfig, dtype: Any, leaf: Leaf, *, mtp_head: bool = True, mtp_embed: bool = True
+) -> Params:
+    """The tree for `config`, each leaf made by `leaf(shape, dtype)`.
+
+    `mtp_head` and `mtp_embed` say whether the MTP module has its own head and embedding, which `config` does not know.
+    """
+    dtype = np.dtype(dtype)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    num_dense, num_moe = len(config.dense_layer_ids), len(config.moe_layer_ids)
+    mtp = None
+    if config.num_mtp_layers:
+        mtp = MtpParams(
+            enorm=leaf((hidden,), np.float32),
+            hnorm=leaf((hidden,), np.float32),
+            eh_proj=leaf((hidden, 2 * hidden), dtype),
+            layer=_layers(config, 1, config.is_moe_layer(config.num_hidden_layers), dtype, leaf),
+            norm=leaf((hidden,), np.float32),
+            head=leaf((vocab, hidden), dtype) if mtp_head else None,
+            embed=leaf((vocab, hidden), dtype) if mtp_embed else None,
+        )
+    return Params(
+        embed=leaf((vocab, hidden), dtype),
+        dense=_layers(config, num_dense, False, dtype, leaf) if num_dense else None,
+        moe=_layers(config, num_moe, True, dtype, leaf) if num_moe else None,
+        norm=leaf((hidden,), np.float32),
+        head=None if config.tie_word_embeddings else leaf((vocab, hidden), dtype),
+        mtp=mtp,
+    )
+
+
+def _layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: Leaf) -> LayerParams:
+    hidden, experts, width = config.hidden_size, config.num_routed_experts, config.moe_intermediate_size
+    shared = config.num_shared_experts * width
+    mlp: MlpParams | MoeParams
+    if sparse:
+        mlp = MoeParams(
+            router=leaf((num, experts, hidden), np.float32),
+            router_bias=leaf((num, experts), np.float32) if config.topk_method == "noaux_tc" else None,
+            experts=_mlp((num, experts), hidden, width, dtype, leaf),
+            shared=_mlp((num,), hidden, shared, dtype, leaf) if shared else None,
+        )
+    else:
+        mlp = _mlp((num,), hidden, config.intermediate_size, dtype, leaf)
+    return LayerParams(
+        input_norm=leaf((num, hidden), np.float32),
+        attn=_attention(config, num, dtype, leaf),
+        post_attn_norm=leaf((num, hidden), np.float32),
+        mlp=mlp,
+    )
+
+
+def _mlp(lead: tuple[int, ...], hidden: int, width: int, dtype: np.dtype, leaf: Leaf) -> MlpParams:
+    return MlpParams(w13=leaf((*lead, 2 * width, hidden), dtype), w2=leaf((*lead, hidden, width), dtype))
+
+
+def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: Leaf) -> AttentionParams:
+    hidden, heads, rank, bias = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.q_lora_rank,
+        config.attention_bias,
+    )
+    return AttentionParams(
+        q_a=leaf((num, rank, hidden), dtype) if rank else None,
+        q_a_bias=leaf((num, rank), dtype) if rank and bias else None,
+        q_a_norm=leaf((num, rank), np.float32) if rank else None,
+        q_b=leaf((num, heads, config.qk_head_dim, rank or hidden), dtype),
+        kv_a=leaf((num, config.latent_width, hidden), dtype),
+        kv_a_bias=leaf((num, config.latent_width), dtype) if bias else None,
+        kv_a_norm=leaf((num, config.kv_lora_rank), np.float32),
+        kv_b=leaf((num, heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank), dtype),
+        o=leaf((num, hidden, heads * config.v_head_dim), dtype),
+        o_bias=leaf((num, hidden), dtype) if bias else None,
+    )
+
+
+def abstract_params(
+    config: ModelConfig, dtype: Any = np.float32, *, mtp_head: bool = True, mtp_embed: bool = True
+) -> Params:
+    """Shapes and dtypes of the parameters, no memory taken: for tracing, sharding, and memory totals of any size."""
+    return build_params(config, dtype, jax.ShapeDtypeStruct, mtp_head=mtp_head, mtp_embed=mtp_embed)
+
+
+def num_params(params: Params) -> int:
+    """Number of values in all leaves; a tied or shared matrix counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def num_bytes(params: Params) -> int:
+    """Bytes of all leaves."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialised array on a 64-byte boundary, so that `jax.device_put` on a CPU shares its buffer."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def init_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
+    """Random parameters (numpy): norms near 1, matrices scaled by 1/sqrt(in), a router bias that matters.
+
+    Equal seeds give equal values.
+    """
+    params = build_params(config, dtype, aligned_empty)
+    rng = np.random.default_rng(seed)
+    for name, leaf in named_leaves(params).items():
+        # One layer at a time: the float32 draw of a stacked bfloat16 leaf would be the largest array of all.
+        for part in leaf if leaf.ndim > 2 else [leaf]:
+            draw = rng.standard_normal(part.shape, dtype=np.float32)
+            if name.endswith("norm"):
+                part[...] = 1.0 + 0.1 * draw
+            elif name.endswith("embed"):
+                part[...] = draw
+            else:
+                part[...] = draw * np.float32(0.1 if name.endswith("bias") else part.shape[-1] ** -0.5)
+    return params
+
+
+def named_leaves(params: Params) -> dict[str, Any]:
+    """Every leaf by its place in the tree, such as `moe.mlp.experts.w13`, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {".".join(key.name for key in path): leaf for path, leaf in leaves}
+
+
+def params_digest(config: ModelConfig, params: Params) -> str:
+    """SHA-256 (hex) of `config` and of every leaf's place, dtype, shape and contents.
+
+    It does not depend on where the values were loaded from, or on which devices they are.
+    """
+    whole = hashlib.sha256(config.digest.encode())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, leaf in named_leaves(params).items():
+            # Slice by slice, so that the threads share the work of the one large leaf that the experts are.
+            values = np.asarray(leaf)
+            parts = list(values) if values.ndim > 2 else [values]
+            whole.update(f"{name} {values.dtype.name} {values.shape}".encode())
+            for digest in pool.map(_bytes_digest, parts):
+                whole.update(digest)
+    return whole.hexdigest()
+
+
+def _bytes_digest(values: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).digest()

@@ -1,0 +1,110 @@
+"""Parameters on a mesh: experts by physical slot, everything else replicated."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cmjax.model.config import ModelConfig
+from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params
+from cmjax.moe import ExpertPlacement
+
+
+def num_placed_layers(config: ModelConfig) -> int:
+    """MoE layers a placement covers: the model's, then the MTP module's."""
+    mtp_is_moe = config.num_mtp_layers and config.is_moe_layer(config.num_hidden_layers)
+    return len(config.moe_layer_ids) + int(mtp_is_moe)
+
+
+def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> ExpertPlacement | None:
+    """Place a model's experts on `ep_size` ranks, None for a model without any; `counts` as for `ExpertPlacement.plan`."""
+    if not num_placed_layers(config):
+        return None
+    return ExpertPlacement.plan(
+        num_routed_experts=config.num_routed_experts,
+        num_shared_experts=config.num_shared_experts,
+        ep_size=ep_size,
+        num_layers=num_placed_layers(config),
+        **counts,
+    )
+
+
+def param_specs(params: Params, axis_name: str) -> Any:
+    """The tree of `PartitionSpec`s of placed params: experts cut by slot, the rest replicated."""
+
+    def spec(path: tuple, _: Any) -> PartitionSpec:
+        is_expert = any(getattr(key, "name", None) == "experts" for key in path)
+        return PartitionSpec(None, axis_name) if is_expert else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _split_shared(shared: MlpParams, num_shared: int) -> MlpParams:
+    """Cut the shared MLP, `w13[L, 2nf, H]` and `w2[L, H, nf]`, into n experts: `[L, n, 2f, H]` and `[L, n, H, f]`."""
+    layers, _, hidden = shared.w13.shape
+    w13 = np.asarray(shared.w13).reshape(layers, 2, num_shared, -1, hidden)
+    w2 = np.asarray(shared.w2).reshape(layers, hidden, num_shared, -1)
+    return MlpParams(
+        w13=w13.transpose(0, 2, 1, 3, 4).reshape(layers, num_shared, -1, hidden), w2=w2.transpose(0, 2, 1, 3)
+    )
+
+
+def _place_experts(
+    routed: np.ndarray, shared: np.ndarray | None, logical_of_slot: np.ndarray, sharding: NamedSharding
+) -> jax.Array:
+    """Lay experts `[L, E, ...]` (then the shared ones, `[L, n, ...]`) out by slot, each device's part on its own."""
+    num_layers, num_routed = routed.shape[:2]
+    num_slots = logical_of_slot.shape[1]
+    if shared is None and np.array_equal(logical_of_slot, np.tile(np.arange(num_routed), (num_layers, 1))):
+        return jax.device_put(routed, sharding)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        logical = logical_of_slot[:, index[1]]
+        out = np.empty((*logical.shape, *routed.shape[2:]), routed.dtype)
+        for layer, row in enumerate(logical):
+            for slot, expert in enumerate(row):
+                source = routed[layer, expert] if expert < num_routed else shared[layer, expert - num_routed]
+                out[layer, slot] = source
+        return out
+
+    return jax.make_array_from_callback((num_layers, num_slots, *routed.shape[2:]), sharding, part)
+
+
+def _place_layers(
+    layers: LayerParams | None, logical_of_slot: np.ndarray | None, placement: ExpertPlacement | None, mesh: Mesh
+) -> LayerParams | None:
+    if layers is None:
+        return None
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if not isinstance(layers.mlp, MoeParams):
+        return jax.device_put(layers, replicated)
+    mlp, parts = layers.mlp, None
+    if placement.num_shared_replicas:
+        parts, mlp = _split_shared(mlp.shared, placement.num_shared_experts), mlp.replace(shared=None)
+    sharding = NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names))
+    experts = MlpParams(
+        w13=_place_experts(np.asarray(mlp.experts.w13), parts and parts.w13, logical_of_slot, sharding),
+        w2=_place_experts(np.asarray(mlp.experts.w2), parts and parts.w2, logical_of_slot, sharding),
+    )
+    rest = jax.device_put(layers.replace(mlp=mlp.replace(experts=None)), replicated)
+    return rest.replace(mlp=rest.mlp.replace(experts=experts))
+
+
+def place_params(params: Params, placement: ExpertPlacement | None, mesh: Mesh) -> Params:
+    """Put a model's params, experts by logical id, on a one-axis mesh, experts by slot.
+
+    On CPU devices a replicated array shares the host's buffer; an instance costs only its redundant copies.
+    """
+    maps = None if placement is None else placement.physical_to_logical
+    num_moe = 0 if params.moe is None else params.moe.input_norm.shape[0]
+    mtp = params.mtp
+    rest = params.replace(dense=None, moe=None, mtp=mtp and mtp.replace(layer=None))
+    placed = jax.device_put(rest, NamedSharding(mesh, PartitionSpec()))
+    if mtp is not None:
+        mtp_maps = None if maps is None else maps[num_moe:]
+        placed = placed.replace(mtp=placed.mtp.replace(layer=_place_layers(mtp.layer, mtp_maps, placement, mesh)))
+    return placed.replace(
+        dense=_place_layers(params.dense, None, None, mesh),
+        moe=_place_layers(params.moe, None if maps is None else maps[:num_moe], placement, mesh),
+    )

@@ -1,0 +1,309 @@
+"""Parameters from a Hugging Face checkpoint, and back: which tensor goes where, and in which form it may be stored.
+
+`tensor_slots` is the one table of names. Loading checks every name, shape and dtype against it before it reads a byte
+of weights, then fills the preallocated tree tensor by tensor, so that the peak of memory is the result and one tensor.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.model import checkpoint
+from cmjax.model.config import ModelConfig
+from cmjax.model.params import (
+    AttentionParams,
+    LayerParams,
+    MlpParams,
+    MoeParams,
+    MtpParams,
+    Params,
+    aligned_empty,
+    build_params,
+    params_digest,
+)
+from cmjax.model.safetensors import SafetensorsFolder, read_json, write_safetensors
+
+_log = logging.getLogger(__name__)
+
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FP8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
+_STORED = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)}
+_STORED |= {_FP8}
+_TARGETS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+Slots = Iterator[tuple[str, Any]]  # (name in the checkpoint, numpy view of its place)
+
+_SCALE = "_scale_inv"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Rotary frequencies that old exports hold, which follow from the config.
+_HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+class TensorSource(Protocol):
+    """Named tensors from anywhere: shapes and dtypes at once, contents one at a time."""
+
+    where: str  # for messages
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params, str]:
+    """Config, parameters (numpy, 64-byte aligned) and digest of the checkpoint in folder `path`.
+
+    The folder is a Hugging Face one (`config.json` and `*.safetensors`) or one that `save` of `cmjax.model` wrote.
+    Norms and the router are float32, everything else has `dtype`: FP8 weights are multiplied by their block scales in
+    float32 first. The digest is `params_digest`: the same values give the same one from either kind of folder. Raises
+    UserError naming the file, the tensor or the field that is missing, malformed or not supported.
+    """
+    folder, target = Path(path), _target_dtype(dtype)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if checkpoint.is_checkpoint(folder):
+        return checkpoint.restore(folder, dtype=target)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: config.json is missing: not a Hugging Face checkpoint, nor one that cmjax saved")
+    hf = read_json(folder / "config.json")
+    config = ModelConfig.from_hf(hf)
+    config, params = load_params(SafetensorsFolder(folder), config, target, fp8_block_size(hf))
+    return config, params, params_digest(config, params)
+
+
+def fp8_block_size(hf: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) of a block with one scale, from a parsed `config.json`; None where weights are not quantized."""
+    quantization = hf.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "fp8":
+        raise UserError(f"config: quantization_config.quant_method {method!r} is not supported; supported: fp8")
+    block = quantization.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+        raise UserError(f"config: quantization_config.weight_block_size must be [rows, columns], got {block!r}")
+    return block[0], block[1]
+
+
+def load_params(
+    source: TensorSource, config: ModelConfig, dtype: Any = np.float32, fp8_block: tuple[int, int] | None = None
+) -> tuple[ModelConfig, Params]:
+    """The parameters of `config` from `source`, and `config` as `source` bears it out.
+
+    The MTP module is taken out of `config` where `source` has none of its tensors, and tying where it has another head;
+    both are logged, as are layers beyond those of `config`, which are left out. Raises UserError, before any memory is
+    taken, where a tensor is missing, unknown, misshapen or of a wrong dtype.
+    """
+    target = _target_dtype(dtype)
+    names = frozenset(source.names())
+    mtp = f"model.layers.{config.num_hidden_layers}."
+    if config.num_mtp_layers and not any(name.startswith(mtp) for name in names):
+        _log.warning("%s: no tensors of the declared MTP layer (%s*): loading without an MTP module", source.where, mtp)
+        config = dataclasses.replace(config, num_mtp_layers=0)
+    if config.tie_word_embeddings and _has_own_head(source, names):
+        _log.warning("%s: tie_word_embeddings is true, but lm_head.weight differs: it is used", source.where)
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    own = {"mtp_head": mtp + "shared_head.head.weight" in names, "mtp_embed": mtp + "embed_tokens.weight" in names}
+
+    # The plan has the real tree's views, over one zero: every check comes before the memory is taken.
+    plan = build_params(config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), **own)
+    expected = {name: view.shape for name, view in tensor_slots(config, plan, names)}
+    _check_names(source, config, names, expected.keys())
+    for name, shape in expected.items():
+        _check_tensor(source, name, shape, names, fp8_block)
+
+    params = build_params(config, target, aligned_empty, **own)
+    for name, view in tensor_slots(config, params, names):
+        scale = source.read(name + _SCALE) if name + _SCALE in names else None
+        _fill(view, source.read(name), scale, fp8_block)
+    return config, params
+
+
+def _target_dtype(dtype: Any) -> np.dtype:
+    try:
+        target = None if dtype is None else np.dtype(dtype)  # numpy takes None for float64
+    except TypeError:
+        target = None
+    if target is None or target not in _TARGETS:
+        raise UserError(f"dtype {dtype!r} is not supported; supported: {', '.join(sorted(t.name for t in _TARGETS))}")
+    return target
+
+
+def _has_own_head(source: TensorSource, names: Container[str]) -> bool:
+    """Whether a checkpoint whose config ties the head to the embedding holds another head all the same."""
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if head not in names or embed not in names or source.shape(head) != source.shape(embed):
+        return head in names
+    return not np.array_equal(source.read(head), source.read(embed))
+
+
+def _check_names(source: TensorSource, config: ModelConfig, names: Set[str], expected: Set[str]) -> None:
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise UserError(f"{source.where}: missing tensor{_listed(missing)}")
+    num_layers = config.num_hidden_layers + config.num_mtp_layers
+    unknown, beyond = [], set()
+    for name in names:
+        layer = _LAYER.match(name)
+        if name in expected or name.removesuffix(_SCALE) in expected or _HARMLESS.search(name):
+            continue
+        if layer and int(layer[1]) >= num_layers:
+            beyond.add(int(layer[1]))
+        elif not (config.tie_word_embeddings and name == "lm_head.weight"):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{source.where}: the config does not account for tensor{_listed(sorted(unknown))}")
+    if beyond:
+        _log.warning("%s: left out layers %s, beyond the config's %d", source.where, sorted(beyond), num_layers)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ("s " if len(names) > 1 else " ") + ", ".join(names[:3]) + more
+
+
+def _check_tensor(
+    source: TensorSource,
+    name: str,
+    shape: tuple[int, ...],
+    names: Container[str],
+    fp8_block: tuple[int, int] | None,
+) -> None:
+    found, dtype, scale = source.shape(name), source.dtype(name), name + _SCALE
+    if found != shape:
+        raise UserError(f"{source.where}: tensor {name} has shape {list(found)}; the config wants {list(shape)}")
+    if dtype not in _STORED:
+        raise UserError(f"{source.where}: tensor {name} has dtype {dtype.name}; weights must be floating-point")
+    if scale not in names:
+        return
+    if fp8_block is None:
+        raise UserError(f"{source.where}: {scale} needs quantization_config.weight_block_size in config.json")
+    if dtype != _FP8 or len(shape) != 2:
+        raise UserError(f"{source.where}: tensor {name} has a {_SCALE} and must be an e4m3 matrix, found {dtype.name}")
+    blocks = [-(-size // block) for size, block in zip(shape, fp8_block, strict=True)]
+    if list(source.shape(scale)) != blocks:
+        raise UserError(
+            f"{source.where}: tensor {scale} has shape {list(source.shape(scale))}; {list(shape)} in blocks of "
+            f"{list(fp8_block)} wants {blocks}"
+        )
+    if source.dtype(scale) not in _STORED | {_FP8_SCALE}:
+        raise UserError(f"{source.where}: tensor {scale} has dtype {source.dtype(scale).name}; scales must be floats")
+
+
+def _fill(view: np.ndarray, stored: np.ndarray, scale: np.ndarray | None, fp8_block: tuple[int, int] | None) -> None:
+    """Write a stored tensor into its place, in the place's dtype."""
+    if scale is None or fp8_block is None:
+        view[...] = stored.astype(np.float32) if stored.dtype.itemsize == 1 else stored
+        return
+    rows, columns = fp8_block
+    # One row of blocks at a time; the last block of a row or a column may be partial.
+    wide = np.repeat(scale.astype(np.float32), columns, axis=1)[:, : view.shape[1]]
+    for block, factor in enumerate(wide):
+        part = slice(block * rows, (block + 1) * rows)
+        view[part] = stored[part].astype(np.float32) * factor
+
+
+def tensor_slots(config: ModelConfig, params: Params, names: Container[str] = ()) -> Slots:
+    """(checkpoint name, view of its place in `params`) of every tensor, layer by layer; views have the stored shape.
+
+    `names` are those of the checkpoint: experts that it keeps stacked (`experts.gate_up_proj`) have one slot a layer.
+    """
+    yield "model.embed_tokens.weight", params.embed
+    for layer_id in range(config.num_hidden_layers):
+        sparse = config.is_moe_layer(layer_id)
+        stack = params.moe if sparse else params.dense
+        assert stack is not None  # the tree was built for this config
+        idx = (config.moe_layer_ids if sparse else config.dense_layer_ids).index(layer_id)
+        yield from _layer_slots(f"model.layers.{layer_id}.", stack, idx, names)
+    yield "model.norm.weight", params.norm
+    if params.head is not None:
+        yield "lm_head.weight", params.head
+    if params.mtp is not None:
+        yield from _mtp_slots(f"model.layers.{config.num_hidden_layers}.", params.mtp, names)
+
+
+def _mtp_slots(prefix: str, mtp: MtpParams, names: Container[str]) -> Slots:
+    yield prefix + "enorm.weight", mtp.enorm
+    yield prefix + "hnorm.weight", mtp.hnorm
+    yield prefix + "eh_proj.weight", mtp.eh_proj
+    if mtp.embed is not None:
+        yield prefix + "embed_tokens.weight", mtp.embed
+    yield from _layer_slots(prefix, mtp.layer, 0, names)
+    yield prefix + "shared_head.norm.weight", mtp.norm
+    if mtp.head is not None:
+        yield prefix + "shared_head.head.weight", mtp.head
+
+
+def _layer_slots(prefix: str, layer: LayerParams, idx: int, names: Container[str]) -> Slots:
+    yield prefix + "input_layernorm.weight", layer.input_norm[idx]
+    yield from _attention_slots(prefix + "self_attn.", layer.attn, idx)
+    yield prefix + "post_attention_layernorm.weight", layer.post_attn_norm[idx]
+    if isinstance(layer.mlp, MlpParams):
+        yield from _mlp_slots(prefix + "mlp.", layer.mlp.w13[idx], layer.mlp.w2[idx])
+    else:
+        yield from _moe_slots(prefix + "mlp.", layer.mlp, idx, names)
+
+
+def _attention_slots(prefix: str, attn: AttentionParams, idx: int) -> Slots:
+    direct = attn.q_a is None
+    matrices = {
+        "q_a_proj.weight": attn.q_a,
+        "q_a_proj.bias": attn.q_a_bias,
+        "q_a_layernorm.weight": attn.q_a_norm,
+        "q_proj.weight" if direct else "q_b_proj.weight": attn.q_b,
+        "kv_a_proj_with_mqa.weight": attn.kv_a,
+        "kv_a_proj_with_mqa.bias": attn.kv_a_bias,
+        "kv_a_layernorm.weight": attn.kv_a_norm,
+        "kv_b_proj.weight": attn.kv_b,
+        "o_proj.weight": attn.o,
+        "o_proj.bias": attn.o_bias,
+    }
+    for name, stack in matrices.items():
+        if stack is not None:
+            view = stack[idx]
+            # Heads have an axis of their own in the tree, and none in the checkpoint.
+            yield prefix + name, view.reshape(-1, view.shape[-1]) if view.ndim == 3 else view
+
+
+def _moe_slots(prefix: str, moe: MoeParams, idx: int, names: Container[str]) -> Slots:
+    yield prefix + "gate.weight", moe.router[idx]
+    if moe.router_bias is not None:
+        yield prefix + "gate.e_score_correction_bias", moe.router_bias[idx]
+    if prefix + "experts.gate_up_proj" in names:
+        yield prefix + "experts.gate_up_proj", moe.experts.w13[idx]
+        yield prefix + "experts.down_proj", moe.experts.w2[idx]
+    else:
+        for expert, (w13, w2) in enumerate(zip(moe.experts.w13[idx], moe.experts.w2[idx], strict=True)):
+            yield from _mlp_slots(f"{prefix}experts.{expert}.", w13, w2)
+    if moe.shared is not None:
+        yield from _mlp_slots(prefix + "shared_experts.", moe.shared.w13[idx], moe.shared.w2[idx])
+
+
+def _mlp_slots(prefix: str, w13: Any, w2: Any) -> Slots:
+    width = w13.shape[0] // 2
+    yield prefix + "gate_proj.weight", w13[:width]
+    yield prefix + "up_proj.weight", w13[width:]
+    yield prefix + "down_proj.weight", w2
+
+
+def save_hf(path: str | Path, config: ModelConfig, params: Params) -> None:
+    """Write a Hugging Face folder (`config.json` in the published style, `model.safetensors`), whole or not at all.
+
+    Tensors have the dtypes of `params`. Raises UserError where `path` already holds something.
+    """
+    host = jax.tree.map(np.asarray, params)
+    with checkpoint.new_folder(path) as folder:
+        write_safetensors(folder / "model.safetensors", dict(tensor_slots(config, host)))
+        hf = config.to_hf() | {"torch_dtype": host.embed.dtype.name}
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+"""Mixture of experts: router, placement, dispatch, expert FFN, combine. Usable alone inside `jax.shard_map`."""
+
+from cmjax.moe.dispatch import (
+    CombineInFlight,
+    DispatchHandle,
+    DispatchInFlight,
+    ReceivedRows,
+    buffer_bytes,
+    combine,
+    combine_done,
+    combine_start,
+    dispatch,
+    dispatch_done,
+    dispatch_start,
+    max_tokens,
+)
+from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn, swiglu
+from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
+from cmjax.moe.placement import ExpertPlacement
+from cmjax.moe.router import RouterConfig, route
+from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
+
+__all__ = [
+    "CombineInFlight",
+    "DispatchHandle",
+    "DispatchInFlight",
+    "Exchange",
+    "ExpertParams",
+    "ExpertPlacement",
+    "FabricExchange",
+    "ReceivedRows",
+    "RouterConfig",
+    "WireDtype",
+    "block_rows",
+    "buffer_bytes",
+    "combine",
+    "combine_done",
+    "combine_start",
+    "dispatch",
+    "dispatch_done",
+    "dispatch_start",
+    "expert_ffn",
+    "max_tokens",
+    "message_bytes",
+    "moe_ffn",
+    "pack_rows",
+    "route",
+    "routed_choices",
+    "swiglu",
+    "unpack_rows",
+]

@@ -1,0 +1,73 @@
+"""The router (gate): which experts a token goes to, and with what weights."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Scoring = Literal["sigmoid", "softmax"]
+TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How scores become choices.
+
+    `noaux_tc` (V3): experts are ranked by score plus correction bias, a group by the sum of its two largest; the
+    weights are the unbiased scores. `group_limited_greedy` (V2): a group is ranked by its largest score. `greedy` (V2):
+    groups are ignored.
+    """
+
+    num_experts: int
+    num_topk: int
+    num_expert_groups: int = 1
+    num_topk_groups: int = 1
+    scoring: Scoring = "sigmoid"
+    topk_method: TopkMethod = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+
+def router_scores(x: jax.Array, weight: jax.Array, config: RouterConfig) -> jax.Array:
+    """Return `float32[tokens, experts]`, the scores of `x[tokens, hidden]` under `weight float32[experts, hidden]`."""
+    logits = lax.dot_general(
+        x.astype(jnp.float32), weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+    )
+    return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
+def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
+    """Mask the experts outside each token's best groups with -inf (0 would let them win over negative biased scores)."""
+    tokens = choice.shape[0]
+    grouped = choice.reshape(tokens, config.num_expert_groups, -1)
+    if config.topk_method == "noaux_tc":
+        num_ranked = min(2, grouped.shape[-1])
+        group_scores = lax.top_k(grouped, num_ranked)[0].sum(-1)
+    else:
+        group_scores = grouped.max(-1)
+    _, best = lax.top_k(group_scores, config.num_topk_groups)
+    kept = (best[:, :, None] == jnp.arange(config.num_expert_groups)).any(1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def route(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, config: RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Choose experts: `(topk_idx int32[tokens, topk], topk_weights float32[tokens, topk])`, logical experts.
+
+    Args:
+        x: `[tokens, hidden]`, any float dtype; scores are computed in float32.
+        weight: `float32[experts, hidden]`.
+        bias: `float32[experts]`, the correction bias of the loss-free balancing, or None.
+    """
+    scores = router_scores(x, weight, config)
+    choice = scores if bias is None else scores + bias
+    if config.topk_method != "greedy" and config.num_expert_groups > 1:
+        choice = _keep_best_groups(choice, config)
+    _, topk_idx = lax.top_k(choice, config.num_topk)
+    topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
+    if config.norm_topk_prob:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdims=True) + 1e-20)
+    return topk_idx.astype(jnp.int32), topk_weights * config.routed_scaling_factor

@@ -1,0 +1,23 @@
+"""Symmetric int8 quantization of rows: one float32 scale a row (paper section 3.3, early quantization)."""
+
+import jax
+import jax.numpy as jnp
+
+_INT8_MAX = 127.0
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantize `x[rows, width]` to `(qvalue int8[rows, width], scale float32[rows])`, `x ~ qvalue * scale`.
+
+    A row of zeros has scale 0 and stays zero.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX
+    inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
+    qvalue = jnp.clip(jnp.round(x * inverse[:, None]), -_INT8_MAX, _INT8_MAX).astype(jnp.int8)
+    return qvalue, scale
+
+
+def dequantize_rows(qvalue: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Undo `quantize_rows` up to rounding: `[rows, width]` in `dtype`."""
+    return (qvalue.astype(jnp.float32) * scale[:, None]).astype(dtype)

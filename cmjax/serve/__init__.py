@@ -1,0 +1,29 @@
+"""Serving: the jitted prefill and decode steps, the KV hand-off, and the engine that drives them."""
+
+from cmjax.serve.block_pool import BlockPool
+from cmjax.serve.engine import Engine, GenerateResult, Timings
+from cmjax.serve.instance import DecodeInstance, PrefillInstance
+from cmjax.serve.request import RequestOutput, SamplingParams
+from cmjax.serve.settings import EngineSettings
+from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill
+from cmjax.serve.transfer import hand_off, prefill_tp_rank
+
+__all__ = [
+    "BlockPool",
+    "DecodeInstance",
+    "DecodeOutput",
+    "Engine",
+    "EngineSettings",
+    "GenerateResult",
+    "PrefillInstance",
+    "PrefillOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StepSpec",
+    "Timings",
+    "decode",
+    "hand_off",
+    "new_cache",
+    "prefill",
+    "prefill_tp_rank",
+]

@@ -1,0 +1,260 @@
+"""The engine: prefill instances, a decode instance, and the way of a request through them."""
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+
+from cmjax.errors import UserError
+from cmjax.mesh import Pools, Supernode, carve
+from cmjax.model import Model, check_token_ids
+from cmjax.serve.block_pool import blocks_for
+from cmjax.serve.instance import DecodeInstance, PrefillInstance
+from cmjax.serve.request import Request, RequestOutput, SamplingParams
+from cmjax.serve.settings import EngineSettings, cache_bytes
+from cmjax.serve.transfer import hand_off
+
+# (what is under way, tokens so far, tokens in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds and counts of a `generate` call; compilation is apart from the phases.
+
+    Attributes:
+        compile_s: compiling and warming up the steps.
+        prefill_s, prefill_tokens: prefill steps and the prompt tokens they computed.
+        handoff_s: copying latents to the decode ranks.
+        decode_s, decode_tokens, decode_steps: decode calls, the tokens taken from them, the steps they ran.
+    """
+
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    prefill_tokens: int = 0
+    handoff_s: float = 0.0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second of prefill."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second of decode."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateResult:
+    """What `Engine.generate` returns.
+
+    Attributes:
+        outputs: in the order of the prompts.
+        timings: of the call.
+        prefill_load, decode_load: `int64[moe layers, routed experts]`, rows by logical expert, the MTP layer's last.
+    """
+
+    outputs: list[RequestOutput]
+    timings: Timings
+    prefill_load: np.ndarray
+    decode_load: np.ndarray
+
+
+class Engine:
+    """Serves a model on a machine: prefill instances and one decode instance as peers.
+
+    Args:
+        model: from `cmjax.load`.
+        supernode: the machine, by default the preset `cloudmatrix384`; or pools already carved (`cmjax.mesh.carve`).
+        ep_size, prefill_ep_size, num_prefill_instances: see `cmjax.mesh.carve`.
+        settings: sizes and formats.
+
+    Raises:
+        UserError: devices, experts or memory do not suffice, by number and setting.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        supernode: Supernode | Pools | None = None,
+        *,
+        ep_size: int | None = None,
+        prefill_ep_size: int | None = None,
+        num_prefill_instances: int | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings or EngineSettings()
+        if isinstance(supernode, Pools):
+            self.pools = supernode
+        else:
+            self.pools = carve(
+                supernode or Supernode.preset("cloudmatrix384"),
+                ep_size=ep_size,
+                prefill_ep_size=prefill_ep_size,
+                num_prefill_instances=num_prefill_instances,
+            )
+        self._check_memory()
+        counts = {
+            "num_redundant_experts": self.settings.num_redundant_experts,
+            "num_shared_replicas": self.settings.num_shared_replicas,
+        }
+        self.decode = DecodeInstance(model, self.pools.decode[0], self.settings, self._decode_blocks, **counts)
+        self.prefill = [PrefillInstance(model, one, self.settings, self._prefill_blocks) for one in self.pools.prefill]
+
+    @property
+    def _decode_blocks(self) -> int:
+        return self.settings.max_num_seqs_per_rank * self.settings.max_blocks
+
+    @property
+    def _prefill_blocks(self) -> int:
+        # Room for the longest prompt, and for a full step of short ones.
+        budget = blocks_for(self.settings.max_num_batched_tokens, self.settings.block_size)
+        return self.settings.max_blocks + budget
+
+    def _check_memory(self) -> None:
+        """Refuse caches that cannot fit, before anything is allocated."""
+        config, settings, dtype = self.model.config, self.settings, self.model.dtype
+        longest = config.max_position_embeddings
+        if settings.max_model_len > longest:
+            raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
+        ranks = {"decode": self.pools.decode[0].ep_size, "prefill": sum(one.ep_size for one in self.pools.prefill)}
+        blocks = {"decode": self._decode_blocks, "prefill": self._prefill_blocks}
+        needed = sum(ranks[r] * cache_bytes(config, blocks[r], settings.block_size, dtype) for r in ranks)
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise UserError(
+                f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower max_model_len "
+                f"({settings.max_model_len}) or max_num_seqs_per_rank ({settings.max_num_seqs_per_rank})"
+            )
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Request]:
+        """Check the prompts and make requests of them."""
+        if isinstance(sampling, SamplingParams):
+            sampling = [sampling] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but {len(sampling)} sampling params")
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            if not len(prompt):
+                raise UserError(f"prompt {index} is empty")
+            ids = check_token_ids(np.asarray(prompt), self.model.config)
+            request = Request(index, ids.tolist(), params)
+            limit = self.settings.max_model_len
+            if len(ids) + params.max_tokens > limit:
+                raise UserError(
+                    f"prompt {index} of {len(ids)} tokens with max_tokens {params.max_tokens} exceeds "
+                    f"max_model_len {limit}"
+                )
+            requests.append(request)
+        return requests
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Progress | None = None,
+    ) -> GenerateResult:
+        """Continue prompts of token ids, greedily; more of them than there are places wait for their turn.
+
+        Args:
+            prompts: lists of token ids, each at least one token.
+            sampling: for all, or one each.
+            progress: called with ("compile" | "prefill" | "decode", tokens so far, tokens in all).
+
+        Raises:
+            UserError: an empty prompt, a token id outside the vocabulary, a prompt that does not fit the cache.
+        """
+        requests = self._requests(prompts, sampling or SamplingParams())
+        notify = progress or (lambda *_: None)
+        timings = Timings()
+        num_output = sum(r.sampling.max_tokens for r in requests)
+        notify("compile", 0, num_output)
+        with _timed(timings, "compile_s"):
+            self._warm_up(requests)
+        self.take_load()
+        waiting = deque(requests)
+        num_done = 0
+        while waiting or self.decode.running():
+            num_done += self._admit(waiting, timings, lambda n, done=num_done: notify("prefill", done + n, num_output))
+            self._release_finished()
+            if self.decode.running():
+                with _timed(timings, "decode_s"):
+                    taken = self.decode.call(self.settings.steps_per_call)
+                timings.decode_tokens += taken
+                timings.decode_steps += self.settings.steps_per_call
+                num_done += taken
+                notify("decode", num_done, num_output)
+                self._release_finished()
+        prefill_load, decode_load = self.take_load()
+        return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load)
+
+    def _admit(self, waiting: deque[Request], timings: Timings, notify: Callable[[int], None]) -> int:
+        """Reserve decode places for waiting requests, prefill them, hand them over; return their first tokens' count.
+
+        The decode side reserves first, so that a prefilled prompt always has a place to go.
+        """
+        shares: list[list[Request]] = [[] for _ in self.prefill]
+        while waiting:
+            index = min(range(len(shares)), key=lambda i: (sum(len(r.prompt_ids) for r in shares[i]), i))
+            if not self.prefill[index].can_hold([*shares[index], waiting[0]]) or not self.decode.reserve(waiting[0]):
+                break
+            shares[index].append(waiting.popleft())
+        runs = [instance.run(share) for instance, share in zip(self.prefill, shares, strict=True) if share]
+        sources = [instance for instance, share in zip(self.prefill, shares, strict=True) if share]
+        num_first = 0
+        while runs:
+            # The instances take their steps at the same time, on devices of their own.
+            with _timed(timings, "prefill_s"), ThreadPoolExecutor(len(runs)) as threads:
+                steps = list(threads.map(lambda run: next(run, None), runs))
+            for source, ended in zip(sources, steps, strict=True):
+                if not ended:
+                    continue
+                with _timed(timings, "handoff_s"):
+                    hand_off(source, self.decode, ended)
+                for one in ended:
+                    one.request.append([one.token_id])
+                    timings.prefill_tokens += len(one.request.prompt_ids)
+                num_first += len(ended)
+                notify(num_first)
+            going = [step is not None for step in steps]
+            runs = [run for run, goes in zip(runs, going, strict=True) if goes]
+            sources = [source for source, goes in zip(sources, going, strict=True) if goes]
+        self.decode.batch_changed()
+        return num_first
+
+    def _release_finished(self) -> None:
+        for request in self.decode.running():
+            if request.finish_reason:
+                self.decode.release(request)
+
+    def _warm_up(self, requests: Sequence[Request]) -> None:
+        """Compile the steps these requests will need, so that the phases time only themselves."""
+        lengths = [len(r.prompt_ids) for r in requests]
+        share = sum(lengths) // len(self.prefill) + max(lengths)
+        for instance in self.prefill:
+            instance.warm_up(min(share, sum(lengths)))
+        self.decode.warm_up(self.settings.steps_per_call)
+
+    def take_load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return and forget the rows by logical expert since the last call: prefill's and decode's."""
+        prefill = [one.take_expert_load() for one in self.prefill]
+        return np.sum(prefill, axis=0), self.decode.take_expert_load()
+
+
+@contextlib.contextmanager
+def _timed(timings: Timings, name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    setattr(timings, name, getattr(timings, name) + time.perf_counter() - begin)

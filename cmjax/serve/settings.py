@@ -1,0 +1,63 @@
+"""The engine's settings, and the memory they ask for."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.model import ModelConfig
+from cmjax.moe import Exchange, FabricExchange, WireDtype, buffer_bytes, message_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Sizes and formats of an engine.
+
+    Attributes:
+        max_model_len: most tokens of one request, prompt and output together.
+        max_num_seqs_per_rank: requests that one decode rank runs together.
+        block_size: tokens a cache block.
+        max_num_batched_tokens: tokens of one prefill step over all the ranks of an instance; longer prompts are
+            prefilled in several steps.
+        steps_per_call: decode steps in one call of the compiled program.
+        dispatch_dtype: what a row is on its way to the experts: as it is (None), a float dtype, or "int8".
+        combine_dtype: what a row is on its way back: as it is (None), or a float dtype.
+        num_redundant_experts, num_shared_replicas: of the decode instance; None: see `ExpertPlacement.plan`.
+        exchange: replaces dispatch and combine (`cmjax.moe.Exchange`).
+    """
+
+    max_model_len: int = 1024
+    max_num_seqs_per_rank: int = 8
+    block_size: int = 16
+    max_num_batched_tokens: int = 2048
+    steps_per_call: int = 8
+    dispatch_dtype: WireDtype | None = None
+    combine_dtype: WireDtype | None = None
+    num_redundant_experts: int | None = None
+    num_shared_replicas: int | None = None
+    exchange: type[Exchange] = FabricExchange
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise UserError(f"{field.name} {value} is not positive")
+
+    @property
+    def max_blocks(self) -> int:
+        """Width of a block table: the blocks of the longest request."""
+        return -(-self.max_model_len // self.block_size)
+
+
+def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: Any) -> int:
+    """Bytes of one rank's latent cache."""
+    return config.num_cache_layers * num_blocks * block_size * config.latent_width * np.dtype(dtype).itemsize
+
+
+def exchange_bytes(
+    config: ModelConfig, ep_size: int, num_local_experts: int, num_choices: int, local_batch: int, dtype: Any, wire: Any
+) -> int:
+    """Bytes of one rank's dispatch buffer at its worst (paper equation 1)."""
+    message = message_bytes(config.hidden_size, dtype, wire)
+    return buffer_bytes(ep_size, local_batch, num_choices, num_local_experts, message)

@@ -1,0 +1,186 @@
+"""The jitted steps: `prefill`, `decode`, and the two halves of the KV hand-off.
+
+Each is one `shard_map` over an instance's one-axis mesh. Params, expert placement, cache and batch are arguments; only
+`StepSpec` is static, so that an instance can switch models of one shape and rebalance without recompiling. The steps see
+the cache only through block tables and slot mappings.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cmjax.mesh import EP_AXIS, fabric
+from cmjax.model import DecodeBatch, Params, PrefillBatch, RankSpec, decode_pass, lm_head, param_specs, prefill_pass
+
+_EVERYWHERE = PartitionSpec()
+_BY_RANK = PartitionSpec(EP_AXIS)
+_MAPS = PartitionSpec(None, EP_AXIS)  # expert_to_slot[moe layers, source rank, logical]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What is static about an instance's steps: the rank's pass, and the mesh it runs on."""
+
+    rank: RankSpec
+    mesh: Mesh
+
+    def on_ranks(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Wrap a per-rank function for the instance's mesh."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def by_rank(self) -> NamedSharding:
+        """The sharding of arrays whose leading axis is cut by rank."""
+        return NamedSharding(self.mesh, _BY_RANK)
+
+
+@flax.struct.dataclass
+class PrefillOutput:
+    """What a prefill step returns. R ranks.
+
+    Attributes:
+        cache: `[R, cache layers, slots, latent width]`; every rank holds all the prompts' latents.
+        token_ids: `int32[sequences]`, the greedy next token after the last token of each sequence.
+        logits: `float32[sequences, vocabulary]` there.
+        last_hidden: `[sequences, hidden]` there, after the final norm; whole on every rank.
+        slot_load: `int32[moe layers, slots]`, rows each physical expert received (the MTP layer's last).
+        all_logits: `float32[tokens, vocabulary]`, where asked for.
+    """
+
+    cache: jax.Array
+    token_ids: jax.Array
+    logits: jax.Array
+    last_hidden: jax.Array
+    slot_load: jax.Array
+    all_logits: jax.Array | None
+
+
+@flax.struct.dataclass
+class DecodeOutput:
+    """What a decode call returns.
+
+    Attributes:
+        cache: as for prefill, each rank with its own sequences.
+        batch: the batch after the call, to go on from.
+        token_ids: `int32[steps, requests]`, -1 where the request had ended.
+        slot_load: `int32[moe layers, slots]`, summed over the steps.
+        logits: `float32[steps, requests, vocabulary]`, where asked for.
+    """
+
+    cache: jax.Array
+    batch: DecodeBatch
+    token_ids: jax.Array
+    slot_load: jax.Array
+    logits: jax.Array | None
+
+
+def new_cache(spec: StepSpec, num_blocks: int, dtype: Any) -> jax.Array:
+    """Return an instance's cache, `[R, cache layers, num_blocks * block_size, latent width]`; nothing is cleared."""
+    config = spec.rank.config
+    shape = (1, config.num_cache_layers, num_blocks * spec.rank.block_size, config.latent_width)
+    return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), _BY_RANK))()
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "with_all_logits"), donate_argnames=("cache",))
+def prefill(
+    params: Params,
+    expert_to_slot: jax.Array,
+    cache: jax.Array,
+    batch: PrefillBatch,
+    *,
+    spec: StepSpec,
+    with_all_logits: bool = False,
+) -> PrefillOutput:
+    """Prefill packed prompts on an instance: fill the cache, and return the first token of each.
+
+    Args:
+        params: placed params (`cmjax.model.place_params`).
+        expert_to_slot: `int32[moe layers, R, logical]`, the placement.
+        cache: donated.
+        batch: replicated; both tokens and sequences are multiples of R.
+        with_all_logits: also return the logits of every token.
+    """
+    num_ranks = spec.mesh.size
+    num_sequences = batch.block_table.shape[0]
+    if batch.token_ids.shape[0] % num_ranks or num_sequences % num_ranks:
+        raise ValueError(f"{batch.token_ids.shape[0]} tokens, {num_sequences} sequences: not multiples of {num_ranks}")
+
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch) -> PrefillOutput:
+        output, _ = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
+        rank_id = lax.axis_index(EP_AXIS)
+        count = output.hidden.shape[0]
+        last = batch.query_start[1:] - 1 - rank_id * count
+        is_here = (batch.query_start[1:] > batch.query_start[:-1]) & (last >= 0) & (last < count)
+        mine = jnp.where(is_here[:, None], output.hidden[jnp.clip(last, 0, count - 1)], 0)
+        last_hidden = fabric.psum(mine, EP_AXIS, channel="prefill/last_hidden")
+        share = num_sequences // num_ranks
+        logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
+        return PrefillOutput(
+            cache=output.cache[None],
+            token_ids=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            logits=logits,
+            last_hidden=last_hidden,
+            slot_load=output.slot_load,
+            all_logits=lm_head(params, output.hidden) if with_all_logits else None,
+        )
+
+    out_specs = PrefillOutput(_BY_RANK, _BY_RANK, _BY_RANK, _EVERYWHERE, _MAPS, _BY_RANK if with_all_logits else None)
+    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE)
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "num_steps", "with_logits"), donate_argnames=("cache",))
+def decode(
+    params: Params,
+    expert_to_slot: jax.Array,
+    cache: jax.Array,
+    batch: DecodeBatch,
+    forced_token_ids: jax.Array | None = None,
+    *,
+    spec: StepSpec,
+    num_steps: int,
+    with_logits: bool = False,
+) -> DecodeOutput:
+    """Decode `num_steps` tokens of every sequence, greedily, without leaving the devices.
+
+    Starting a program on hundreds of devices costs more than a step of a small model, hence several steps a call.
+
+    Args:
+        params, expert_to_slot, cache: as for `prefill`.
+        batch: cut by rank; the block tables must hold the blocks that the steps will fill.
+        forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the greedy one, -1 for none.
+        with_logits: also return every step's logits.
+    """
+    has_forced = forced_token_ids is not None
+
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: DecodeBatch, forced: Any) -> DecodeOutput:
+        params = params.replace(mtp=None)  # drafting is not part of a plain step
+
+        def step(carry: tuple[jax.Array, DecodeBatch], forced: Any) -> tuple[tuple, tuple]:
+            cache, batch = carry
+            output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
+            logits = lm_head(params, output.hidden)
+            token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            if has_forced:
+                token_ids = jnp.where(forced >= 0, forced, token_ids)
+            is_running = batch.positions >= 0
+            goes_on = is_running & (batch.positions < batch.last_positions)
+            batch = batch.replace(
+                token_ids=token_ids, positions=jnp.where(goes_on, batch.positions + 1, -1)
+            )
+            token_ids = jnp.where(is_running, token_ids, -1)
+            return (output.cache, batch), (token_ids, output.slot_load, logits if with_logits else None)
+
+        (cache, batch), (token_ids, loads, logits) = lax.scan(step, (cache[0], batch), forced, length=num_steps)
+        return DecodeOutput(cache[None], batch, token_ids, loads.sum(0), logits)
+
+    by_step = PartitionSpec(None, EP_AXIS)
+    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _BY_RANK, by_step)
+    out_specs = DecodeOutput(_BY_RANK, _BY_RANK, by_step, _MAPS, by_step if with_logits else None)
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, forced_token_ids)

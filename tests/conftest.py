@@ -1,0 +1,64 @@
+"""Set up once for every test: 384 virtual devices, a compilation cache on disk, a fixed seed."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+# The suite needs its own number of devices whatever the shell was set up for; JAX reads this when it starts.
+os.environ["XLA_FLAGS"] = re.sub(
+    r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+).strip()
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+from jax.sharding import Mesh
+
+from cmjax.mesh import EP_AXIS, virtual_devices
+
+NUM_DEVICES = 384
+ROOT = Path(__file__).parents[1]
+
+# Compiled programs over hundreds of devices are most of the suite's time; a second run finds them here.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+DEVICES = virtual_devices(NUM_DEVICES)
+
+# A test that fails must fail again in the same way, on a slow machine too.
+settings.register_profile("cmjax", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("cmjax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=20250615, help="seed of the `rng` fixture")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--seed")
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """All the virtual devices of the test process."""
+    return DEVICES
+
+
+@pytest.fixture(scope="session")
+def make_mesh() -> Callable[..., Mesh]:
+    """`make_mesh(8)`: eight devices along "ep". `make_mesh(2, 4, axes=("dp", "ep"))`: a grid. `first` skips devices."""
+
+    def make(*shape: int, axes: tuple[str, ...] = (EP_AXIS,), first: int = 0) -> Mesh:
+        chosen = DEVICES[first : first + int(np.prod(shape))]
+        return Mesh(np.array(chosen, dtype=object).reshape(shape), axes)
+
+    return make
