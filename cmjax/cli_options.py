@@ -33,6 +33,59 @@ def instance_options(function: Function) -> Function:
     return function
 
 
+def engine_options(function: Function) -> Function:
+    """The settings of `cmjax.serve.EngineSettings`; an option that is not given keeps the command's default."""
+    floats = ("float32", "bfloat16", "float16")
+    positive = click.IntRange(min=1)
+    options = (
+        click.option(
+            "--dtype", type=click.Choice(floats), default="float32", show_default=True, help="Of weights and activations."
+        ),
+        click.option(
+            "--dispatch-dtype",
+            type=click.Choice((*floats, "int8")),
+            help="What a row is on its way to the experts.  [default: that of the activations]",
+        ),
+        click.option(
+            "--combine-dtype",
+            type=click.Choice(floats),
+            help="What a row is on its way back.  [default: that of the activations]",
+        ),
+        click.option(
+            "--max-model-len",
+            type=positive,
+            help="Most tokens of one request, prompt and output together.  [default: what the prompts need]",
+        ),
+        click.option(
+            "--max-num-seqs",
+            type=positive,
+            help="Requests that one decode rank runs together.  [default: what the prompts need, at most 8]",
+        ),
+        click.option("--block-size", type=positive, default=16, show_default=True, help="Tokens of a cache block."),
+        click.option(
+            "--max-num-batched-tokens",
+            type=positive,
+            default=2048,
+            show_default=True,
+            help="Tokens of one prefill step of an instance; longer prompts take several.",
+        ),
+        click.option("--steps-per-call", type=positive, default=8, show_default=True, help="Decode steps a call."),
+        click.option(
+            "--redundant-experts",
+            type=click.IntRange(min=0),
+            help="Second copies of routed experts in the decode instance.  [default: what fills the ranks]",
+        ),
+        click.option(
+            "--shared-replicas",
+            type=click.IntRange(min=0),
+            help="Slots of the decode instance for the shared expert.  [default: one in ten where ranks are left over]",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def json_option(function: Function) -> Function:
     """`--json`: one JSON object on standard output, nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)

@@ -48,9 +48,7 @@ class TrafficSnapshot:
     def select(self, plane: str | None = None, collective: str | None = None) -> tuple[TrafficEntry, ...]:
         """The entries of one plane and/or one collective."""
         return tuple(
-            entry
-            for entry in self.entries
-            if plane in (None, entry.plane) and collective in (None, entry.collective)
+            entry for entry in self.entries if plane in (None, entry.plane) and collective in (None, entry.collective)
         )
 
     def calls(self, plane: str | None = None, collective: str | None = None) -> int:

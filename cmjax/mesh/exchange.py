@@ -26,11 +26,12 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 
 from cmjax.mesh.layout import Layout
-from cmjax.mesh.settings import COLLECTIVES, Settings
+from cmjax.mesh.settings import COLLECTIVES, Forms, Settings
 
 Array = jax.Array
 AxisName = str | tuple[str, ...]
 Half = Literal["plain", "start", "done"]
+Params = dict[str, Any]
 # (x, *extras, axis_name, perm) -> result
 LaxForm = Callable[..., Array]
 # (lowering context, half, collective's number, aliases, channel, operands, params) -> results
@@ -38,15 +39,17 @@ NativeLowering = Callable[..., Sequence[Any]]
 
 _STAMP_LENGTH = 4
 _NUM_INDEX_ARRAYS = 4
-_SUMMABLE = frozenset("int8 uint8 int16 uint16 int32 uint32 int64 uint64 bfloat16 float16 float32 float64".split())
+_SUMMABLE_INTS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+_SUMMABLE_FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Primitives(NamedTuple):
-    """The three primitives of one collective."""
+    """The three primitives of one collective, and what stands for them on an axis of size 1, where nothing moves."""
 
     plain: Primitive
     start: Primitive
     done: Primitive
+    alone: Callable[..., Array]  # (*data operands, axis_name, perm) -> result
 
 
 @flax.struct.dataclass
@@ -59,7 +62,9 @@ class Token:
     params: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
 
 
-def make_primitives(name: str, lax_form: LaxForm, lower_native: NativeLowering, settings: Settings) -> Primitives:
+def make_primitives(
+    name: str, lax_form: LaxForm, alone: Callable[..., Array], lower_native: NativeLowering, settings: Settings
+) -> Primitives:
     """The primitives of collective `name`: C++ handlers on CPU where they serve, `lax_form` everywhere else."""
 
     def make(half: Half) -> Primitive:
@@ -82,7 +87,8 @@ def make_primitives(name: str, lax_form: LaxForm, lower_native: NativeLowering, 
             channel = params["channel"]
             if channel is None:
                 # The module's own numbering: the same in every process, as JAX's collectives rely on too.
-                channel = f"{ctx.name_stack}/{name}#{ctx.module_context.new_channel()}"
+                scope = "/".join(filter(None, (str(ctx.name_stack), name)))
+                channel = f"{scope}#{ctx.module_context.new_channel()}"
             return lower_native(ctx, half, COLLECTIVES.index(name), _aliases(name, half), channel, operands, params)
 
         primitive.def_abstract_eval(functools.partial(_abstract, name, half))
@@ -93,45 +99,59 @@ def make_primitives(name: str, lax_form: LaxForm, lower_native: NativeLowering, 
         ad.primitive_jvps[primitive] = functools.partial(_refuse, name, "differentiation", "a derivative")
         return primitive
 
-    return Primitives(make("plain"), make("start"), make("done"))
+    return Primitives(make("plain"), make("start"), make("done"), alone)
 
 
-def run_plain(
-    primitives: Primitives,
+def make_params(
     layout: Layout,
-    params: dict[str, Any],
-    x: Array,
-    output: tuple[Array, ...] = (),
-    index: tuple[Array, ...] = (),
-) -> Array:
-    """The whole exchange of canonical-form `x`; `output` and `index` are the ragged form's."""
-    operands = _vary([layout.pack(x), *output, *index], params["axis_name"])
+    axis_name: AxisName,
+    channel: str | None,
+    plane: str,
+    forms: Forms,
+    perm: tuple[tuple[int, int], ...] = (),
+) -> Params:
+    """The parameters of an exchange's primitives."""
+    return {
+        "axis_name": (axis_name,) if isinstance(axis_name, str) else tuple(axis_name),
+        "num_ranks": layout.num_ranks,
+        "channel": channel,
+        "plane": plane,
+        "forms": forms,
+        "perm": perm,
+    }
+
+
+def run_plain(primitives: Primitives, layout: Layout, params: Params, x: Array, *extras: Array) -> Array:
+    """The whole exchange of `x`; `extras` are the ragged form's output and index arrays."""
+    operands = _vary([layout.pack(x), *extras], params["axis_name"])
+    if layout.num_ranks == 1:
+        return layout.unpack(_run_alone(primitives, params, operands))
     return layout.unpack(primitives.plain.bind(_place(params["axis_name"]), *operands, **params))
 
 
-def run_start(
-    primitives: Primitives, layout: Layout, params: dict[str, Any], x: Array, index: tuple[Array, ...] = ()
-) -> Token:
+def run_start(primitives: Primitives, layout: Layout, params: Params, x: Array, *index: Array) -> Token:
     """The first half."""
-    operands = _vary([layout.pack(x), *index], params["axis_name"])
-    stamp = primitives.start.bind(_place(params["axis_name"]), *operands, **params)
+    stamp = jnp.zeros((_STAMP_LENGTH,), jnp.int32)
+    if layout.num_ranks > 1:
+        operands = _vary([layout.pack(x), *index], params["axis_name"])
+        stamp = primitives.start.bind(_place(params["axis_name"]), *operands, **params)
     return Token(stamp, index, layout, tuple(sorted(params.items())))
 
 
-def run_done(
-    primitives: Primitives, token: Token, hide_behind: Any, x: Array, output: tuple[Array, ...] = ()
-) -> Array:
+def run_done(primitives: Primitives, token: Token, hide_behind: Any, x: Array, *output: Array) -> Array:
     """The second half; any array in `hide_behind` is waited for first."""
     params = dict(token.params)
-    guards = [_one_element(leaf) for leaf in jax.tree.leaves(hide_behind) if np.size(leaf)]
     operands = _vary([token.stamp, token.layout.pack(x), *output, *token.index], params["axis_name"])
+    if token.layout.num_ranks == 1:
+        return token.layout.unpack(_run_alone(primitives, params, operands[1:]))
+    guards = [_one_element(leaf) for leaf in jax.tree.leaves(hide_behind) if np.size(leaf)]
     result = primitives.done.bind(_place(params["axis_name"]), *operands, *guards, **params)
     return token.layout.unpack(result)
 
 
 def check_dtype(name: str, dtype: np.dtype) -> None:
     """Raises TypeError where a collective cannot carry the dtype."""
-    if name.startswith("psum") and dtype.name not in _SUMMABLE:
+    if name.startswith("psum") and dtype.name not in _SUMMABLE_INTS + _SUMMABLE_FLOATS:
         raise TypeError(f"fabric.{name}: dtype {dtype} cannot be summed (it can be moved, by the other collectives)")
     if dtype.name in ("int2", "uint2", "int4", "uint4", "float4_e2m1fn"):
         raise TypeError(f"fabric.{name}: dtype {dtype} does not fill whole bytes")
@@ -148,7 +168,7 @@ def exchange_bytes(eqn: JaxprEqn) -> int:
     name, half = _name_and_half(eqn.primitive.name)
     if name is None or half == "start":
         return 0
-    aval = eqn.invars[1 if half == "plain" else 2].aval
+    aval: Any = eqn.invars[1 if half == "plain" else 2].aval
     num_bytes = math.prod(aval.shape) * aval.dtype.itemsize
     num_ranks = eqn.params["num_ranks"]
     if name == "psum":
@@ -213,8 +233,17 @@ def _refuse(name: str, what: str, rule: str, *_: Any, **__: Any) -> Any:
     raise NotImplementedError(f"fabric.{name} does not have {rule}: take {what} out of the exchange")
 
 
+def _run_alone(primitives: Primitives, params: Params, operands: Sequence[Array]) -> Array:
+    return primitives.alone(*operands, axis_name=params["axis_name"], perm=params["perm"])
+
+
 def _place(axis_name: tuple[str, ...]) -> Array:
-    others = tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis not in axis_name)
+    mesh = jax.sharding.get_abstract_mesh()
+    others = tuple(axis for axis in mesh.axis_names if axis not in axis_name)
+    automatic = [axis for axis in others if axis not in mesh.manual_axes and mesh.shape[axis] > 1]
+    if automatic:
+        raise ValueError(f"fabric: mesh axes {automatic} are not manual; give them to jax.shard_map too")
+    others = tuple(axis for axis in others if axis in mesh.manual_axes)
     return lax.axis_index(others + axis_name)
 
 

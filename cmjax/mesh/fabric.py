@@ -17,6 +17,7 @@ An exchange has no derivative and no batching rule: `jax.grad` and `jax.vmap` ov
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -29,65 +30,77 @@ from jax.interpreters import mlir
 from cmjax.mesh.books import TrafficBooks, TrafficEntry, TrafficSnapshot
 from cmjax.mesh.exchange import (
     AxisName,
+    Params,
     Token,
     check_dtype,
     exchange_bytes,
+    make_params,
     make_primitives,
     run_done,
     run_plain,
     run_start,
 )
 from cmjax.mesh.layout import (
+    ALONE,
     Layout,
     all_gather_layout,
     all_to_all_layout,
+    checked_perm,
+    checked_ragged_index,
     place_ragged_rows,
     psum_scatter_layout,
 )
 from cmjax.mesh.settings import (
-    CollectivesMode,
     DelayModel,
     FabricError,
     Forms,
     FormStatus,
-    RaggedMode,
     Settings,
     lax_ragged_native,
 )
+
+__all__ = [
+    "DelayModel",
+    "FabricError",
+    "FormStatus",
+    "Token",
+    "TrafficBooks",
+    "TrafficEntry",
+    "TrafficSnapshot",
+    "all_gather",
+    "all_gather_done",
+    "all_gather_start",
+    "all_to_all",
+    "all_to_all_done",
+    "all_to_all_start",
+    "books",
+    "configure",
+    "done",
+    "empty",
+    "exchange_bytes",
+    "ppermute",
+    "ppermute_done",
+    "ppermute_start",
+    "psum",
+    "psum_done",
+    "psum_scatter",
+    "psum_scatter_done",
+    "psum_scatter_start",
+    "psum_start",
+    "ragged_all_to_all",
+    "ragged_all_to_all_done",
+    "ragged_all_to_all_start",
+    "record",
+    "status",
+]
 
 Array = jax.Array
 
 _SETTINGS = Settings()
 books = TrafficBooks()
 record = books.record
-
-
-def configure(
-    *,
-    timeout_s: float | None = None,
-    ragged: RaggedMode | None = None,
-    collectives: CollectivesMode | None = None,
-    delay: DelayModel | None | Literal["keep"] = "keep",
-) -> None:
-    """Changes the settings given, for the whole process.
-
-    Args:
-      timeout_s: seconds without progress after which an exchange fails, naming the missing ranks
-        (120, or $CMJAX_FABRIC_TIMEOUT_S).
-      ragged: form of `ragged_all_to_all` where lax collectives run: "native" (`lax.ragged_all_to_all`), "padded" (an
-        `all_to_all` of worst-case size) or "auto".
-      collectives: "fabric" (C++), "lax", or "auto". Changing a form drops JAX's caches of compiled programs.
-      delay: a `DelayModel`, or None for none.
-    """
-    _SETTINGS.configure(timeout_s=timeout_s, ragged=ragged, collectives=collectives, delay=delay)
-
-
-def status() -> dict[str, FormStatus]:
-    """The form each collective takes on the default platform ("fabric", "lax" or "lax padded"), and why."""
-    return _SETTINGS.status()
-
-
-# --- Collectives: each with its two halves ---------------------------------------------------------------------------
+configure = _SETTINGS.configure
+status = _SETTINGS.status
 
 
 def all_to_all(
@@ -101,8 +114,8 @@ def all_to_all(
     plane: str = "ub",
 ) -> Any:
     """What the ranks sent here, stacked (`tiled`: joined) along `concat_axis`; part r of `x` goes to rank r."""
-    arguments = split_axis, concat_axis, tiled
-    return _plain("all_to_all", all_to_all_layout, arguments, x, axis_name, channel, plane)
+    layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
+    return _each(run_plain, "all_to_all", layout, x, axis_name, channel, plane)
 
 
 def all_to_all_start(
@@ -116,44 +129,34 @@ def all_to_all_start(
     plane: str = "ub",
 ) -> Any:
     """Starts `all_to_all`: one `Token` per array in `x`."""
-    arguments = split_axis, concat_axis, tiled
-    return _start("all_to_all", all_to_all_layout, arguments, x, axis_name, channel, plane)
+    layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
+    return _each(run_start, "all_to_all", layout, x, axis_name, channel, plane)
 
 
 def all_gather(
-    x: Any,
-    axis_name: AxisName,
-    *,
-    axis: int = 0,
-    tiled: bool = False,
-    channel: str | None = None,
-    plane: str = "ub",
+    x: Any, axis_name: AxisName, *, axis: int = 0, tiled: bool = False, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """Every rank's `x`, stacked along a new axis `axis` (`tiled`: joined along it)."""
-    return _plain("all_gather", all_gather_layout, (axis, tiled), x, axis_name, channel, plane)
+    layout = partial(all_gather_layout, axis=axis, tiled=tiled)
+    return _each(run_plain, "all_gather", layout, x, axis_name, channel, plane)
 
 
 def all_gather_start(
-    x: Any,
-    axis_name: AxisName,
-    *,
-    axis: int = 0,
-    tiled: bool = False,
-    channel: str | None = None,
-    plane: str = "ub",
+    x: Any, axis_name: AxisName, *, axis: int = 0, tiled: bool = False, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """Starts `all_gather`: one `Token` per array in `x`."""
-    return _start("all_gather", all_gather_layout, (axis, tiled), x, axis_name, channel, plane)
+    layout = partial(all_gather_layout, axis=axis, tiled=tiled)
+    return _each(run_start, "all_gather", layout, x, axis_name, channel, plane)
 
 
 def psum(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
     """The sum of every rank's `x`, added in rank order (16-bit floats in float32); bool counts as int32."""
-    return _plain("psum", _psum_layout, (), _summable(x), axis_name, channel, plane)
+    return _each(run_plain, "psum", _whole("psum"), x, axis_name, channel, plane)
 
 
 def psum_start(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
     """Starts `psum`: one `Token` per array in `x`."""
-    return _start("psum", _psum_layout, (), _summable(x), axis_name, channel, plane)
+    return _each(run_start, "psum", _whole("psum"), x, axis_name, channel, plane)
 
 
 def psum_scatter(
@@ -166,8 +169,8 @@ def psum_scatter(
     plane: str = "ub",
 ) -> Any:
     """This rank's part (along `scatter_dimension`) of the sum of every rank's `x`."""
-    arguments = scatter_dimension, tiled
-    return _plain("psum_scatter", psum_scatter_layout, arguments, _summable(x), axis_name, channel, plane)
+    layout = partial(psum_scatter_layout, scatter_dimension=scatter_dimension, tiled=tiled)
+    return _each(run_plain, "psum_scatter", layout, x, axis_name, channel, plane)
 
 
 def psum_scatter_start(
@@ -180,22 +183,22 @@ def psum_scatter_start(
     plane: str = "ub",
 ) -> Any:
     """Starts `psum_scatter`: one `Token` per array in `x`."""
-    arguments = scatter_dimension, tiled
-    return _start("psum_scatter", psum_scatter_layout, arguments, _summable(x), axis_name, channel, plane)
+    layout = partial(psum_scatter_layout, scatter_dimension=scatter_dimension, tiled=tiled)
+    return _each(run_start, "psum_scatter", layout, x, axis_name, channel, plane)
 
 
 def ppermute(
     x: Any, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """The `x` of the rank that `perm`, pairs of (source, destination), sends here; zeros where it sends none."""
-    return _plain("ppermute", _ppermute_layout, (perm,), x, axis_name, channel, plane)
+    return _each(run_plain, "ppermute", _whole("ppermute"), x, axis_name, channel, plane, perm)
 
 
 def ppermute_start(
     x: Any, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """Starts `ppermute`: one `Token` per array in `x`."""
-    return _start("ppermute", _ppermute_layout, (perm,), x, axis_name, channel, plane)
+    return _each(run_start, "ppermute", _whole("ppermute"), x, axis_name, channel, plane, perm)
 
 
 def done(x: Any, token: Any, hide_behind: Any = None) -> Any:
@@ -203,7 +206,12 @@ def done(x: Any, token: Any, hide_behind: Any = None) -> Any:
 
     Waits for the arrays in `hide_behind` first.
     """
-    return jax.tree.map(lambda leaf, one: _done_leaf(leaf, one, hide_behind), x, token)
+
+    def end(leaf: Any, one: Token) -> Array:
+        name = one.layout.name
+        return run_done(_PRIMITIVES[name], one, hide_behind, _as_data(name, leaf))
+
+    return jax.tree.map(end, x, token)
 
 
 all_to_all_done = all_gather_done = psum_done = psum_scatter_done = ppermute_done = done
@@ -228,12 +236,10 @@ def ragged_all_to_all(
     d's `output`. `recv_sizes[s * k + j]` is the size of update j of peer s. Rows outside a buffer, and sizes that
     disagree, fail the exchange on every rank. `operand` and `output` may differ in rows only.
     """
-    index = _ragged_index(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), axis_name)
-    if lax.axis_size(axis_name) == 1:
-        return place_ragged_rows(operand, output, index[0], index[2], index[1])
-    layout = Layout("ragged_all_to_all", lax.axis_size(axis_name))
-    params = _params(layout, axis_name, channel, plane)
-    return run_plain(_PRIMITIVES["ragged_all_to_all"], layout, params, operand, (output,), index)
+    layout, params = _ragged(axis_name, channel, plane, operand)
+    arrays = input_offsets, send_sizes, output_offsets, recv_sizes
+    index = checked_ragged_index(operand, output.dtype, output.shape, arrays, layout.num_ranks)
+    return run_plain(_PRIMITIVES[layout.name], layout, params, operand, output, *index)
 
 
 def ragged_all_to_all_start(
@@ -248,145 +254,54 @@ def ragged_all_to_all_start(
     plane: str = "ub",
 ) -> Token:
     """Starts `ragged_all_to_all`: its `Token`. The output comes with the second half."""
-    index = _ragged_index(operand, operand, (input_offsets, send_sizes, output_offsets, recv_sizes), axis_name)
-    layout = Layout("ragged_all_to_all", lax.axis_size(axis_name))
-    params = _params(layout, axis_name, channel, plane)
-    if layout.num_ranks == 1:
-        return Token(jnp.zeros((4,), jnp.int32), index, layout, tuple(sorted(params.items())))
-    return run_start(_PRIMITIVES["ragged_all_to_all"], layout, params, operand, index)
+    layout, params = _ragged(axis_name, channel, plane, operand)
+    arrays = input_offsets, send_sizes, output_offsets, recv_sizes
+    index = checked_ragged_index(operand, operand.dtype, operand.shape, arrays, layout.num_ranks)
+    return run_start(_PRIMITIVES[layout.name], layout, params, operand, *index)
 
 
 def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_behind: Any = None) -> Array:
     """Ends `ragged_all_to_all`: `output` with the received rows. Waits for the arrays in `hide_behind` first."""
-    if token.layout.num_ranks == 1:
-        return place_ragged_rows(operand, output, token.index[0], token.index[2], token.index[1])
-    return run_done(_PRIMITIVES["ragged_all_to_all"], token, hide_behind, operand, (output,))
+    checked_ragged_index(operand, output.dtype, output.shape, token.index, token.layout.num_ranks)
+    return run_done(_PRIMITIVES[token.layout.name], token, hide_behind, operand, output)
 
 
-# --- How a call becomes an exchange ----------------------------------------------------------------------------------
-
-
-def _params(
-    layout: Layout, axis_name: AxisName, channel: str | None, plane: str, perm: tuple[tuple[int, int], ...] = ()
-) -> dict[str, Any]:
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return {
-        "axis_name": axes,
-        "num_ranks": layout.num_ranks,
-        "channel": channel,
-        "plane": plane,
-        "forms": _SETTINGS.forms,
-        "perm": perm,
-    }
-
-
-def _leaves(
+def _each(
+    run: Callable[..., Any],
     name: str,
-    make_layout: Callable[..., Layout],
-    arguments: tuple[Any, ...],
+    make_layout: Callable[[Array, int], Layout],
     x: Any,
     axis_name: AxisName,
     channel: str | None,
     plane: str,
-) -> tuple[list[tuple[Array, Layout, dict[str, Any]]], Any]:
-    """Each array of `x` with its layout and parameters, and the tree to put results back into."""
+    perm: Sequence[tuple[int, int]] = (),
+) -> Any:
+    """`run` for every array in the tree `x`; arrays that share a named channel get numbers of their own."""
     leaves, tree = jax.tree.flatten(x)
-    calls = []
-    for i, leaf in enumerate(map(jnp.asarray, leaves)):
+    results = []
+    for i, leaf in enumerate(_as_data(name, leaf) for leaf in leaves):
         check_dtype(name, leaf.dtype)
-        layout = make_layout(leaf, lax.axis_size(axis_name), *(() if name == "ppermute" else arguments))
-        perm = _checked_perm(arguments[0], layout.num_ranks) if name == "ppermute" else ()
-        own_channel = f"{channel}[{i}]" if channel is not None and len(leaves) > 1 else channel
-        calls.append((leaf, layout, _params(layout, axis_name, own_channel, plane, perm)))
-    return calls, tree
-
-
-def _plain(name: str, *call: Any) -> Any:
-    calls, tree = _leaves(name, *call)
-    results = [
-        run_plain(_PRIMITIVES[name], layout, params, leaf)
-        if layout.num_ranks > 1
-        else layout.unpack(_alone(name, layout.pack(leaf), params))
-        for leaf, layout, params in calls
-    ]
+        layout = make_layout(leaf, lax.axis_size(axis_name))
+        own_channel = channel if channel is None or len(leaves) == 1 else f"{channel}[{i}]"
+        pairs = checked_perm(perm, layout.num_ranks)
+        params = make_params(layout, axis_name, own_channel, plane, _SETTINGS.forms, pairs)
+        results.append(run(_PRIMITIVES[name], layout, params, leaf))
     return jax.tree.unflatten(tree, results)
 
 
-def _start(name: str, *call: Any) -> Any:
-    calls, tree = _leaves(name, *call)
-    tokens = [
-        run_start(_PRIMITIVES[name], layout, params, leaf)
-        if layout.num_ranks > 1
-        else Token(jnp.zeros((4,), jnp.int32), (), layout, tuple(sorted(params.items())))
-        for leaf, layout, params in calls
-    ]
-    return jax.tree.unflatten(tree, tokens)
+def _whole(name: str) -> Callable[[Array, int], Layout]:
+    return lambda _, num_ranks: Layout(name, num_ranks)
 
 
-def _done_leaf(x: Any, token: Token, hide_behind: Any) -> Array:
-    name = token.layout.name
-    leaf = _summable(x) if name.startswith("psum") else jnp.asarray(x)
-    if token.layout.num_ranks == 1:
-        return token.layout.unpack(_alone(name, token.layout.pack(leaf), dict(token.params)))
-    return run_done(_PRIMITIVES[name], token, hide_behind, leaf)
+def _as_data(name: str, x: Any) -> Array:
+    array = jnp.asarray(x)
+    return array.astype(jnp.int32) if name.startswith("psum") and array.dtype == np.bool_ else array
 
 
-def _alone(name: str, x: Array, params: dict[str, Any]) -> Array:
-    """The exchange over an axis of size 1: nothing moves."""
-    if name == "psum":
-        # Only for its type: with check_vma=True the sum no longer varies over the axis.
-        varies = set(params["axis_name"]) & set(jax.typeof(x).mat.varying)
-        return lax.psum(x, tuple(sorted(varies))) if varies else x
-    if name == "ppermute":
-        return x if params["perm"] else jnp.zeros_like(x)
-    return {"all_gather": lambda: x[None], "psum_scatter": lambda: x[0]}.get(name, lambda: x)()
-
-
-def _summable(x: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32) if jnp.asarray(leaf).dtype == bool else leaf, x)
-
-
-def _psum_layout(_: Array, num_ranks: int) -> Layout:
-    return Layout("psum", num_ranks)
-
-
-def _ppermute_layout(_: Array, num_ranks: int) -> Layout:
-    return Layout("ppermute", num_ranks)
-
-
-def _checked_perm(perm: Sequence[tuple[int, int]], num_ranks: int) -> tuple[tuple[int, int], ...]:
-    pairs = tuple((int(source), int(target)) for source, target in perm)
-    for what, ranks in (("source", [s for s, _ in pairs]), ("destination", [d for _, d in pairs])):
-        if len(set(ranks)) != len(ranks) or not all(0 <= rank < num_ranks for rank in ranks):
-            raise ValueError(f"fabric.ppermute: {what} ranks must be distinct and in [0, {num_ranks}), got {ranks}")
-    return pairs
-
-
-def _ragged_index(
-    operand: Array, output: Array, index: tuple[Array, ...], axis_name: AxisName
-) -> tuple[Array, ...]:
+def _ragged(axis_name: AxisName, channel: str | None, plane: str, operand: Array) -> tuple[Layout, Params]:
     check_dtype("ragged_all_to_all", operand.dtype)
-    if operand.dtype != output.dtype or operand.ndim < 1 or operand.shape[1:] != output.shape[1:]:
-        raise ValueError(
-            f"fabric.ragged_all_to_all: operand {operand.dtype}{operand.shape} and output {output.dtype}{output.shape} "
-            "may differ in rows only"
-        )
-    shapes = {jnp.shape(array) for array in index}
-    num_ranks = lax.axis_size(axis_name)
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or shape[0] == 0 or shape[0] % num_ranks:
-        raise ValueError(
-            "fabric.ragged_all_to_all: offsets and sizes must be four vectors of one length, a multiple of the "
-            f"{num_ranks} ranks, got shapes {[jnp.shape(array) for array in index]}"
-        )
-    if not all(jnp.issubdtype(array.dtype, jnp.integer) for array in index):
-        raise TypeError(
-            f"fabric.ragged_all_to_all: offsets and sizes must be integers, got {[array.dtype.name for array in index]}"
-        )
-    wide = any(array.dtype.itemsize == 8 for array in index)
-    return tuple(array.astype(jnp.int64 if wide else jnp.int32) for array in index)
-
-
-# --- Lowerings -------------------------------------------------------------------------------------------------------
+    layout = Layout("ragged_all_to_all", lax.axis_size(axis_name))
+    return layout, make_params(layout, axis_name, channel, plane, _SETTINGS.forms)
 
 
 def _lower_native(
@@ -447,10 +362,17 @@ _LAX_FORMS: dict[str, Callable[..., Array]] = {
     "ppermute": lambda x, *, axis_name, perm, **_: lax.ppermute(x, axis_name, perm),
     "ragged_all_to_all": _lax_ragged,
 }
-_PRIMITIVES = {name: make_primitives(name, form, _lower_native, _SETTINGS) for name, form in _LAX_FORMS.items()}
 
 
-# --- Uninitialised memory --------------------------------------------------------------------------------------------
+def _psum_alone(x: Array, *, axis_name: tuple[str, ...], **_: Any) -> Array:
+    # Only for its type: with check_vma=True the sum no longer varies over the axis.
+    return lax.psum(x, axis_name) if set(axis_name) & set(jax.typeof(x).mat.varying) else x
+
+
+_ALONE = {**ALONE, "psum": _psum_alone}
+_PRIMITIVES = {
+    name: make_primitives(name, form, _ALONE[name], _lower_native, _SETTINGS) for name, form in _LAX_FORMS.items()
+}
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Array:

@@ -4,6 +4,8 @@ The exchanges know one layout per collective (`[ranks, ...]` in or out); axes of
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,39 @@ def psum_scatter_layout(x: Array, num_ranks: int, scatter_dimension: int, tiled:
     return Layout("psum_scatter", num_ranks, split, tiled=tiled)
 
 
+def checked_perm(perm: Sequence[tuple[int, int]], num_ranks: int) -> tuple[tuple[int, int], ...]:
+    """`perm` as a tuple of (source, destination), once it is one that `ppermute` can follow."""
+    pairs = tuple((int(source), int(target)) for source, target in perm)
+    for what, ranks in (("source", [s for s, _ in pairs]), ("destination", [d for _, d in pairs])):
+        if len(set(ranks)) != len(ranks) or not all(0 <= rank < num_ranks for rank in ranks):
+            raise ValueError(f"fabric.ppermute: {what} ranks must be distinct and in [0, {num_ranks}), got {ranks}")
+    return pairs
+
+
+def checked_ragged_index(
+    operand: Array, output_dtype: Any, output_shape: tuple[int, ...], arrays: Sequence[Any], num_ranks: int
+) -> tuple[Array, ...]:
+    """The four index arrays of a ragged exchange in one integer type, once everything about them fits together."""
+    index = tuple(map(jnp.asarray, arrays))
+    if operand.dtype != output_dtype or operand.ndim < 1 or operand.shape[1:] != output_shape[1:]:
+        raise ValueError(
+            f"fabric.ragged_all_to_all: operand {operand.dtype}{operand.shape} and output {output_dtype}{output_shape} "
+            "may differ in rows only"
+        )
+    shape = index[0].shape
+    if any(array.shape != shape for array in index) or len(shape) != 1 or not shape[0] or shape[0] % num_ranks:
+        raise ValueError(
+            "fabric.ragged_all_to_all: offsets and sizes must be four vectors of one length, a multiple of the "
+            f"{num_ranks} ranks, got shapes {[array.shape for array in index]}"
+        )
+    if not all(jnp.issubdtype(array.dtype, jnp.integer) for array in index):
+        raise TypeError(
+            f"fabric.ragged_all_to_all: offsets and sizes must be integers, got {[array.dtype.name for array in index]}"
+        )
+    wide = any(array.dtype.itemsize == 8 for array in index)
+    return tuple(array.astype(jnp.int64 if wide else jnp.int32) for array in index)
+
+
 def place_ragged_rows(
     operand: Array, output: Array, input_offsets: Array, output_offsets: Array, sizes: Array
 ) -> Array:
@@ -87,6 +122,18 @@ def place_ragged_rows(
     moved = operand.at[jnp.clip(source, 0, max(operand.shape[0] - 1, 0))].get(mode="clip")
     keep = (update < 0).reshape((-1,) + (1,) * (output.ndim - 1))
     return jnp.where(keep, output, moved)
+
+
+# What an exchange over an axis of size 1 comes to, where nothing moves (psum, which changes its type, apart).
+ALONE: dict[str, Callable[..., Array]] = {
+    "all_to_all": lambda x, **_: x,
+    "all_gather": lambda x, **_: x[None],
+    "psum_scatter": lambda x, **_: x[0],
+    "ppermute": lambda x, *, perm, **_: x if perm else jnp.zeros_like(x),
+    "ragged_all_to_all": lambda x, output, start, sizes, target, _recv_sizes, **_: place_ragged_rows(
+        x, output, start, target, sizes
+    ),
+}
 
 
 def _canonical(name: str, argument: str, axis: int, ndim: int) -> int:

@@ -70,7 +70,7 @@ class FormStatus:
 
 
 class Settings:
-    """What `fabric.configure` sets. One object per process."""
+    """What the fabric is set to. The fabric has one; its methods are `fabric.configure` and `fabric.status`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,9 +85,18 @@ class Settings:
         timeout_s: float | None = None,
         ragged: RaggedMode | None = None,
         collectives: CollectivesMode | None = None,
-        delay: DelayModel | None | Literal["keep"] = "keep",
+        delay: DelayModel | Literal["keep"] | None = "keep",
     ) -> None:
-        """See `fabric.configure`."""
+        """Changes the settings given, for the whole process.
+
+        Args:
+          timeout_s: seconds without progress after which an exchange fails, naming the missing ranks
+            (120, or $CMJAX_FABRIC_TIMEOUT_S).
+          ragged: form of `ragged_all_to_all` where lax collectives run: "native" (`lax.ragged_all_to_all`), "padded"
+            (an `all_to_all` of worst-case size) or "auto".
+          collectives: "fabric" (C++), "lax", or "auto". Changing a form drops JAX's caches of compiled programs.
+          delay: a `DelayModel`, or None for none.
+        """
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"configure: timeout_s must be positive, got {timeout_s}")
         if ragged not in (None, *get_args(RaggedMode)):
@@ -140,7 +149,7 @@ class Settings:
         return False
 
     def status(self) -> dict[str, FormStatus]:
-        """See `fabric.status`."""
+        """The form each collective takes on the default platform ("fabric", "lax" or "lax padded"), and why."""
         platform = jax.default_backend()
         statuses = {}
         for name in COLLECTIVES:

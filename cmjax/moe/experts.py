@@ -25,13 +25,26 @@ def swiglu(x: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w2)
 
 
-def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows that the FFN takes at a time: a power of two near the mean rows of an expert, 8 to 128.
+def block_rows(num_rows: int, num_experts: int, max_rows: int) -> int:
+    """Rows that the FFN takes at a time: a power of two near the mean rows of an expert, 8 to 128, at most `max_rows`.
 
     Small blocks waste little where experts receive few rows; large ones read the weights less often.
+
+    Args:
+        num_rows: rows that a rank can expect.
+        num_experts: local experts they go to.
+        max_rows: most rows that one expert can receive.
     """
     mean = max(1, num_rows // max(1, num_experts))
-    return min(128, max(8, 1 << (mean - 1).bit_length()))
+    return min(128, max(8, _power_of_two(mean)), _power_of_two(max_rows))
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+# A full block for a few rows left over would cost as much as for many; from this size up they get quarter blocks.
+_SPLIT_FROM = 32
 
 
 def expert_ffn(
@@ -44,8 +57,9 @@ def expert_ffn(
 ) -> jax.Array:
     """Run each local expert over its rows: `[receive rows, hidden]` in `dtype`, laid out as received.
 
-    A loop over blocks whose trip count is what was received: rows that do not exist are neither read nor written (the
-    result is uninitialized there). The expected trip count is `rows / rows_per_block` plus half an expert's block.
+    Loops over blocks whose trip counts are what was received: rows that do not exist are not written (the result is
+    uninitialized there), and what a block reads beyond its expert's rows is thrown away. The expected trip count is
+    `rows / rows_per_block` plus half a block an expert.
 
     Args:
         received: the dispatched rows.
@@ -53,29 +67,48 @@ def expert_ffn(
         layer: index into the layers of `params`.
         rows_per_block: see `block_rows`.
     """
-    messages, counts = received.messages, received.num_tokens_per_expert
-    capacity, width = messages.shape
-    rows = min(rows_per_block, capacity)
-    num_slots, hidden = params.w2.shape[1], params.w2.shape[2]
+    counts = received.num_tokens_per_expert
+    capacity = received.messages.shape[0]
+    large = min(rows_per_block, capacity)
     starts = jnp.cumsum(counts) - counts
-    blocks = -(-counts // rows)
-    last_block = jnp.cumsum(blocks)
-    first_block = last_block - blocks
+    out = fabric.empty((capacity, params.w2.shape[2]), dtype)
+    num_large = -(-counts // large)
+    if large >= _SPLIT_FROM:
+        is_short = counts % large <= large // 2
+        num_large = jnp.where(is_short, counts // large, num_large)
+        rest = jnp.where(is_short, counts % large, 0)
+        out = _run_blocks(out, received, params, layer, starts + num_large * large, rest, large // 4)
+    return _run_blocks(out, received, params, layer, starts, jnp.minimum(counts, num_large * large), large)
+
+
+def _run_blocks(
+    out: jax.Array,
+    received: ReceivedRows,
+    params: ExpertParams,
+    layer: jax.Array | int,
+    starts: jax.Array,
+    counts: jax.Array,
+    rows: int,
+) -> jax.Array:
+    """Run expert e over the rows `[starts[e], starts[e] + counts[e])`, in blocks of `rows`; return `out` with them."""
+    messages = received.messages
+    capacity, width = messages.shape
+    num_slots, hidden = params.w2.shape[1:3]
+    last_block = jnp.cumsum(-(-counts // rows))
+    first_block = last_block - -(-counts // rows)
 
     def body(block: jax.Array, out: jax.Array) -> jax.Array:
         expert = jnp.minimum(jnp.sum(block >= last_block), num_slots - 1)
         start = starts[expert] + (block - first_block[expert]) * rows
-        # Groups lie without gaps, so an expert's last block reaches into the next expert's rows: what it writes there
-        # is overwritten when their own blocks follow. At the end of the buffer the block is moved back to fit; the
-        # rows it then repeats belong to earlier blocks, and are kept.
-        clamped = jnp.minimum(start, capacity - rows)
-        x = received.unpack(lax.dynamic_slice(messages, (clamped, 0), (rows, width)), dtype)
+        # At the end of the buffer the block is moved back to fit; rows that are not this block's are kept as they were.
+        begin = jnp.minimum(start, capacity - rows)
+        row = begin + jnp.arange(rows)
+        is_mine = (row >= start) & (row < starts[expert] + counts[expert])
+        x = received.unpack(lax.dynamic_slice(messages, (begin, 0), (rows, width)), out.dtype)
         w13 = lax.dynamic_slice(params.w13, (layer, expert, 0, 0), (1, 1, *params.w13.shape[2:]))[0, 0]
         w2 = lax.dynamic_slice(params.w2, (layer, expert, 0, 0), (1, 1, *params.w2.shape[2:]))[0, 0]
-        y = swiglu(x, w13, w2)
-        before = lax.dynamic_slice(out, (clamped, 0), (rows, hidden))
-        y = jnp.where((clamped + jnp.arange(rows) < start)[:, None], before, y)
-        return lax.dynamic_update_slice(out, y, (clamped, 0))
+        before = lax.dynamic_slice(out, (begin, 0), (rows, hidden))
+        y = jnp.where(is_mine[:, None], swiglu(x, w13, w2), before)
+        return lax.dynamic_update_slice(out, y, (begin, 0))
 
-    out = fabric.empty((capacity, hidden), dtype)
     return lax.fori_loop(0, last_block[-1], body, out)

@@ -148,8 +148,9 @@ def moe_ffn(
         received, handle = exchange.dispatch(x, slot_idx, channel=f"{channel}/dispatch")
     with jax.named_scope("moe"):
         num_slots = experts.w13.shape[1]
-        # A rank can expect to receive as many rows as it sends.
-        rows_per_block = block_rows(slot_idx.size, num_slots)
+        # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
+        max_rows = max(1, received.messages.shape[0] // min(slot_idx.shape[1], num_slots))
+        rows_per_block = block_rows(slot_idx.size, num_slots, max_rows)
         rows = expert_ffn(received, experts, layer, rows_per_block=rows_per_block, dtype=x.dtype)
     with jax.named_scope("combine"):
         y = exchange.combine(rows, weights, handle, channel=f"{channel}/combine")

@@ -1,5 +1,6 @@
 """Loading Hugging Face folders: every way a tensor may be stored, and one clear error for every way it may be wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -197,6 +198,19 @@ def test_save_hf_takes_device_arrays_and_bfloat16(tmp_path):
     save_hf(tmp_path / "out", config, jax.device_put(params))
     assert_same(load_checkpoint(tmp_path / "out", "bfloat16")[1], params)
     assert SafetensorsFolder(tmp_path / "out").dtype("lm_head.weight") == ml_dtypes.bfloat16
+
+
+def test_dense_layers_between_moe_layers(tmp_path):
+    config = dataclasses.replace(
+        load_case("v3-odd").config, num_hidden_layers=6, first_k_dense_replace=1, moe_layer_freq=2
+    )
+    assert (config.dense_layer_ids, config.moe_layer_ids) == ((0, 1, 3, 5), (2, 4))
+    params = init_params(config, seed=3)
+    save_hf(tmp_path / "out", config, params)
+    source = SafetensorsFolder(tmp_path / "out")
+    np.testing.assert_array_equal(source.read("model.layers.3.mlp.down_proj.weight"), params.dense.mlp.w2[2])
+    np.testing.assert_array_equal(source.read("model.layers.4.mlp.gate.weight"), params.moe.mlp.router[1])
+    assert load_checkpoint(tmp_path / "out")[2] == params_digest(config, params)
 
 
 def test_peak_memory_is_the_result_and_one_tensor():

@@ -197,7 +197,14 @@ void Fabric::Execute(ExchangePtr exchange) {
 // All bytes are there (or an error is): fulfils the promises, now or when their modelled time has come.
 void Fabric::Complete(ExchangePtr exchange) {
   const int num_ranks = exchange->num_ranks();
-  if (!exchange->error()) {
+  if (const std::string* error = exchange->error()) {
+    std::vector<ExchangePtr> others;  // of the same run: their missing ranks will not come
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      others = FailRun(exchange->run_id, *error);
+    }
+    FulfilFailed(std::move(others), *error);
+  } else {
     std::lock_guard<std::mutex> lock(mutex_);
     auto delay = delays_.find(exchange->plane);
     if (delay != delays_.end()) {
@@ -215,9 +222,6 @@ void Fabric::Complete(ExchangePtr exchange) {
       clock_changed_.notify_one();
       return;
     }
-  } else {
-    std::lock_guard<std::mutex> lock(mutex_);
-    failed_runs_.emplace(exchange->run_id, *exchange->error());
   }
   if (num_ranks <= kFulfilBatch) {
     Fulfil(exchange, 0, num_ranks);
