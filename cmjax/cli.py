@@ -15,6 +15,9 @@ from cmjax.errors import UserError
 
 # name -> (module, attribute)
 COMMANDS = {
+    "bench": ("cmjax.cli_bench", "bench"),
+    "demo": ("cmjax.cli_demo", "demo"),
+    "generate": ("cmjax.cli_generate", "generate"),
     "info": ("cmjax.cli_info", "info"),
 }
 
@@ -61,6 +64,7 @@ class LazyCommands(Commands):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
     Examples:
+      cmjax demo                 EP320 generation with a bundled model, compared with its reference
       cmjax info                 the machine, its instances and planes, and the collectives in use
       cmjax info --ep 8 --json   the same for a small machine, as one JSON object
       cmjax COMMAND --help       what a command does, with examples""",

@@ -25,8 +25,8 @@ class TrafficEntry:
     collective: str
     calls: int
     num_bytes: np.ndarray
-    modelled_s: float = 0.0  # delay the DelayModel asked for, summed over calls (mean over ranks)
-    exposed_s: float = 0.0  # the part of it no work was hidden behind
+    modelled_s: float = 0.0  # the DelayModel's time from the last start to the last completion, summed over calls
+    exposed_s: float = 0.0  # the part of it after the last rank was done with its work
 
     @property
     def wire_bytes(self) -> int:

@@ -25,7 +25,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 
-from cmjax.mesh.layout import Layout
+from cmjax.mesh.layout import Layout, checked_perm
 from cmjax.mesh.settings import COLLECTIVES, Forms, Settings
 
 Array = jax.Array
@@ -95,8 +95,7 @@ def make_primitives(
         primitive.def_impl(functools.partial(_impl, primitive))
         mlir.register_lowering(primitive, lower_lax, cacheable=False)
         mlir.register_lowering(primitive, lower_cpu, platform="cpu", cacheable=False)
-        batching.primitive_batchers[primitive] = functools.partial(_refuse, name, "jax.vmap", "a batching rule")
-        ad.primitive_jvps[primitive] = functools.partial(_refuse, name, "differentiation", "a derivative")
+        refuse(primitive, name)
         return primitive
 
     return Primitives(make("plain"), make("start"), make("done"), alone)
@@ -119,6 +118,42 @@ def make_params(
         "forms": forms,
         "perm": perm,
     }
+
+
+def refuse(primitive: Primitive, name: str) -> None:
+    """Makes `jax.vmap` and differentiation of the primitive one clear error each."""
+    batching.primitive_batchers[primitive] = functools.partial(_raise, name, "jax.vmap", "a batching rule")
+    ad.primitive_jvps[primitive] = functools.partial(_raise, name, "differentiation", "a derivative")
+
+
+def run_each(
+    run: Callable[..., Any],
+    name: str,
+    primitives: Primitives,
+    forms: Forms,
+    make_layout: Callable[[Array, int], Layout],
+    x: Any,
+    axis_name: AxisName,
+    channel: str | None,
+    plane: str,
+    perm: Sequence[tuple[int, int]] = (),
+) -> Any:
+    """`run` for every array in the tree `x`; arrays that share a named channel get numbers of their own."""
+    leaves, tree = jax.tree.flatten(x)
+    results = []
+    for i, leaf in enumerate(as_data(name, leaf) for leaf in leaves):
+        check_dtype(name, leaf.dtype)
+        layout = make_layout(leaf, lax.axis_size(axis_name))
+        own_channel = channel if channel is None or len(leaves) == 1 else f"{channel}[{i}]"
+        pairs = checked_perm(perm, layout.num_ranks)
+        results.append(run(primitives, layout, make_params(layout, axis_name, own_channel, plane, forms, pairs), leaf))
+    return jax.tree.unflatten(tree, results)
+
+
+def as_data(name: str, x: Any) -> Array:
+    """`x` as an array; what a sum is to count, as int32."""
+    array = jnp.asarray(x)
+    return array.astype(jnp.int32) if name.startswith("psum") and array.dtype == np.bool_ else array
 
 
 def run_plain(primitives: Primitives, layout: Layout, params: Params, x: Array, *extras: Array) -> Array:
@@ -229,7 +264,7 @@ def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
     return jax.jit(functools.partial(primitive.bind, **params))(*operands)
 
 
-def _refuse(name: str, what: str, rule: str, *_: Any, **__: Any) -> Any:
+def _raise(name: str, what: str, rule: str, *_: Any, **__: Any) -> Any:
     raise NotImplementedError(f"fabric.{name} does not have {rule}: take {what} out of the exchange")
 
 

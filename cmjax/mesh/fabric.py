@@ -6,8 +6,8 @@ other platforms it lowers to `jax.lax`. Callers never ask which; `status()` tell
 
 Each collective also comes in two halves. `NAME_start` says that this rank's data is ready and returns a `Token` at
 once; `NAME_done` takes the same data and the token and returns the result. Work placed between the two hides the
-exchange: pass it (any pytree of arrays) as `hide_behind`, which fixes the order on every executor. Use each token
-once. Trees of arrays are exchanged leaf by leaf.
+exchange: pass what it gives (any pytree of arrays) as `hide_behind`, and what it takes through `after(token, ...)`,
+which together fix the order on every executor. Use each token once. Trees of arrays are exchanged leaf by leaf.
 
 `channel` names an exchange. By default each call in a program has its own. Two calls that have no data dependence
 and come from one cached jitted function (two microbatches, say) must be given different ones. `plane` is the network
@@ -32,11 +32,14 @@ from cmjax.mesh.exchange import (
     AxisName,
     Params,
     Token,
+    as_data,
     check_dtype,
     exchange_bytes,
     make_params,
     make_primitives,
+    refuse,
     run_done,
+    run_each,
     run_plain,
     run_start,
 )
@@ -45,7 +48,6 @@ from cmjax.mesh.layout import (
     Layout,
     all_gather_layout,
     all_to_all_layout,
-    checked_perm,
     checked_ragged_index,
     place_ragged_rows,
     psum_scatter_layout,
@@ -67,6 +69,7 @@ __all__ = [
     "TrafficBooks",
     "TrafficEntry",
     "TrafficSnapshot",
+    "after",
     "all_gather",
     "all_gather_done",
     "all_gather_start",
@@ -92,6 +95,7 @@ __all__ = [
     "ragged_all_to_all_start",
     "record",
     "status",
+    "time_memcpy",
 ]
 
 Array = jax.Array
@@ -101,6 +105,7 @@ books = TrafficBooks()
 record = books.record
 configure = _SETTINGS.configure
 status = _SETTINGS.status
+time_memcpy = _SETTINGS.time_memcpy
 
 
 def all_to_all(
@@ -209,7 +214,7 @@ def done(x: Any, token: Any, hide_behind: Any = None) -> Any:
 
     def end(leaf: Any, one: Token) -> Array:
         name = one.layout.name
-        return run_done(_PRIMITIVES[name], one, hide_behind, _as_data(name, leaf))
+        return run_done(_PRIMITIVES[name], one, hide_behind, as_data(name, leaf))
 
     return jax.tree.map(end, x, token)
 
@@ -266,36 +271,12 @@ def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_beh
     return run_done(_PRIMITIVES[token.layout.name], token, hide_behind, operand, output)
 
 
-def _each(
-    run: Callable[..., Any],
-    name: str,
-    make_layout: Callable[[Array, int], Layout],
-    x: Any,
-    axis_name: AxisName,
-    channel: str | None,
-    plane: str,
-    perm: Sequence[tuple[int, int]] = (),
-) -> Any:
-    """`run` for every array in the tree `x`; arrays that share a named channel get numbers of their own."""
-    leaves, tree = jax.tree.flatten(x)
-    results = []
-    for i, leaf in enumerate(_as_data(name, leaf) for leaf in leaves):
-        check_dtype(name, leaf.dtype)
-        layout = make_layout(leaf, lax.axis_size(axis_name))
-        own_channel = channel if channel is None or len(leaves) == 1 else f"{channel}[{i}]"
-        pairs = checked_perm(perm, layout.num_ranks)
-        params = make_params(layout, axis_name, own_channel, plane, _SETTINGS.forms, pairs)
-        results.append(run(_PRIMITIVES[name], layout, params, leaf))
-    return jax.tree.unflatten(tree, results)
+def _each(run: Callable[..., Any], name: str, *call: Any) -> Any:
+    return run_each(run, name, _PRIMITIVES[name], _SETTINGS.forms, *call)
 
 
 def _whole(name: str) -> Callable[[Array, int], Layout]:
     return lambda _, num_ranks: Layout(name, num_ranks)
-
-
-def _as_data(name: str, x: Any) -> Array:
-    array = jnp.asarray(x)
-    return array.astype(jnp.int32) if name.startswith("psum") and array.dtype == np.bool_ else array
 
 
 def _ragged(axis_name: AxisName, channel: str | None, plane: str, operand: Array) -> tuple[Layout, Params]:
@@ -380,19 +361,43 @@ def empty(shape: Sequence[int], dtype: Any) -> Array:
     return _EMPTY.bind(shape=tuple(shape), dtype=jnp.dtype(dtype))
 
 
-def _lower_empty(ctx: mlir.LoweringRuleContext, **_: Any) -> Sequence[Any]:
-    # The side effect keeps two of them from becoming one, and one in a loop from leaving it: either would cost a copy.
-    if _SETTINGS.native().library is None:
-        return _lower_lax_empty(ctx, **_)
-    return jax.ffi.ffi_lowering("cmjax_fabric_empty", has_side_effect=True)(ctx)
+def after(token: Any, x: Any) -> Any:
+    """`x`, to be had only once the exchange of `token` (or all of several) has been started; no copy, no work.
+
+    Give it to the work that an exchange should hide behind: an executor with all its threads busy may otherwise run
+    that work before the start.
+    """
+    stamps = [one.stamp for one in jax.tree.leaves(token, is_leaf=lambda leaf: isinstance(leaf, Token))]
+    return jax.tree.map(lambda leaf: _AFTER.bind(jnp.asarray(leaf), *stamps), x)
 
 
-def _lower_lax_empty(ctx: mlir.LoweringRuleContext, *, shape: tuple[int, ...], dtype: np.dtype) -> Sequence[Any]:
-    return mlir.lower_fun(lambda: lax.empty(shape, dtype), multiple_results=False)(ctx)
+def _lower_in_memory(aliases: dict[int, int] | None, ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -> Any:
+    # The side effect keeps two empty arrays from becoming one, and one in a loop from leaving it: either costs a copy.
+    lowering = jax.ffi.ffi_lowering(
+        "cmjax_fabric_nothing", has_side_effect=aliases is None, operand_output_aliases=aliases
+    )
+    return lowering(ctx, *operands)
 
 
-_EMPTY = Primitive("fabric_empty")
-_EMPTY.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
-_EMPTY.def_impl(lambda **params: jax.jit(lambda: _EMPTY.bind(**params))())
-mlir.register_lowering(_EMPTY, _lower_lax_empty, cacheable=False)
-mlir.register_lowering(_EMPTY, _lower_empty, platform="cpu", cacheable=False)
+def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: Any) -> Primitive:
+    """A primitive that is a handler doing nothing on CPU, and `portable` elsewhere or where there is no library."""
+
+    def lower_portable(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        return mlir.lower_fun(portable, multiple_results=False)(ctx, *operands, **params)
+
+    def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        if _SETTINGS.native().library is None:
+            return lower_portable(ctx, *operands, **params)
+        return _lower_in_memory(aliases, ctx, *operands)
+
+    primitive = Primitive(f"fabric_{name}")
+    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(lambda *operands, **params: jax.jit(partial(primitive.bind, **params))(*operands))
+    mlir.register_lowering(primitive, lower_portable, cacheable=False)
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu", cacheable=False)
+    refuse(primitive, name)
+    return primitive
+
+
+_EMPTY = _in_memory("empty", lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype), lax.empty, None)
+_AFTER = _in_memory("after", lambda x, *_: x, lambda x, *stamps: lax.optimization_barrier((x, stamps))[0], {0: 0})

@@ -4,10 +4,12 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from typing import Literal, get_args
 
 import jax
+import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.mesh.native import build as native_build
@@ -165,6 +167,16 @@ class Settings:
                 reason += f"; lax.ragged_all_to_all {self._ragged_reason(platform)}"
             statuses[name] = FormStatus(form, reason)
         return statuses
+
+    def time_memcpy(self, num_bytes: int) -> float:
+        """Seconds for a plain copy of `num_bytes` by the threads an exchange uses: the bound a bench compares with."""
+        library = self.native().library
+        if library is None:
+            raise FabricError(f"time_memcpy needs the C++ fabric, but {self.native().reason}")
+        source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+        start = time.perf_counter()
+        library.cmjax_fabric_memcpy(target.ctypes.data, source.ctypes.data, num_bytes)
+        return time.perf_counter() - start
 
     def _ragged_reason(self, platform: str) -> str:
         if self.forms.ragged == "padded":

@@ -6,6 +6,7 @@ from cmjax.model.model import Model, check_token_ids, expert_maps, load
 from cmjax.model.params import (
     AttentionParams,
     LayerParams,
+    Leaf,
     MlpParams,
     MoeParams,
     MtpParams,
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionParams",
     "DecodeBatch",
     "LayerParams",
+    "Leaf",
     "MlpParams",
     "Model",
     "ModelConfig",

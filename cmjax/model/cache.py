@@ -10,7 +10,7 @@ from jax import lax
 
 
 def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return the cache with `rows[tokens, width]` at the slots `int32[tokens]` of one layer; a slot of -1 is skipped."""
+    """Return the cache with `rows[tokens, width]` at the slots `int32[tokens]` of one layer; slot -1 is skipped."""
     layers, slots, width = cache.shape
     index = jnp.where(slot_mapping < 0, layers * slots, layer * slots + slot_mapping)
     flat = cache.reshape(layers * slots, width).at[index].set(rows.astype(cache.dtype), mode="drop")
@@ -18,9 +18,14 @@ def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array
 
 
 def read_blocks(
-    cache: jax.Array, layer: jax.Array | int, block_table: jax.Array, first_block: jax.Array | int, num_blocks: int, block_size: int
+    cache: jax.Array,
+    layer: jax.Array | int,
+    block_table: jax.Array,
+    first_block: jax.Array | int,
+    num_blocks: int,
+    block_size: int,
 ) -> jax.Array:
-    """Return rows `[requests, num_blocks * block_size, width]` of one layer, from `block_table int32[requests, blocks]`.
+    """Return rows `[requests, num_blocks * block_size, width]` of a layer, from `block_table int32[requests, blocks]`.
 
     Unused entries (-1) read block 0: the caller masks what lies beyond a request's length.
     """
@@ -33,5 +38,7 @@ def read_blocks(
 
 def slots_of(block_table: jax.Array, positions: jax.Array, block_size: int) -> jax.Array:
     """Return the slot `int32[requests]` of one position each, -1 where the table has no block for it."""
-    block = jnp.take_along_axis(block_table, (positions // block_size)[:, None], axis=1, mode="fill", fill_value=-1)[:, 0]
+    block = jnp.take_along_axis(block_table, (positions // block_size)[:, None], axis=1, mode="fill", fill_value=-1)[
+        :, 0
+    ]
     return jnp.where(block < 0, -1, block * block_size + positions % block_size)

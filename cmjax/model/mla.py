@@ -41,7 +41,7 @@ def mla_prolog(
     """
     tokens = x.shape[0]
     q_in = x
-    if params.q_a is not None:
+    if params.q_a is not None and params.q_a_norm is not None:
         q_in = rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, _LATENT_NORM_EPS)
     q = linear(q_in, params.q_b.reshape(-1, params.q_b.shape[-1])).reshape(tokens, *params.q_b.shape[:2])
     q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)

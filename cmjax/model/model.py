@@ -1,5 +1,6 @@
 """A loaded model: config and weights on the host, and its logits on one device."""
 
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -37,9 +38,9 @@ def _all_logits(
         num_slots = batch.block_table.size * spec.block_size
         cache = fabric.empty((config.num_cache_layers, num_slots, config.latent_width), params.embed.dtype)
         if not with_mtp:
-            params = params.replace(mtp=None)
+            params = dataclasses.replace(params, mtp=None)
         output, mtp_hidden = prefill_pass(params, maps[:, 0], cache, batch, spec)
-        return mtp_head(params, mtp_hidden) if with_mtp else lm_head(params, output.hidden)
+        return lm_head(params, output.hidden) if mtp_hidden is None else mtp_head(params, mtp_hidden)
 
     specs = (param_specs(params, _AXIS), PartitionSpec(), PartitionSpec())
     return jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
@@ -146,5 +147,5 @@ def load(path: str | os.PathLike[str], dtype: Any = jnp.float32) -> Model:
     Raises:
         UserError: what is missing, truncated, misshapen or not supported, by name.
     """
-    config, params, digest = load_checkpoint(path, dtype=np.dtype(dtype))
+    config, params, digest = load_checkpoint(os.fspath(path), dtype=np.dtype(dtype))
     return Model(config, params, digest)

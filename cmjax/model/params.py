@@ -21,7 +21,9 @@ import numpy as np
 
 from cmjax.model.config import ModelConfig
 
-Leaf = Callable[[tuple[int, ...], Any], Any]  # (shape, dtype) -> array
+# An array, or what stands for one: numpy's on the host, a ShapeDtypeStruct, a PartitionSpec in a tree of specs.
+Leaf = Any
+MakeLeaf = Callable[[tuple[int, ...], Any], Leaf]  # (shape, dtype) -> array
 
 
 @flax.struct.dataclass
@@ -94,7 +96,7 @@ class Params:
 
 
 def build_params(
-    config: ModelConfig, dtype: Any, leaf: Leaf, *, mtp_head: bool = True, mtp_embed: bool = True
+    config: ModelConfig, dtype: Any, leaf: MakeLeaf, *, mtp_head: bool = True, mtp_embed: bool = True
 ) -> Params:
     """The tree for `config`, each leaf made by `leaf(shape, dtype)`.
 
@@ -124,7 +126,7 @@ def build_params(
     )
 
 
-def _layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: Leaf) -> LayerParams:
+def _layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: MakeLeaf) -> LayerParams:
     hidden, experts, width = config.hidden_size, config.num_routed_experts, config.moe_intermediate_size
     shared = config.num_shared_experts * width
     mlp: MlpParams | MoeParams
@@ -145,11 +147,11 @@ def _layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: 
     )
 
 
-def _mlp(lead: tuple[int, ...], hidden: int, width: int, dtype: np.dtype, leaf: Leaf) -> MlpParams:
+def _mlp(lead: tuple[int, ...], hidden: int, width: int, dtype: np.dtype, leaf: MakeLeaf) -> MlpParams:
     return MlpParams(w13=leaf((*lead, 2 * width, hidden), dtype), w2=leaf((*lead, hidden, width), dtype))
 
 
-def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: Leaf) -> AttentionParams:
+def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: MakeLeaf) -> AttentionParams:
     hidden, heads, rank, bias = (
         config.hidden_size,
         config.num_attention_heads,

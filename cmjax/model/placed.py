@@ -1,6 +1,7 @@
 """Parameters on a mesh: experts by physical slot, everything else replicated."""
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ def num_placed_layers(config: ModelConfig) -> int:
 
 
 def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> ExpertPlacement | None:
-    """Place a model's experts on `ep_size` ranks, None for a model without any; `counts` as for `ExpertPlacement.plan`."""
+    """Place a model's experts on `ep_size` ranks, None without any; `counts`: see `ExpertPlacement.plan`."""
     if not num_placed_layers(config):
         return None
     return ExpertPlacement.plan(
@@ -40,14 +41,12 @@ def param_specs(params: Params, axis_name: str) -> Any:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def _split_shared(shared: MlpParams, num_shared: int) -> MlpParams:
+def _split_shared(shared: MlpParams, num_shared: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut the shared MLP, `w13[L, 2nf, H]` and `w2[L, H, nf]`, into n experts: `[L, n, 2f, H]` and `[L, n, H, f]`."""
     layers, _, hidden = shared.w13.shape
     w13 = np.asarray(shared.w13).reshape(layers, 2, num_shared, -1, hidden)
     w2 = np.asarray(shared.w2).reshape(layers, hidden, num_shared, -1)
-    return MlpParams(
-        w13=w13.transpose(0, 2, 1, 3, 4).reshape(layers, num_shared, -1, hidden), w2=w2.transpose(0, 2, 1, 3)
-    )
+    return w13.transpose(0, 2, 1, 3, 4).reshape(layers, num_shared, -1, hidden), w2.transpose(0, 2, 1, 3)
 
 
 def _place_experts(
@@ -55,40 +54,41 @@ def _place_experts(
 ) -> jax.Array:
     """Lay experts `[L, E, ...]` (then the shared ones, `[L, n, ...]`) out by slot, each device's part on its own."""
     num_layers, num_routed = routed.shape[:2]
-    num_slots = logical_of_slot.shape[1]
     if shared is None and np.array_equal(logical_of_slot, np.tile(np.arange(num_routed), (num_layers, 1))):
         return jax.device_put(routed, sharding)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         logical = logical_of_slot[:, index[1]]
         out = np.empty((*logical.shape, *routed.shape[2:]), routed.dtype)
         for layer, row in enumerate(logical):
             for slot, expert in enumerate(row):
-                source = routed[layer, expert] if expert < num_routed else shared[layer, expert - num_routed]
-                out[layer, slot] = source
+                if shared is None or expert < num_routed:
+                    out[layer, slot] = routed[layer, expert]
+                else:
+                    out[layer, slot] = shared[layer, expert - num_routed]
         return out
 
-    return jax.make_array_from_callback((num_layers, num_slots, *routed.shape[2:]), sharding, part)
+    return jax.make_array_from_callback((*logical_of_slot.shape, *routed.shape[2:]), sharding, part)
 
 
-def _place_layers(
-    layers: LayerParams | None, logical_of_slot: np.ndarray | None, placement: ExpertPlacement | None, mesh: Mesh
-) -> LayerParams | None:
-    if layers is None:
-        return None
+def _place_layers(layers: LayerParams, logical_of_slot: np.ndarray, placement: Any, mesh: Mesh) -> LayerParams:
     replicated = NamedSharding(mesh, PartitionSpec())
-    if not isinstance(layers.mlp, MoeParams):
+    mlp = layers.mlp
+    if not isinstance(mlp, MoeParams):
         return jax.device_put(layers, replicated)
-    mlp, parts = layers.mlp, None
-    if placement.num_shared_replicas:
-        parts, mlp = _split_shared(mlp.shared, placement.num_shared_experts), mlp.replace(shared=None)
-    sharding = NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names))
+    shared: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    if mlp.shared is not None and placement.num_shared_replicas:
+        shared = _split_shared(mlp.shared, placement.num_shared_experts)
+        mlp = dataclasses.replace(mlp, shared=None)
+    by_slot = NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names))
     experts = MlpParams(
-        w13=_place_experts(np.asarray(mlp.experts.w13), parts and parts.w13, logical_of_slot, sharding),
-        w2=_place_experts(np.asarray(mlp.experts.w2), parts and parts.w2, logical_of_slot, sharding),
+        w13=_place_experts(np.asarray(mlp.experts.w13), shared[0], logical_of_slot, by_slot),
+        w2=_place_experts(np.asarray(mlp.experts.w2), shared[1], logical_of_slot, by_slot),
     )
-    rest = jax.device_put(layers.replace(mlp=mlp.replace(experts=None)), replicated)
-    return rest.replace(mlp=rest.mlp.replace(experts=experts))
+    nothing: Any = None
+    rest = dataclasses.replace(layers, mlp=dataclasses.replace(mlp, experts=nothing))
+    placed: Any = jax.device_put(rest, replicated)
+    return dataclasses.replace(placed, mlp=dataclasses.replace(placed.mlp, experts=experts))
 
 
 def place_params(params: Params, placement: ExpertPlacement | None, mesh: Mesh) -> Params:
@@ -96,15 +96,18 @@ def place_params(params: Params, placement: ExpertPlacement | None, mesh: Mesh) 
 
     On CPU devices a replicated array shares the host's buffer; an instance costs only its redundant copies.
     """
-    maps = None if placement is None else placement.physical_to_logical
+    maps = np.zeros((0, 0), np.int32) if placement is None else placement.physical_to_logical
     num_moe = 0 if params.moe is None else params.moe.input_norm.shape[0]
-    mtp = params.mtp
-    rest = params.replace(dense=None, moe=None, mtp=mtp and mtp.replace(layer=None))
+    layers = {
+        "dense": params.dense and _place_layers(params.dense, maps, placement, mesh),
+        "moe": params.moe and _place_layers(params.moe, maps[:num_moe], placement, mesh),
+    }
+    mtp, nothing = params.mtp, cast(Any, None)
+    rest = dataclasses.replace(
+        params, dense=None, moe=None, mtp=None if mtp is None else dataclasses.replace(mtp, layer=nothing)
+    )
     placed = jax.device_put(rest, NamedSharding(mesh, PartitionSpec()))
     if mtp is not None:
-        mtp_maps = None if maps is None else maps[num_moe:]
-        placed = placed.replace(mtp=placed.mtp.replace(layer=_place_layers(mtp.layer, mtp_maps, placement, mesh)))
-    return placed.replace(
-        dense=_place_layers(params.dense, None, None, mesh),
-        moe=_place_layers(params.moe, None if maps is None else maps[:num_moe], placement, mesh),
-    )
+        layer = _place_layers(mtp.layer, maps[num_moe:], placement, mesh)
+        layers["mtp"] = dataclasses.replace(placed.mtp, layer=layer)
+    return dataclasses.replace(placed, **layers)

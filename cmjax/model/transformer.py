@@ -6,6 +6,7 @@ the layers as a function; all the rest is one code.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from cmjax.mesh import fabric
 from cmjax.model.cache import slots_of, write_rows
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import LocalSequences, attend_absorbed, attend_expanded, mla_prolog, rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, MoeParams, Params
+from cmjax.model.params import AttentionParams, LayerParams, Leaf, MlpParams, MoeParams, MtpParams, Params
 from cmjax.moe import Exchange, ExpertParams, RouterConfig, moe_ffn, swiglu
 from cmjax.quant import linear
 
@@ -73,12 +74,12 @@ class PrefillBatch:
         block_table: `int32[sequences, max blocks]`, -1 padded; also holds the blocks of tokens computed before.
     """
 
-    token_ids: jax.Array
-    next_token_ids: jax.Array
-    positions: jax.Array
-    slot_mapping: jax.Array
-    query_start: jax.Array
-    block_table: jax.Array
+    token_ids: Leaf
+    next_token_ids: Leaf
+    positions: Leaf
+    slot_mapping: Leaf
+    query_start: Leaf
+    block_table: Leaf
 
 
 @flax.struct.dataclass
@@ -92,10 +93,10 @@ class DecodeBatch:
         block_table: `int32[requests, max blocks]`, -1 padded.
     """
 
-    token_ids: jax.Array
-    positions: jax.Array
-    last_positions: jax.Array
-    block_table: jax.Array
+    token_ids: Leaf
+    positions: Leaf
+    last_positions: Leaf
+    block_table: Leaf
 
 
 @flax.struct.dataclass
@@ -136,46 +137,62 @@ def _layer_runs(config: ModelConfig) -> list[_Run]:
     return runs
 
 
-def _without_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
-    """Split off the experts: a scan over layers would copy all of a layer's experts to read a few of them."""
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What all layers of one pass share. `channel` names the pass: "prefill" or "decode"."""
+
+    spec: RankSpec
+    channel: str
+    attend: Attend
+    is_valid: jax.Array
+    expert_to_slot: jax.Array
+
+
+def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
+    """Take the experts out: a scan over layers would copy all of a layer's experts to read a few of them."""
     if not isinstance(layers.mlp, MoeParams):
         return layers, None
     experts = ExpertParams(layers.mlp.experts.w13, layers.mlp.experts.w2)
-    return layers.replace(mlp=layers.mlp.replace(experts=None)), experts
+    nothing: Any = None
+    return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), experts
 
 
 def _decoder_layer(
     params: LayerParams,
     experts: ExpertParams | None,
-    expert_layer: Any,
-    expert_to_slot: jax.Array | None,
+    stack_index: Any,
+    map_index: Any,
+    cache_layer: Any,
     x: jax.Array,
     cache: jax.Array,
-    cache_layer: Any,
-    is_valid: jax.Array,
-    attend: Attend,
-    spec: RankSpec,
+    context: _Context,
     channel: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One layer: `(x, cache, num_tokens_per_expert or None)`; `params` is one layer's, `experts` all layers'."""
-    eps = spec.config.rms_norm_eps
+    """One layer: `(x, cache, num_tokens_per_expert or None)`.
+
+    `params` is this layer's; `experts` are its whole stack's, in which it is number `stack_index`;
+    `map_index` is its row of the placement.
+    """
+    spec = context.spec
     with jax.named_scope("attention"):
-        attended, cache = attend(params.attn, rms_norm(x, params.input_norm, eps), cache, cache_layer)
+        normed = rms_norm(x, params.input_norm, spec.config.rms_norm_eps)
+        attended, cache = context.attend(params.attn, normed, cache, cache_layer)
     with jax.named_scope("oproj"):
         x = x + linear(attended, params.attn.o, params.attn.o_bias)
-    normed = rms_norm(x, params.post_attn_norm, eps)
-    if experts is None:
-        with jax.named_scope("mlp"):
-            return x + swiglu(normed, params.mlp.w13, params.mlp.w2), cache, None
+    normed = rms_norm(x, params.post_attn_norm, spec.config.rms_norm_eps)
     mlp = params.mlp
+    if not isinstance(mlp, MoeParams) or experts is None:
+        assert isinstance(mlp, MlpParams)  # experts belong to MoeParams
+        with jax.named_scope("mlp"):
+            return x + swiglu(normed, mlp.w13, mlp.w2), cache, None
     y, load = moe_ffn(
         normed,
         mlp.router,
         mlp.router_bias,
         experts,
-        expert_layer,
-        expert_to_slot,
-        is_valid,
+        stack_index,
+        context.expert_to_slot[map_index],
+        context.is_valid,
         router_config=spec.router,
         exchange=spec.exchange,
         num_dispatched_shared=spec.num_dispatched_shared,
@@ -188,36 +205,29 @@ def _decoder_layer(
 
 
 def _run_layers(
-    params: Params,
-    expert_to_slot: jax.Array,
-    x: jax.Array,
-    cache: jax.Array,
-    is_valid: jax.Array,
-    attend: Attend,
-    spec: RankSpec,
-    channel: str,
+    params: Params, x: jax.Array, cache: jax.Array, context: _Context
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """All decoder layers: `(x, cache, [num_tokens_per_expert [layers of a run, local slots]])`."""
     loads: list[jax.Array] = []
-    for run in _layer_runs(spec.config):
+    for run in _layer_runs(context.spec.config):
         stack = params.moe if run.is_moe else params.dense
-        layers, experts = _without_experts(stack)
-        stop = run.stack_start + run.count
-        if (run.stack_start, stop) != (0, layers.input_norm.shape[0]):
-            layers = jax.tree.map(lambda a: a[run.stack_start : stop], layers)  # noqa: B023
-        maps = expert_to_slot[run.stack_start : stop] if run.is_moe else None
-        name = f"{channel}/{'moe' if run.is_moe else 'dense'}{run.first_layer}"
+        assert stack is not None  # a run has layers
+        layers, experts = _split_experts(stack)
+        index = slice(run.stack_start, run.stack_start + run.count)
+        if index != slice(0, layers.input_norm.shape[0]):
+            layers = jax.tree.map(operator.itemgetter(index), layers)
+        name = f"{context.channel}/layer{run.first_layer}"
 
         def step(carry: tuple, xs: tuple, experts: Any = experts, name: str = name) -> tuple[tuple, Any]:
-            layer_params, expert_map, expert_layer, cache_layer = xs
-            *carry, load = _decoder_layer(
-                layer_params, experts, expert_layer, expert_map, *carry, cache_layer, is_valid, attend, spec, name
+            layer_params, stack_index, cache_layer = xs
+            x, cache = carry
+            x, cache, load = _decoder_layer(
+                layer_params, experts, stack_index, stack_index, cache_layer, x, cache, context, name
             )
-            return tuple(carry), load
+            return (x, cache), load
 
-        indices = jnp.arange(run.count)
-        xs = (layers, maps, run.stack_start + indices, run.first_layer + indices)
-        (x, cache), load = lax.scan(step, (x, cache), xs)
+        count = jnp.arange(run.count)
+        (x, cache), load = lax.scan(step, (x, cache), (layers, run.stack_start + count, run.first_layer + count))
         if load is not None:
             loads.append(load)
     return x, cache, loads
@@ -235,49 +245,32 @@ def lm_head(params: Params, hidden: jax.Array) -> jax.Array:
 
 def mtp_head(params: Params, hidden: jax.Array) -> jax.Array:
     """Return `float32[tokens, vocabulary]` for the MTP module's hidden states."""
-    head = params.mtp.head
+    head = None if params.mtp is None else params.mtp.head
     return lm_head(params, hidden) if head is None else linear(hidden, head).astype(jnp.float32)
 
 
-def _pass(
-    params: Params,
-    expert_to_slot: jax.Array,
-    token_ids: jax.Array,
-    cache: jax.Array,
-    is_valid: jax.Array,
-    attend: Attend,
-    spec: RankSpec,
-    channel: str,
+def _main_pass(
+    params: Params, token_ids: jax.Array, cache: jax.Array, context: _Context
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    x, cache, loads = _run_layers(
-        params, expert_to_slot, _embed(params.embed, token_ids), cache, is_valid, attend, spec, channel
-    )
-    return rms_norm(x, params.norm, spec.config.rms_norm_eps), cache, loads
+    """The model without its MTP module: `(hidden after the final norm, cache, loads)`."""
+    x, cache, loads = _run_layers(params, _embed(params.embed, token_ids), cache, context)
+    return rms_norm(x, params.norm, context.spec.config.rms_norm_eps), cache, loads
 
 
 def _mtp_pass(
-    params: Params,
-    expert_to_slot: jax.Array,
-    hidden: jax.Array,
-    next_token_ids: jax.Array,
-    cache: jax.Array,
-    is_valid: jax.Array,
-    attend: Attend,
-    spec: RankSpec,
-    channel: str,
+    params: Params, mtp: MtpParams, hidden: jax.Array, next_token_ids: jax.Array, cache: jax.Array, context: _Context
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The MTP module: from the hidden state at t and the token at t+1, the hidden state that predicts t+2."""
-    mtp, eps = params.mtp, spec.config.rms_norm_eps
+    config = context.spec.config
     embedding = _embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
-    both = jnp.concatenate([rms_norm(embedding, mtp.enorm, eps), rms_norm(hidden, mtp.hnorm, eps)], axis=-1)
-    x = linear(both, mtp.eh_proj)
-    layers, experts = _without_experts(mtp.layer)
-    layer = jax.tree.map(lambda a: a[0], layers)
-    expert_map = None if experts is None else expert_to_slot[-1]
+    parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
+    x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
+    layers, experts = _split_experts(mtp.layer)
+    layer = jax.tree.map(operator.itemgetter(0), layers)
     x, cache, load = _decoder_layer(
-        layer, experts, 0, expert_map, x, cache, spec.config.num_hidden_layers, is_valid, attend, spec, f"{channel}/mtp"
+        layer, experts, 0, -1, config.num_hidden_layers, x, cache, context, f"{context.channel}/mtp"
     )
-    return rms_norm(x, mtp.norm, eps), cache, [] if load is None else [load[None]]
+    return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
 def _stack_loads(loads: list[jax.Array]) -> jax.Array:
@@ -328,26 +321,24 @@ def prefill_pass(
 
         return attend
 
-    is_valid = local(batch.slot_mapping) >= 0
-    attend = attend_with(batch.slot_mapping, "prefill/latents")
-    hidden, cache, loads = _pass(
-        params, expert_to_slot, local(batch.token_ids), cache, is_valid, attend, spec, "prefill"
+    context = _Context(
+        spec=spec,
+        channel="prefill",
+        attend=attend_with(batch.slot_mapping, "prefill/latents"),
+        is_valid=local(batch.slot_mapping) >= 0,
+        expert_to_slot=expert_to_slot,
     )
+    hidden, cache, loads = _main_pass(params, local(batch.token_ids), cache, context)
     mtp_hidden = None
     if params.mtp is not None:
         next_token_ids = local(batch.next_token_ids)
         slots = jnp.where(batch.next_token_ids < 0, -1, batch.slot_mapping)
-        mtp_hidden, cache, mtp_loads = _mtp_pass(
-            params,
-            expert_to_slot,
-            hidden,
-            next_token_ids,
-            cache,
-            is_valid & (next_token_ids >= 0),
-            attend_with(slots, "prefill/mtp_latents"),
-            spec,
-            "prefill",
+        context = dataclasses.replace(
+            context,
+            attend=attend_with(slots, "prefill/mtp_latents"),
+            is_valid=context.is_valid & (next_token_ids >= 0),
         )
+        mtp_hidden, cache, mtp_loads = _mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
         loads += mtp_loads
     return PassOutput(hidden, cache, _stack_loads(loads)), mtp_hidden
 
@@ -365,12 +356,9 @@ def decode_pass(
     def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
         cache = write_rows(cache, layer, slots, latent)
-        attended = attend_absorbed(
-            p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size
-        )
+        attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
         return attended, cache
 
-    hidden, cache, loads = _pass(
-        params, expert_to_slot, batch.token_ids, cache, is_valid, attend, spec, "decode"
-    )
+    context = _Context(spec, "decode", attend, is_valid, expert_to_slot)
+    hidden, cache, loads = _main_pass(params, batch.token_ids, cache, context)
     return PassOutput(hidden, cache, _stack_loads(loads))

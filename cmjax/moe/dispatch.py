@@ -33,7 +33,7 @@ def buffer_bytes(ep_size: int, local_batch: int, num_topk: int, num_local_expert
 
 @flax.struct.dataclass
 class DispatchHandle:
-    """What `combine` needs to undo a dispatch. R ranks, e local experts; "segment (r, j)" is rows of one peer and expert.
+    """What `combine` needs to undo a dispatch. R ranks, e local experts; "segment (r, j)": rows of one peer and expert.
 
     Attributes:
         choice_pos: `int32[tokens, topk]`: where each choice stands in the source's packed rows, -1 for none.

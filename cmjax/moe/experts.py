@@ -20,7 +20,7 @@ class ExpertParams:
 
 
 def swiglu(x: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    """Return `silu(gate) * up` through `w2`: `[rows, hidden]` for `x[rows, hidden]`, `w13[2f, hidden]`, `w2[hidden, f]`."""
+    """Return `w2 (silu(gate) * up)`, `[rows, hidden]`, for `x[rows, hidden]`, `w13[2f, hidden]`, `w2[hidden, f]`."""
     gate, up = jnp.split(linear(x, w13), 2, axis=-1)
     return linear(jax.nn.silu(gate) * up, w2)
 

@@ -11,10 +11,8 @@ from cmjax.moe.dispatch import (
     DispatchHandle,
     DispatchInFlight,
     ReceivedRows,
-    combine,
     combine_done,
     combine_start,
-    dispatch,
     dispatch_done,
     dispatch_start,
 )
@@ -90,9 +88,7 @@ class FabricExchange:
         """Second half of `combine`."""
         return combine_done(in_flight, hide_behind=hide_behind)
 
-    def combine(
-        self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str
-    ) -> jax.Array:
+    def combine(self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str) -> jax.Array:
         """See `cmjax.moe.combine`."""
         return self.combine_done(self.combine_start(rows, topk_weights, handle, channel=channel))
 

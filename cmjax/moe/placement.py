@@ -160,12 +160,12 @@ def _fill_slots(num_routed: int, num_shared: int, ep_size: int, num_local: int, 
             first, last = rank * num_routed // ep_size, (rank + 1) * num_routed // ep_size
             row[rank * num_local : rank * num_local + last - first] = np.arange(first, last)
     replica_count = np.bincount(row[row >= 0], minlength=num_routed)[:num_routed]
-    for slot in np.flatnonzero(row < 0):
+    for slot in map(int, np.flatnonzero(row < 0)):
         rank = slot // num_local
         here = np.isin(np.arange(num_routed), row[rank * num_local : (rank + 1) * num_local])
         # Fewest copies first; among equals start half the instance away, so that copies of one expert lie far apart.
         distance = (np.arange(num_routed) - (slot * num_routed // num_slots + num_routed // 2)) % num_routed
-        expert = np.lexsort((distance, replica_count, here))[0]
+        expert = int(np.lexsort((distance, replica_count, here))[0])
         row[slot] = expert
         replica_count[expert] += 1
     return row

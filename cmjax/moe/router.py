@@ -32,14 +32,12 @@ class RouterConfig:
 
 def router_scores(x: jax.Array, weight: jax.Array, config: RouterConfig) -> jax.Array:
     """Return `float32[tokens, experts]`, the scores of `x[tokens, hidden]` under `weight float32[experts, hidden]`."""
-    logits = lax.dot_general(
-        x.astype(jnp.float32), weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
+    logits = lax.dot_general(x.astype(jnp.float32), weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
     return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
 def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
-    """Mask the experts outside each token's best groups with -inf (0 would let them win over negative biased scores)."""
+    """Mask the experts outside each token's best groups with -inf (0 would win over negative biased scores)."""
     tokens = choice.shape[0]
     grouped = choice.reshape(tokens, config.num_expert_groups, -1)
     if config.topk_method == "noaux_tc":
@@ -52,9 +50,7 @@ def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def route(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, config: RouterConfig
-) -> tuple[jax.Array, jax.Array]:
+def route(x: jax.Array, weight: jax.Array, bias: jax.Array | None, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
     """Choose experts: `(topk_idx int32[tokens, topk], topk_weights float32[tokens, topk])`, logical experts.
 
     Args:

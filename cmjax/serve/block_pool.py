@@ -43,10 +43,10 @@ class BlockPool:
         """Blocks that can be allocated."""
         return len(self._free)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """Take `count` blocks, or None (and nothing taken) where too few are free."""
+    def take(self, count: int) -> list[int]:
+        """Take `count` blocks; asking for more than `num_free` is an error of the caller."""
         if count > len(self._free):
-            return None
+            raise ValueError(f"{count} blocks asked for, {len(self._free)} of {self.num_blocks} are free")
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -126,15 +127,17 @@ class Engine:
         config, settings, dtype = self.model.config, self.settings, self.model.dtype
         longest = config.max_position_embeddings
         if settings.max_model_len > longest:
-            raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
+            raise UserError(
+                f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}"
+            )
         ranks = {"decode": self.pools.decode[0].ep_size, "prefill": sum(one.ep_size for one in self.pools.prefill)}
         blocks = {"decode": self._decode_blocks, "prefill": self._prefill_blocks}
         needed = sum(ranks[r] * cache_bytes(config, blocks[r], settings.block_size, dtype) for r in ranks)
         available = psutil.virtual_memory().available
         if needed > available:
             raise UserError(
-                f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower max_model_len "
-                f"({settings.max_model_len}) or max_num_seqs_per_rank ({settings.max_num_seqs_per_rank})"
+                f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower "
+                f"max_model_len ({settings.max_model_len}) or max_num_seqs_per_rank ({settings.max_num_seqs_per_rank})"
             )
 
     def _requests(
@@ -177,17 +180,29 @@ class Engine:
             UserError: an empty prompt, a token id outside the vocabulary, a prompt that does not fit the cache.
         """
         requests = self._requests(prompts, sampling or SamplingParams())
-        notify = progress or (lambda *_: None)
         timings = Timings()
-        num_output = sum(r.sampling.max_tokens for r in requests)
+        try:
+            self._run(requests, timings, progress or (lambda *_: None))
+        except BaseException:
+            # What was under way is lost, and a cache given to a failed step with it: start the next call afresh.
+            for instance in self.prefill:
+                instance.reset()
+            self.decode.reset()
+            raise
+        prefill_load, decode_load = self.take_load()
+        return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load)
+
+    def _run(self, requests: Sequence[Request], timings: Timings, notify: Progress) -> None:
+        num_done, num_output = 0, sum(r.sampling.max_tokens for r in requests)
         notify("compile", 0, num_output)
         with _timed(timings, "compile_s"):
             self._warm_up(requests)
         self.take_load()
         waiting = deque(requests)
-        num_done = 0
         while waiting or self.decode.running():
-            num_done += self._admit(waiting, timings, lambda n, done=num_done: notify("prefill", done + n, num_output))
+            for num_first in self._admit(waiting, timings):
+                num_done += num_first
+                notify("prefill", num_done, num_output)
             self._release_finished()
             if self.decode.running():
                 with _timed(timings, "decode_s"):
@@ -197,11 +212,9 @@ class Engine:
                 num_done += taken
                 notify("decode", num_done, num_output)
                 self._release_finished()
-        prefill_load, decode_load = self.take_load()
-        return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load)
 
-    def _admit(self, waiting: deque[Request], timings: Timings, notify: Callable[[int], None]) -> int:
-        """Reserve decode places for waiting requests, prefill them, hand them over; return their first tokens' count.
+    def _admit(self, waiting: deque[Request], timings: Timings) -> Iterator[int]:
+        """Reserve decode places for waiting requests, prefill them, hand them over; yield each step's first tokens.
 
         The decode side reserves first, so that a prefilled prompt always has a place to go.
         """
@@ -211,28 +224,23 @@ class Engine:
             if not self.prefill[index].can_hold([*shares[index], waiting[0]]) or not self.decode.reserve(waiting[0]):
                 break
             shares[index].append(waiting.popleft())
-        runs = [instance.run(share) for instance, share in zip(self.prefill, shares, strict=True) if share]
-        sources = [instance for instance, share in zip(self.prefill, shares, strict=True) if share]
-        num_first = 0
+        runs = [(source, source.run(share)) for source, share in zip(self.prefill, shares, strict=True) if share]
+        longest = max((len(r.prompt_ids) for share in shares for r in share), default=1)
         while runs:
             # The instances take their steps at the same time, on devices of their own.
             with _timed(timings, "prefill_s"), ThreadPoolExecutor(len(runs)) as threads:
-                steps = list(threads.map(lambda run: next(run, None), runs))
-            for source, ended in zip(sources, steps, strict=True):
+                steps = list(threads.map(lambda run: next(run[1], None), runs))
+            for (source, _), ended in zip(runs, steps, strict=True):
                 if not ended:
                     continue
                 with _timed(timings, "handoff_s"):
-                    hand_off(source, self.decode, ended)
+                    hand_off(source, self.decode, ended, min_tokens=longest)
                 for one in ended:
                     one.request.append([one.token_id])
                     timings.prefill_tokens += len(one.request.prompt_ids)
-                num_first += len(ended)
-                notify(num_first)
-            going = [step is not None for step in steps]
-            runs = [run for run, goes in zip(runs, going, strict=True) if goes]
-            sources = [source for source, goes in zip(sources, going, strict=True) if goes]
+                yield len(ended)
+            runs = [run for run, step in zip(runs, steps, strict=True) if step is not None]
         self.decode.batch_changed()
-        return num_first
 
     def _release_finished(self) -> None:
         for request in self.decode.running():
@@ -242,10 +250,13 @@ class Engine:
     def _warm_up(self, requests: Sequence[Request]) -> None:
         """Compile the steps these requests will need, so that the phases time only themselves."""
         lengths = [len(r.prompt_ids) for r in requests]
-        share = sum(lengths) // len(self.prefill) + max(lengths)
+        share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
+        jobs = [functools.partial(instance.warm_up, share) for instance in self.prefill]
+        jobs.append(functools.partial(self.decode.warm_up, self.settings.steps_per_call))
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            list(threads.map(lambda job: job(), jobs))
         for instance in self.prefill:
-            instance.warm_up(min(share, sum(lengths)))
-        self.decode.warm_up(self.settings.steps_per_call)
+            hand_off(instance, self.decode, [], min_tokens=max(lengths))
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:
         """Return and forget the rows by logical expert since the last call: prefill's and decode's."""

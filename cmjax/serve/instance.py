@@ -37,9 +37,7 @@ def bucket(value: int, multiple: int) -> int:
 class PlacedModel:
     """A model on an instance's devices: params by slot, the placement as arrays, the static part of its steps."""
 
-    def __init__(
-        self, model: Model, instance: Instance, settings: EngineSettings, **expert_counts: int | None
-    ) -> None:
+    def __init__(self, model: Model, instance: Instance, settings: EngineSettings, **expert_counts: int | None) -> None:
         self.model = model
         self.instance = instance
         self.settings = settings
@@ -108,10 +106,15 @@ class PrefillInstance(PlacedModel):
 
     def __init__(self, model: Model, instance: Instance, settings: EngineSettings, num_blocks: int) -> None:
         super().__init__(model, instance, settings)
-        self.pool = BlockPool(num_blocks)
-        self.cache = new_cache(self.spec, num_blocks, model.dtype)
+        self.num_blocks = num_blocks
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
         self.num_step_tokens = bucket(settings.max_num_batched_tokens, instance.ep_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every prompt: a new cache, all blocks free."""
+        self.pool = BlockPool(self.num_blocks)
+        self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Prefilled]]:
         """Prefill whole prompts, in as many steps as the token budget needs.
@@ -121,7 +124,7 @@ class PrefillInstance(PlacedModel):
         """
         block_size = self.settings.block_size
         lengths = [len(r.prompt_ids) for r in requests]
-        tables = [self.pool.allocate(blocks_for(length, block_size)) for length in lengths]
+        tables = [self.pool.take(blocks_for(length, block_size)) for length in lengths]
         for chunks in plan_chunks(lengths, self.num_step_tokens, self.max_sequences):
             output = self.step(self.pack(requests, tables, chunks))
             token_ids = np.asarray(output.token_ids)
@@ -148,9 +151,7 @@ class PrefillInstance(PlacedModel):
 
     def warm_up(self, num_step_tokens: int) -> None:
         """Settle the tokens of a step, at most `max_num_batched_tokens`, and compile it by running it on padding."""
-        self.num_step_tokens = bucket(
-            min(num_step_tokens, self.settings.max_num_batched_tokens), self.instance.ep_size
-        )
+        self.num_step_tokens = bucket(min(num_step_tokens, self.settings.max_num_batched_tokens), self.instance.ep_size)
         jax.block_until_ready(self.step(self._empty_batch()).token_ids)
 
     def _empty_batch(self) -> PrefillBatch:
@@ -199,14 +200,18 @@ class DecodeInstance(PlacedModel):
         **expert_counts: int | None,
     ) -> None:
         super().__init__(model, instance, settings, **expert_counts)
-        ranks, places = instance.ep_size, settings.max_num_seqs_per_rank
-        self.pools = [BlockPool(num_blocks) for _ in range(ranks)]
-        self.cache = new_cache(self.spec, num_blocks, model.dtype)
+        self.num_blocks = num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every request: a new cache, all places and blocks free."""
+        ranks, places = self.instance.ep_size, self.settings.max_num_seqs_per_rank
+        self.pools = [BlockPool(self.num_blocks) for _ in range(ranks)]
+        self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
         self.requests: list[list[Request | None]] = [[None] * places for _ in range(ranks)]
         self.last_hidden: jax.Array | None = None
-        if model.params.mtp is not None:
-            shape = (ranks * places, model.config.hidden_size)
-            zeros = np.broadcast_to(np.zeros((), model.dtype), shape)
+        if self.model.params.mtp is not None:
+            zeros = np.zeros((ranks * places, self.model.config.hidden_size), self.model.dtype)
             self.last_hidden = jax.device_put(zeros, self.spec.by_rank())
         self._batch: DecodeBatch | None = None
 
@@ -218,7 +223,7 @@ class DecodeInstance(PlacedModel):
             return False
         request.decode_rank = rank
         request.decode_place = self.requests[rank].index(None)
-        request.decode_blocks = self.pools[rank].allocate(needed)
+        request.decode_blocks = self.pools[rank].take(needed)
         self.requests[rank][request.decode_place] = request
         return True
 
@@ -267,7 +272,7 @@ class DecodeInstance(PlacedModel):
         taken = 0
         for request in self.running():
             column = token_ids[:, request.decode_rank * places + request.decode_place]
-            taken += request.append(column[column >= 0])
+            taken += request.append(column[column >= 0].tolist())
         return taken
 
     def _decode(self, batch: DecodeBatch, num_steps: int) -> DecodeOutput:
@@ -279,7 +284,9 @@ class DecodeInstance(PlacedModel):
     def warm_up(self, num_steps: int) -> None:
         """Compile the step, by running it with every place empty."""
         batch = jax.device_put(self.host_batch(), self.spec.by_rank())
-        empty = batch.replace(positions=jax.device_put(np.full(batch.positions.shape, -1, np.int32), self.spec.by_rank()))
+        empty = batch.replace(
+            positions=jax.device_put(np.full(batch.positions.shape, -1, np.int32), self.spec.by_rank())
+        )
         jax.block_until_ready(self._decode(empty, num_steps).token_ids)
 
 

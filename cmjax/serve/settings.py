@@ -1,6 +1,7 @@
 """The engine's settings, and the memory they ask for."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class EngineSettings:
     combine_dtype: WireDtype | None = None
     num_redundant_experts: int | None = None
     num_shared_replicas: int | None = None
-    exchange: type[Exchange] = FabricExchange
+    exchange: Callable[..., Exchange] = FabricExchange
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

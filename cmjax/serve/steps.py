@@ -1,8 +1,8 @@
 """The jitted steps: `prefill`, `decode`, and the two halves of the KV hand-off.
 
 Each is one `shard_map` over an instance's one-axis mesh. Params, expert placement, cache and batch are arguments; only
-`StepSpec` is static, so that an instance can switch models of one shape and rebalance without recompiling. The steps see
-the cache only through block tables and slot mappings.
+`StepSpec` is static, so that an instance can switch models of one shape and rebalance without recompiling. The steps
+see the cache only through block tables and slot mappings.
 """
 
 import dataclasses
@@ -17,7 +17,17 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cmjax.mesh import EP_AXIS, fabric
-from cmjax.model import DecodeBatch, Params, PrefillBatch, RankSpec, decode_pass, lm_head, param_specs, prefill_pass
+from cmjax.model import (
+    DecodeBatch,
+    Leaf,
+    Params,
+    PrefillBatch,
+    RankSpec,
+    decode_pass,
+    lm_head,
+    param_specs,
+    prefill_pass,
+)
 
 _EVERYWHERE = PartitionSpec()
 _BY_RANK = PartitionSpec(EP_AXIS)
@@ -53,12 +63,12 @@ class PrefillOutput:
         all_logits: `float32[tokens, vocabulary]`, where asked for.
     """
 
-    cache: jax.Array
-    token_ids: jax.Array
-    logits: jax.Array
-    last_hidden: jax.Array
-    slot_load: jax.Array
-    all_logits: jax.Array | None
+    cache: Leaf
+    token_ids: Leaf
+    logits: Leaf
+    last_hidden: Leaf
+    slot_load: Leaf
+    all_logits: Leaf | None
 
 
 @flax.struct.dataclass
@@ -73,11 +83,11 @@ class DecodeOutput:
         logits: `float32[steps, requests, vocabulary]`, where asked for.
     """
 
-    cache: jax.Array
-    batch: DecodeBatch
-    token_ids: jax.Array
-    slot_load: jax.Array
-    logits: jax.Array | None
+    cache: Leaf
+    batch: Any  # DecodeBatch
+    token_ids: Leaf
+    slot_load: Leaf
+    logits: Leaf | None
 
 
 def new_cache(spec: StepSpec, num_blocks: int, dtype: Any) -> jax.Array:
@@ -160,7 +170,7 @@ def decode(
     has_forced = forced_token_ids is not None
 
     def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: DecodeBatch, forced: Any) -> DecodeOutput:
-        params = params.replace(mtp=None)  # drafting is not part of a plain step
+        params = dataclasses.replace(params, mtp=None)  # drafting is not part of a plain step
 
         def step(carry: tuple[jax.Array, DecodeBatch], forced: Any) -> tuple[tuple, tuple]:
             cache, batch = carry
@@ -171,9 +181,8 @@ def decode(
                 token_ids = jnp.where(forced >= 0, forced, token_ids)
             is_running = batch.positions >= 0
             goes_on = is_running & (batch.positions < batch.last_positions)
-            batch = batch.replace(
-                token_ids=token_ids, positions=jnp.where(goes_on, batch.positions + 1, -1)
-            )
+            positions = jnp.where(goes_on, batch.positions + 1, -1)
+            batch = dataclasses.replace(batch, token_ids=token_ids, positions=positions)
             token_ids = jnp.where(is_running, token_ids, -1)
             return (output.cache, batch), (token_ids, output.slot_load, logits if with_logits else None)
 

@@ -5,7 +5,9 @@ spreads the decode ranks evenly over the prefill ranks. The copies go on the boo
 exchanges of decode.
 """
 
+import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -32,10 +34,21 @@ def prefill_tp_rank(decode_dp_rank: int, prefill_tp_size: int, decode_dp_size: i
     return decode_dp_rank * prefill_tp_size // decode_dp_size
 
 
-@jax.jit
-def _gather(cache: jax.Array, last_hidden: jax.Array, slots: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """On one prefill device: `(latents [1, layers, tokens, width], hidden [requests, hidden])`."""
-    return jnp.take(cache, slots, axis=2, mode="clip"), jnp.take(last_hidden, rows, axis=0, mode="clip")
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _gather(
+    cache: jax.Array, last_hidden: jax.Array, slots: jax.Array, rows: jax.Array, *, spec: StepSpec
+) -> tuple[jax.Array, jax.Array]:
+    """On every prefill rank: the latents in the slots `[R, tokens]`, and the hidden states in the rows `[R, requests]`.
+
+    Returns `([R, layers, tokens, width], [R * requests, hidden])`, one part a rank.
+    """
+
+    def rank(cache: jax.Array, last_hidden: jax.Array, slots: jax.Array, rows: jax.Array) -> tuple:
+        return jnp.take(cache, slots[0], axis=2, mode="clip"), jnp.take(last_hidden, rows[0], axis=0, mode="clip")
+
+    by_rank = PartitionSpec(EP_AXIS)
+    in_specs = (by_rank, PartitionSpec(), by_rank, by_rank)
+    return spec.on_ranks(rank, in_specs, by_rank)(cache, last_hidden, slots, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache", "last_hidden"))
@@ -64,65 +77,109 @@ def _insert(
     return spec.on_ranks(rank, by_rank, by_rank)(cache, last_hidden, latents, slots, hidden, places)
 
 
-def _shards(array: jax.Array) -> dict[jax.Device, jax.Array]:
-    return {shard.device: shard.data for shard in array.addressable_shards}
+@dataclasses.dataclass
+class _Parcel:
+    """What one decode rank is sent: slots and rows on the prefill side, slots and places on its own."""
+
+    decode_rank: int
+    from_slots: np.ndarray
+    to_slots: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+    num_tokens: int = 0
+    num_requests: int = 0
+
+    @classmethod
+    def pack(cls, decode_rank: int, group: Sequence[Prefilled], sizes: tuple[int, int, int]) -> "_Parcel":
+        """Put the group's prompts side by side; `sizes` is (tokens, requests, block size), padded with -1."""
+        num_tokens, num_requests, block_size = sizes
+        padded = [np.full(size, -1, np.int32) for size in (num_tokens, num_tokens, num_requests, num_requests)]
+        parcel = cls(decode_rank, *padded)
+        for index, one in enumerate(group):
+            positions = np.arange(len(one.request.prompt_ids), dtype=np.int32)
+            part = slice(parcel.num_tokens, parcel.num_tokens + len(positions))
+            parcel.from_slots[part] = slot_mapping(one.blocks, positions, block_size)
+            parcel.to_slots[part] = slot_mapping(one.request.decode_blocks, positions, block_size)
+            parcel.rows[index], parcel.places[index] = one.row, one.request.decode_place
+            parcel.num_tokens = part.stop
+            parcel.num_requests = index + 1
+        return parcel
 
 
-def hand_off(source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled]) -> None:
-    """Copy the prompts' latents (the MTP layer's included) and last hidden states to their reserved decode places."""
-    by_rank: dict[int, list[Prefilled]] = defaultdict(list)
+def hand_off(
+    source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled], *, min_tokens: int = 1
+) -> None:
+    """Copy the prompts' latents (the MTP layer's included) and last hidden states to their reserved decode places.
+
+    Args:
+        source: has just prefilled them, in one step.
+        target: where their places and blocks are reserved.
+        prefilled: the prompts, perhaps none.
+        min_tokens: the copy is shaped for at least that many tokens a rank: few shapes, few compilations.
+    """
+    groups: dict[int, list[Prefilled]] = defaultdict(list)
     for one in prefilled:
-        by_rank[one.request.decode_rank].append(one)
-    if not by_rank:
-        return
+        groups[one.request.decode_rank].append(one)
     block_size, places = source.settings.block_size, target.settings.max_num_seqs_per_rank
-    most = max(sum(len(one.request.prompt_ids) for one in group) for group in by_rank.values())
-    num_tokens = bucket(most, block_size)
-    ranks = target.instance.ep_size
-    slots = np.full((ranks, num_tokens), -1, np.int32)
-    place = np.full((ranks, places), -1, np.int32)
-    caches, config = _shards(source.cache), source.model.config
-    empty_latents = np.zeros((1, config.num_cache_layers, num_tokens, config.latent_width), source.model.dtype)
-    empty_hidden = np.zeros((places, config.hidden_size), source.model.dtype)
-    latents, hidden = [], []
-    for rank, device in enumerate(target.instance.devices):
-        group = by_rank.get(rank)
-        if group is None:
-            sent = (empty_latents, empty_hidden)
-        else:
-            peer = source.instance.devices[prefill_tp_rank(rank, source.instance.ep_size, ranks)]
-            taken, rows = np.zeros(num_tokens, np.int32), np.zeros(places, np.int32)
-            begin = 0
-            for index, one in enumerate(group):
-                positions = np.arange(len(one.request.prompt_ids), dtype=np.int32)
-                end = begin + len(positions)
-                taken[begin:end] = slot_mapping(one.blocks, positions, block_size)
-                slots[rank, begin:end] = slot_mapping(one.request.decode_blocks, positions, block_size)
-                rows[index], place[rank, index] = one.row, one.request.decode_place
-                begin = end
-            sent = _gather(caches[peer], _shards(group[0].last_hidden)[peer], taken, rows)
-            _record(peer, device, begin, len(group), target)
-        latents.append(jax.device_put(sent[0], device))
-        hidden.append(jax.device_put(sent[1], device))
-
-    def on_ranks(parts: list[jax.Array]) -> jax.Array:
-        shape = (ranks * parts[0].shape[0], *parts[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, target.spec.by_rank(), parts)
-
+    most = max((sum(len(one.request.prompt_ids) for one in group) for group in groups.values()), default=0)
+    sizes = (bucket(max(most, min_tokens), block_size), places, block_size)
+    parcels = {rank: _Parcel.pack(rank, group, sizes) for rank, group in groups.items()}
+    received = _send(source, target, parcels, prefilled[0].last_hidden if prefilled else None, sizes)
+    nothing = _Parcel.pack(-1, [], sizes)
+    arrived = [parcels.get(rank, nothing) for rank in range(target.instance.ep_size)]
     target.cache, target.last_hidden = _insert(
         target.cache,
         target.last_hidden,
-        on_ranks(latents),
-        slots,
-        on_ranks(hidden),
-        place,
+        received[0],
+        np.stack([parcel.to_slots for parcel in arrived]),
+        received[1],
+        np.stack([parcel.places for parcel in arrived]),
         spec=target.spec,
     )
 
 
-def _record(source: jax.Device, target: jax.Device, num_tokens: int, num_requests: int, instance: DecodeInstance) -> None:
-    config, itemsize = instance.model.config, instance.model.dtype.itemsize
-    num_bytes = config.num_cache_layers * num_tokens * config.latent_width * itemsize
-    if instance.last_hidden is not None:
-        num_bytes += num_requests * config.hidden_size * itemsize
-    fabric.record(_PLANE, _RECORD, source.id, target.id, num_bytes)
+def _send(
+    source: PrefillInstance,
+    target: DecodeInstance,
+    parcels: dict[int, _Parcel],
+    last_hidden: jax.Array | None,
+    sizes: tuple[int, int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """Move the parcels' arrays to their decode devices: latents and hidden states, a part a rank (zeros for none)."""
+    config, dtype = source.model.config, source.model.dtype
+    prefill_size, decode_size = source.instance.ep_size, target.instance.ep_size
+    devices = target.instance.devices
+    latents = [np.zeros((1, config.num_cache_layers, sizes[0], config.latent_width), dtype)] * decode_size
+    hidden = [np.zeros((sizes[1], config.hidden_size), dtype)] * decode_size
+    by_peer: dict[int, list[_Parcel]] = defaultdict(list)
+    for rank, parcel in parcels.items():
+        by_peer[prefill_tp_rank(rank, prefill_size, decode_size)].append(parcel)
+    nothing = _Parcel.pack(-1, [], sizes)
+    # Each prefill rank sends to one of its decode ranks at a time.
+    for turn in itertools.zip_longest(*by_peer.values()):
+        sending = dict(zip(by_peer, turn, strict=True))
+        now = [sending.get(peer) or nothing for peer in range(prefill_size)]
+        slots, rows = np.stack([p.from_slots for p in now]), np.stack([p.rows for p in now])
+        taken = _gather(source.cache, last_hidden, slots, rows, spec=source.spec)
+        parts = [{shard.device: shard.data for shard in array.addressable_shards} for array in taken]
+        for peer, parcel in sending.items():
+            if parcel is not None:
+                device = source.instance.devices[peer]
+                latents[parcel.decode_rank] = parts[0][device]
+                hidden[parcel.decode_rank] = parts[1][device]
+                _record(device, devices[parcel.decode_rank], parcel, target)
+
+    def on_ranks(parts: list) -> jax.Array:
+        moved = jax.device_put(parts, list(devices))
+        shape = (decode_size * parts[0].shape[0], *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, target.spec.by_rank(), moved)
+
+    return on_ranks(latents), on_ranks(hidden)
+
+
+def _record(source: jax.Device, destination: jax.Device, parcel: _Parcel, target: DecodeInstance) -> None:
+    config, itemsize = target.model.config, target.model.dtype.itemsize
+    num_bytes = config.num_cache_layers * parcel.num_tokens * config.latent_width * itemsize
+    if target.last_hidden is not None:
+        num_bytes += parcel.num_requests * config.hidden_size * itemsize
+    fabric.record(_PLANE, _RECORD, source.id, destination.id, num_bytes)

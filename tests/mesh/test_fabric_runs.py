@@ -132,7 +132,7 @@ def test_ranks_that_count_differently_time_out(make_mesh):
             lambda x: jnp.zeros(4, jnp.int32),
             x,
         )
-        x, _ = lax.optimization_barrier((x, extra))
+        x += jnp.minimum(extra[3], 0)  # never less than 0, which XLA cannot know: the order is fixed
         return fabric.psum_done(x, fabric.psum_start(x, "ep", channel="shared"))
 
     message = "psum on channel 'shared' .group 0, 2 ranks. gave up after 0.3 s .*1 ranks arrived, missing ranks: [01]$"
@@ -243,7 +243,10 @@ def test_a_rank_that_fails_does_not_hang_the_others(make_mesh, num_ranks):
         )
         for rank, shard in enumerate(result.addressable_shards):
             if num_ranks == 8:
-                with pytest.raises(jax.errors.JaxRuntimeError, match="broken" if rank in absent else message):
+                # jax 0.10 reports the first failure of a program on each of its devices.
+                with pytest.raises(
+                    jax.errors.JaxRuntimeError, match="broken" if rank in absent else f"{message}|broken"
+                ):
                     np.asarray(shard.data)
             elif rank % 9 < 7:
                 with pytest.raises(jax.errors.JaxRuntimeError, match=message):

@@ -208,17 +208,17 @@ void Fabric::Complete(ExchangePtr exchange) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto delay = delays_.find(exchange->plane);
     if (delay != delays_.end()) {
+      Clock::time_point all_arrived = exchange->all_started;
+      for (const Seat& seat : exchange->seats) all_arrived = std::max(all_arrived, seat.arrived_at);
       double modelled_s = 0, exposed_s = 0;
       for (int rank = 0; rank < num_ranks; ++rank) {
         const double seconds = delay->second.latency_s + exchange->WireBytes(rank) / delay->second.bytes_per_s;
         const auto due = exchange->all_started + Duration(seconds);
-        const auto waits_from = std::max(exchange->seats[rank].arrived_at, exchange->all_started);
-        modelled_s += Seconds(due - exchange->all_started);
-        exposed_s += std::max(0.0, Seconds(due - waits_from));
+        modelled_s = std::max(modelled_s, Seconds(due - exchange->all_started));
+        exposed_s = std::max(exposed_s, Seconds(due - all_arrived));
         held_.push({due, exchange, rank, rank + 1});
       }
-      books_.AddDelay(exchange->plane, static_cast<int32_t>(exchange->collective), modelled_s / num_ranks,
-                      exposed_s / num_ranks);
+      books_.AddDelay(exchange->plane, static_cast<int32_t>(exchange->collective), modelled_s, exposed_s);
       clock_changed_.notify_one();
       return;
     }

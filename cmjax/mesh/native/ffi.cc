@@ -136,7 +136,8 @@ ffi::Future Done(int32_t device, std::string_view channel, std::string_view plan
   return future;
 }
 
-ffi::Error Empty(ffi::RemainingRets) { return ffi::Error::Success(); }
+// Results are memory as it was (or aliased operands); operands only fix the order.
+ffi::Error Nothing(ffi::RemainingArgs, ffi::RemainingRets) { return ffi::Error::Success(); }
 
 }  // namespace
 
@@ -153,7 +154,7 @@ ffi::Error Empty(ffi::RemainingRets) { return ffi::Error::Success(); }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_enter, Enter, ffi::Ffi::Bind().Ctx<ffi::RunId>().CMJAX_FABRIC_ATTRS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_start, Start, ffi::Ffi::Bind().Ctx<ffi::RunId>().CMJAX_FABRIC_ATTRS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_done, Done, ffi::Ffi::Bind().CMJAX_FABRIC_ATTRS());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_empty, Empty, ffi::Ffi::Bind().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_nothing, Nothing, ffi::Ffi::Bind().RemainingArgs().RemainingRets());
 
 // Plain C, for ctypes.
 extern "C" {

@@ -1,0 +1,1 @@
+"""Benchmarks, one module per `cmjax bench` subcommand."""

@@ -1,0 +1,348 @@
+"""`cmjax generate`: prompts of token ids in, greedy continuations out, over prefill and decode instances."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cmjax.cli_options import engine_options, instance_options, json_option
+from cmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cmjax.mesh import Pools
+    from cmjax.mesh.fabric import TrafficSnapshot
+    from cmjax.model import Model, ModelConfig
+    from cmjax.serve import Engine, EngineSettings, GenerateResult, SamplingParams
+    from cmjax.serve.engine import Progress
+
+MAX_DEFAULT_SEQS = 8
+MAX_TOKEN_ID = 2**31 - 1
+IDS_SHOWN = 12
+PHASES = {"compile": "compiling", "prefill": "prefill", "decode": "decode"}
+
+
+class TokenIds(click.ParamType):
+    """Token ids with commas between them: `1,2,3`."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        ids = []
+        for word in str(value).split(","):
+            try:
+                ids.append(int(word))
+            except ValueError:
+                self.fail(f"{word.strip()!r} in {value!r} is not a token id; give integers such as 1,2,3", param, ctx)
+            if abs(ids[-1]) > MAX_TOKEN_ID:
+                self.fail(f"token id {ids[-1]} is outside every vocabulary", param, ctx)
+        return tuple(ids)
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      cmjax generate --model DIR --prompt-ids 1,2,3 --max-tokens 24
+      cmjax generate --model DIR --prompt-ids 1,2,3 --prompt-ids 7,8 --ep 64 --json
+      cmjax generate --model DIR --prompt-ids 1,2,3 --dispatch-dtype int8 --stop-token-ids 257
+    \b
+    Decoding is greedy. The model's own eos_token_id ends nothing unless --stop-token-ids names it."""
+)
+@click.option("--model", "folder", required=True, metavar="DIR", help="Hugging Face folder or cmjax checkpoint.")
+@click.option(
+    "--prompt-ids", "prompts", type=TokenIds(), multiple=True, required=True, help="A prompt; give it several times."
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens to generate.")
+@click.option("--stop-token-ids", type=TokenIds(), default=(), help="A generated token among these ends the request.")
+@instance_options
+@engine_options
+@json_option
+def generate(
+    folder: str,
+    prompts: tuple[tuple[int, ...], ...],
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue prompts of token ids, through prefill instances and an expert-parallel decode instance."""
+    begin = time.perf_counter()
+    from rich.console import Console
+
+    from cmjax.mesh import fabric
+    from cmjax.model import load
+    from cmjax.serve import Engine, SamplingParams
+
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+    pools = carve_from(options)
+    model = load(folder, dtype=options["dtype"])
+    settings = settings_from(options, model.config, prompts, max_tokens, pools)
+    load_s = time.perf_counter() - begin
+    with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:
+        engine = Engine(model, pools, settings=settings)
+        result = engine.generate(prompts, sampling, progress=progress)
+    report = collect(engine, result, fabric.books.snapshot())
+    report["timings"] |= {"load_s": load_s, "total_s": time.perf_counter() - begin}
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        show(report)
+
+
+# -- running an engine: `cmjax demo` runs its own the same way ------------------------------------------------------------
+
+
+def carve_from(options: dict[str, Any]) -> "Pools":
+    """The instances that `instance_options` ask for; brings up the devices."""
+    from cmjax.mesh import Supernode, carve
+
+    return carve(
+        Supernode.preset(options["supernode"]),
+        ep_size=options["ep"],
+        prefill_ep_size=options["prefill_ep"],
+        num_prefill_instances=options["prefill_instances"],
+    )
+
+
+def settings_from(
+    options: dict[str, Any],
+    config: "ModelConfig",
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    pools: "Pools",
+) -> "EngineSettings":
+    """What `engine_options` say, and for sizes left open what the prompts need."""
+    from cmjax.serve import EngineSettings
+
+    block_size, longest = options["block_size"], config.max_position_embeddings
+    needed = max(len(prompt) for prompt in prompts) + max_tokens
+    if options["max_model_len"] is None and needed > longest:
+        raise UserError(
+            f"a prompt of {needed - max_tokens} tokens and --max-tokens {max_tokens} exceed the model's "
+            f"max_position_embeddings {longest}"
+        )
+    rounded = min(-(-needed // block_size) * block_size, longest)
+    share = -(-len(prompts) // pools.decode[0].ep_size)
+    return EngineSettings(
+        max_model_len=options["max_model_len"] or rounded,
+        max_num_seqs_per_rank=options["max_num_seqs"] or min(share, MAX_DEFAULT_SEQS),
+        block_size=block_size,
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        steps_per_call=options["steps_per_call"],
+        dispatch_dtype=options["dispatch_dtype"],
+        combine_dtype=options["combine_dtype"],
+        num_redundant_experts=options["redundant_experts"],
+        num_shared_replicas=options["shared_replicas"],
+    )
+
+
+@contextmanager
+def memory_errors(settings: "EngineSettings") -> Iterator[None]:
+    """Turn XLA's out-of-memory error into one that names the settings."""
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                "buffers do not fit in memory: lower --max-num-seqs "
+                f"({settings.max_num_seqs_per_rank}), --max-model-len ({settings.max_model_len}) or "
+                f"--max-num-batched-tokens ({settings.max_num_batched_tokens})"
+            ) from error
+        raise
+
+
+@contextmanager
+def progress_bar(console: "Console") -> Iterator["Progress"]:
+    """A callback for `Engine.generate` that draws a bar on a terminal, and starts the traffic books anew once the
+    steps are compiled: compiling runs each of them once, on padding."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cmjax.mesh import fabric
+
+    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+    task = bars.add_task("loading", total=None)
+    phases_seen: list[str] = []
+
+    def notify(phase: str, num_tokens: int, num_total: int) -> None:
+        if phase == "prefill" and "prefill" not in phases_seen:
+            fabric.books.reset()
+        phases_seen.append(phase)
+        bars.update(task, description=PHASES[phase], completed=num_tokens, total=num_total)
+
+    with bars:
+        yield notify
+
+
+# -- the report -----------------------------------------------------------------------------------------------------------
+
+
+def collect(engine: "Engine", result: "GenerateResult", traffic: "TrafficSnapshot") -> dict[str, Any]:
+    """All that `cmjax generate` says, as JSON-ready values."""
+    from cmjax.cli_info import collect as collect_info
+
+    machine = collect_info(engine.pools)
+    instances = zip(machine["instances"], (*engine.prefill, engine.decode), strict=True)
+    config = engine.model.config
+    settings = dataclasses.asdict(engine.settings)
+    settings["exchange"] = engine.settings.exchange.__name__
+    return {
+        "outputs": [dataclasses.asdict(output) for output in result.outputs],
+        "timings": timings(result),
+        "traffic": traffic_by_plane(traffic),
+        "expert_load": {
+            "prefill": load_by_layer(config, result.prefill_load),
+            "decode": load_by_layer(config, result.decode_load),
+        },
+        "instances": [described | {"placement": placement(one)} for described, one in instances],
+        "settings": settings,
+        **{name: machine[name] for name in ("versions", "devices", "supernode", "planes", "collectives")},
+        "prefill_shares_decode_devices": machine["prefill_shares_decode_devices"],
+    }
+
+
+def timings(result: "GenerateResult") -> dict[str, float]:
+    """Seconds, counts and rates of a generation."""
+    rates = ("prefill_tokens_per_s", "decode_tokens_per_s")
+    return dataclasses.asdict(result.timings) | {name: getattr(result.timings, name) for name in rates}
+
+
+def traffic_by_plane(traffic: "TrafficSnapshot") -> dict[str, dict[str, dict[str, int]]]:
+    """Calls and bytes of each collective on each plane; `bytes` left their device, `local_bytes` did not."""
+    planes: dict[str, dict[str, dict[str, int]]] = {}
+    for entry in traffic.entries:
+        counts = {"calls": entry.calls, "bytes": entry.wire_bytes, "local_bytes": entry.local_bytes}
+        planes.setdefault(entry.plane, {})[entry.collective] = counts
+    return planes
+
+
+def load_by_layer(config: "ModelConfig", load: Any) -> dict[str, list[int]]:
+    """Rows by routed expert for each MoE layer; the MTP module's layer is "mtp"."""
+    names = [str(layer_id) for layer_id in config.moe_layer_ids]
+    names += ["mtp"] * (len(load) - len(names))
+    return {name: row.tolist() for name, row in zip(names, load, strict=True)}
+
+
+def placement(instance: Any) -> dict[str, int] | None:
+    """The counts of an instance's expert placement, None for a model without experts."""
+    placed = instance.placement
+    if placed is None:
+        return None
+    counts = ("num_routed_experts", "num_redundant_experts", "num_shared_replicas", "num_experts_per_rank")
+    return {name: getattr(placed, name) for name in counts}
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    console.print(placement_table(report))
+    for table in result_tables(report):
+        console.print(table)
+
+
+def result_tables(report: dict[str, Any], max_outputs: int | None = None) -> "tuple[Table, ...]":
+    """What was generated, how fast, what travelled, and how evenly the experts were used."""
+    return (
+        outputs_table(report["outputs"], max_outputs),
+        timings_table(report["timings"]),
+        traffic_table(report["traffic"]),
+        load_table(report["expert_load"]),
+    )
+
+
+def new_table(title: str, *columns: str, numbers_from: int | None = None) -> "Table":
+    """An empty table; columns from `numbers_from` on are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        is_number = numbers_from is not None and index >= numbers_from
+        table.add_column(column, overflow="fold", justify="right" if is_number else "left")
+    return table
+
+
+def placement_table(report: dict[str, Any]) -> "Table":
+    """How many copies of the experts each instance holds."""
+    columns = ("instance", "EP", "routed", "redundant", "shared replicas", "experts a rank")
+    table = new_table("Expert placement", *columns, numbers_from=1)
+    for one in report["instances"]:
+        counts = ["-"] * 4 if one["placement"] is None else [str(count) for count in one["placement"].values()]
+        if counts[2] == "0":
+            counts[2] = "on every rank"
+        table.add_row(one["name"], str(one["ep_size"]), *counts)
+    return table
+
+
+def outputs_table(outputs: Sequence[dict[str, Any]], max_outputs: int | None = None) -> "Table":
+    """Prompts and what follows them; at most `max_outputs` of them."""
+    table = new_table("Generated", "prompt", "tokens", "token ids", "ended by")
+    for output in outputs[:max_outputs]:
+        ids = " ".join(str(token) for token in output["token_ids"])
+        table.add_row(_shortened(output["prompt_ids"]), str(len(output["token_ids"])), ids, output["finish_reason"])
+    if max_outputs is not None and len(outputs) > max_outputs:
+        table.caption = f"and {len(outputs) - max_outputs} more"
+    return table
+
+
+def _shortened(ids: Sequence[int]) -> str:
+    shown = " ".join(str(token) for token in ids[:IDS_SHOWN])
+    return shown if len(ids) <= IDS_SHOWN else f"{shown} ... ({len(ids)})"
+
+
+def timings_table(seconds: dict[str, float]) -> "Table":
+    """Each phase with its tokens and rate."""
+    table = new_table("Phases", "phase", "seconds", "tokens", "tokens/s", numbers_from=1)
+    for name, phase in (("load_s", "load"), ("compile_s", "compile, run once on padding")):
+        if name in seconds:
+            table.add_row(phase, f"{seconds[name]:.2f}", "", "")
+    for phase in ("prefill", "decode"):
+        if phase == "decode":
+            table.add_row("hand-off of the KV", f"{seconds['handoff_s']:.2f}", "", "")
+        tokens, rate = seconds[f"{phase}_tokens"], seconds[f"{phase}_tokens_per_s"]
+        table.add_row(phase, f"{seconds[f'{phase}_s']:.2f}", f"{tokens:,}", f"{rate:,.0f}")
+    return table
+
+
+def traffic_table(planes: dict[str, dict[str, dict[str, int]]]) -> "Table":
+    """Calls and bytes by plane and collective."""
+    columns = ("plane", "collective", "calls", "MB between ranks", "MB within a rank")
+    table = new_table("Traffic of prefill, hand-off and decode", *columns, numbers_from=2)
+    for plane, collectives in planes.items():
+        for name, counts in collectives.items():
+            sizes = (f"{counts[key] / 1e6:,.2f}" for key in ("bytes", "local_bytes"))
+            table.add_row(plane, name, f"{counts['calls']:,}", *sizes)
+    if not planes:
+        table.caption = "none: a single rank exchanges nothing, and lax collectives keep no books"
+    return table
+
+
+def load_table(expert_load: dict[str, dict[str, list[int]]]) -> "Table":
+    """How evenly each MoE layer's rows fell on its routed experts; layers that ran no row are left out."""
+    columns = ("phase", "layer", "rows", "mean", "most", "most / mean", "by expert", "idle")
+    table = new_table("Load of the routed experts, in token rows", *columns, numbers_from=1)
+    for phase, layers in expert_load.items():
+        for layer, rows in layers.items():
+            total = sum(rows)
+            if not total:
+                continue
+            mean, most = total / len(rows), max(rows)
+            cells = (f"{total:,}", f"{mean:.1f}", f"{most:,}", f"{most / mean:.2f}", str(rows.index(most)))
+            table.add_row(phase, layer, *cells, str(rows.count(0)))
+    return table
