@@ -1,1 +1,1 @@
-"""Benchmarks, one module per `cmjax bench` subcommand."""
+"""The benchmarks behind `cmjax bench`: each module has a `run(...)` that returns JSON-ready values."""

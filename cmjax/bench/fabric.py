@@ -81,9 +81,10 @@ def run(
       on_result: called after each payload, for progress.
     """
     cases = [(*case, True) for case in side_by_side] + [(*case, False) for case in alone]
-    if jax.default_backend() != "cpu":
-        raise UserError(f"bench fabric compares CPU collectives; this is platform {jax.default_backend()!r}")
     virtual_devices(max((num_ranks for num_ranks, *_ in cases), default=8))
+    form = fabric.status()["all_to_all"]
+    if form.form != "fabric":
+        raise UserError(f"bench fabric compares the C++ fabric with lax, but {form.reason}")
     results = []
     for num_ranks, num_bytes, with_lax in cases:
         results.append(_measure(num_ranks, num_bytes, with_lax, repeats))

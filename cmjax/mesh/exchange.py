@@ -32,7 +32,7 @@ Array = jax.Array
 AxisName = str | tuple[str, ...]
 Half = Literal["plain", "start", "done"]
 Params = dict[str, Any]
-# (x, *extras, axis_name, perm) -> result
+# (*data operands, axis_name, perm, forms, platform) -> result
 LaxForm = Callable[..., Array]
 # (lowering context, half, collective's number, aliases, channel, operands, params) -> results
 NativeLowering = Callable[..., Sequence[Any]]
@@ -75,7 +75,8 @@ def make_primitives(
                 if half == "start":
                     return jnp.zeros((_STAMP_LENGTH,), jnp.int32)
                 data = _data_operands(name, half, arguments)
-                return lax_form(*data, axis_name=params["axis_name"], perm=params["perm"], forms=params["forms"])
+                named = {key: params[key] for key in ("axis_name", "perm", "forms")}
+                return lax_form(*data, **named, platform=ctx.module_context.platforms[0])
 
             return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 

@@ -309,8 +309,8 @@ def _lower_native(
     )
 
 
-def _lax_ragged(*operands: Array, axis_name: tuple[str, ...], forms: Forms, **_: Any) -> Array:
-    if lax_ragged_native(jax.default_backend(), forms.ragged):
+def _lax_ragged(*operands: Array, axis_name: tuple[str, ...], forms: Forms, platform: str, **_: Any) -> Array:
+    if lax_ragged_native(platform, forms.ragged):
         return lax.ragged_all_to_all(*operands, axis_name=axis_name)
     return _padded_ragged(*operands, axis_name=axis_name)
 
@@ -371,14 +371,6 @@ def after(token: Any, x: Any) -> Any:
     return jax.tree.map(lambda leaf: _AFTER.bind(jnp.asarray(leaf), *stamps), x)
 
 
-def _lower_in_memory(aliases: dict[int, int] | None, ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -> Any:
-    # The side effect keeps two empty arrays from becoming one, and one in a loop from leaving it: either costs a copy.
-    lowering = jax.ffi.ffi_lowering(
-        "cmjax_fabric_nothing", has_side_effect=aliases is None, operand_output_aliases=aliases
-    )
-    return lowering(ctx, *operands)
-
-
 def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: Any) -> Primitive:
     """A primitive that is a handler doing nothing on CPU, and `portable` elsewhere or where there is no library."""
 
@@ -388,7 +380,9 @@ def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., 
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         if _SETTINGS.native().library is None:
             return lower_portable(ctx, *operands, **params)
-        return _lower_in_memory(aliases, ctx, *operands)
+        # The side effect keeps two empty arrays from becoming one, and one in a loop from leaving it.
+        target, unique = "cmjax_fabric_nothing", aliases is None
+        return jax.ffi.ffi_lowering(target, has_side_effect=unique, operand_output_aliases=aliases)(ctx, *operands)
 
     primitive = Primitive(f"fabric_{name}")
     primitive.def_abstract_eval(abstract)

@@ -119,7 +119,7 @@ def dispatch_start(
     """Exchange the counts and publish the rows; see `dispatch`."""
     ep_size = lax.axis_size(axis_name)
     num_slots = ep_size * num_local_experts
-    if num_slots * slot_idx.size >= 2**31:
+    if (num_slots + 1) * slot_idx.size >= 2**31:
         raise ValueError(f"{slot_idx.size} choices over {num_slots} slots overflow the 32-bit sort key")
     shape = (ep_size, num_local_experts)
     token_of_row, choice_pos, offsets, counts = _pack(slot_idx, num_slots)

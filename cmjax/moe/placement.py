@@ -30,8 +30,8 @@ class ExpertPlacement:
         num_shared_replicas: slots that hold shared experts; 0 when every rank runs the shared MLP itself.
         physical_to_logical: `int32[moe_layers, ep_size * num_local_experts]`.
         expert_to_slot: `int32[moe_layers, ep_size, logical]`: the slot that source rank r sends a choice of a logical
-            expert to. Example: with two replicas of expert 5 in slots 7 and 30, ranks 0, 2, 4 ... send to 7 and the
-            others to 30, except that the owner of either uses its own.
+            expert to. Example: with two replicas of expert 5 in slots 7 and 30, the owner of either uses its own, and the
+            other ranks send to 7 and 30 by turns.
     """
 
     num_routed_experts: int
@@ -177,6 +177,9 @@ def _choose_targets(row: np.ndarray, num_logical: int, ep_size: int, num_local: 
     ranks = np.arange(ep_size)
     for expert in range(num_logical):
         slots = np.flatnonzero(row == expert)
-        targets[:, expert] = slots[ranks % len(slots)]
-        targets[slots // num_local, expert] = slots
+        owners = slots // num_local
+        # Dealt among the others only: in turn over all ranks, owners could leave one replica far fewer than the rest.
+        others = np.delete(ranks, owners)
+        targets[others, expert] = slots[np.arange(len(others)) % len(slots)]
+        targets[owners, expert] = slots
     return targets

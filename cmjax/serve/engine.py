@@ -130,14 +130,15 @@ class Engine:
             raise UserError(
                 f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}"
             )
-        ranks = {"decode": self.pools.decode[0].ep_size, "prefill": sum(one.ep_size for one in self.pools.prefill)}
-        blocks = {"decode": self._decode_blocks, "prefill": self._prefill_blocks}
-        needed = sum(ranks[r] * cache_bytes(config, blocks[r], settings.block_size, dtype) for r in ranks)
+        sizes = [(instance.ep_size, self._prefill_blocks) for instance in self.pools.prefill]
+        sizes.append((self.pools.decode[0].ep_size, self._decode_blocks))
+        needed = sum(ranks * cache_bytes(config, blocks, settings.block_size, dtype) for ranks, blocks in sizes)
         available = psutil.virtual_memory().available
         if needed > available:
             raise UserError(
                 f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower "
-                f"max_model_len ({settings.max_model_len}) or max_num_seqs_per_rank ({settings.max_num_seqs_per_rank})"
+                f"max_model_len ({settings.max_model_len}), max_num_seqs_per_rank ({settings.max_num_seqs_per_rank}) "
+                f"or max_num_batched_tokens ({settings.max_num_batched_tokens})"
             )
 
     def _requests(

@@ -20,7 +20,7 @@ from cmjax.model import (
 from cmjax.moe import ExpertPlacement
 from cmjax.serve.block_pool import BlockPool, blocks_for, slot_mapping
 from cmjax.serve.request import Chunk, Request, plan_chunks
-from cmjax.serve.settings import EngineSettings
+from cmjax.serve.settings import EngineSettings, check_exchange_fits
 from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill
 
 
@@ -37,12 +37,16 @@ def bucket(value: int, multiple: int) -> int:
 class PlacedModel:
     """A model on an instance's devices: params by slot, the placement as arrays, the static part of its steps."""
 
-    def __init__(self, model: Model, instance: Instance, settings: EngineSettings, **expert_counts: int | None) -> None:
+    def __init__(
+        self, model: Model, instance: Instance, settings: EngineSettings, setting: str, **expert_counts: int | None
+    ) -> None:
+        """Place the model; `setting` is the one that decides how many tokens a rank has in one step."""
         self.model = model
         self.instance = instance
         self.settings = settings
-        mesh = instance.mesh
         self.placement: ExpertPlacement | None = plan_placement(model.config, instance.ep_size, **expert_counts)
+        check_exchange_fits(model.config, self.placement, settings, setting, model.dtype)
+        mesh = instance.mesh
         exchange = settings.exchange(
             axis_name=EP_AXIS,
             num_local_experts=self.placement.num_local_experts if self.placement else 1,
@@ -105,7 +109,7 @@ class PrefillInstance(PlacedModel):
     """Turns prompts into latents and first tokens."""
 
     def __init__(self, model: Model, instance: Instance, settings: EngineSettings, num_blocks: int) -> None:
-        super().__init__(model, instance, settings)
+        super().__init__(model, instance, settings, "max_num_batched_tokens")
         self.num_blocks = num_blocks
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
         self.num_step_tokens = bucket(settings.max_num_batched_tokens, instance.ep_size)
@@ -199,7 +203,7 @@ class DecodeInstance(PlacedModel):
         num_blocks: int,
         **expert_counts: int | None,
     ) -> None:
-        super().__init__(model, instance, settings, **expert_counts)
+        super().__init__(model, instance, settings, "max_num_seqs_per_rank", **expert_counts)
         self.num_blocks = num_blocks
         self.reset()
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
-from cmjax.moe import Exchange, FabricExchange, WireDtype, buffer_bytes, message_bytes
+from cmjax.moe import Exchange, ExpertPlacement, FabricExchange, WireDtype, buffer_bytes, message_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,38 @@ def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: An
     return config.num_cache_layers * num_blocks * block_size * config.latent_width * np.dtype(dtype).itemsize
 
 
-def exchange_bytes(
-    config: ModelConfig, ep_size: int, num_local_experts: int, num_choices: int, local_batch: int, dtype: Any, wire: Any
-) -> int:
-    """Bytes of one rank's dispatch buffer at its worst (paper equation 1)."""
-    message = message_bytes(config.hidden_size, dtype, wire)
-    return buffer_bytes(ep_size, local_batch, num_choices, num_local_experts, message)
+def check_exchange_fits(
+    config: ModelConfig, placement: ExpertPlacement | None, settings: EngineSettings, setting: str, dtype: Any
+) -> None:
+    """Refuse a step whose exchange buffers cannot be had at their worst, when every token picks the same experts.
+
+    Untouched pages cost nothing, so it is one rank's buffers that must not exceed the memory there is, not everybody's.
+
+    Args:
+        placement: None for a model without experts, which needs no buffers.
+        setting: what decides the tokens of a step, "max_num_seqs_per_rank" or (over all ranks)
+            "max_num_batched_tokens".
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if placement is None:
+        return
+    value = getattr(settings, setting)
+    local_batch = value if setting.endswith("per_rank") else -(-value // placement.ep_size)
+    num_choices = config.num_topk + placement.num_dispatched_shared
+    message = message_bytes(config.hidden_size, dtype, None)
+    # What arrives and what the experts make of it have one size (equation 1).
+    needed = 2 * buffer_bytes(placement.ep_size, local_batch, num_choices, placement.num_local_experts, message)
+    limit = psutil.virtual_memory().available
+    if needed > limit:
+        raise UserError(
+            f"the exchange buffers of a rank with {local_batch} tokens need {needed / 2**30:.1f} GiB at worst, "
+            f"{limit / 2**30:.1f} GiB are free: lower {setting} ({value})"
+        )
+    # The choices are sorted by one 32-bit key.
+    most = (2**31 - 1) // (num_choices * (placement.num_physical_experts + 1))
+    if local_batch > most:
+        raise UserError(
+            f"{local_batch} tokens a rank are more than a step can sort ({most}): lower {setting} ({value})"
+        )

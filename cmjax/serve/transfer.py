@@ -93,8 +93,8 @@ class _Parcel:
     def pack(cls, decode_rank: int, group: Sequence[Prefilled], sizes: tuple[int, int, int]) -> "_Parcel":
         """Put the group's prompts side by side; `sizes` is (tokens, requests, block size), padded with -1."""
         num_tokens, num_requests, block_size = sizes
-        padded = [np.full(size, -1, np.int32) for size in (num_tokens, num_tokens, num_requests, num_requests)]
-        parcel = cls(decode_rank, *padded)
+        slots, rows = np.full(num_tokens, -1, np.int32), np.full(num_requests, -1, np.int32)
+        parcel = cls(decode_rank, slots, slots.copy(), rows, rows.copy())
         for index, one in enumerate(group):
             positions = np.arange(len(one.request.prompt_ids), dtype=np.int32)
             part = slice(parcel.num_tokens, parcel.num_tokens + len(positions))

@@ -112,6 +112,28 @@ def test_a_token_can_be_carried_into_the_next_iteration(make_mesh):
     np.testing.assert_array_equal(compile_step(make_mesh(8), step)(x), np.broadcast_to(expected, (8, 5, 8)))
 
 
+def test_after_orders_in_place(make_mesh):
+    def step(x, w):
+        tokens = {"a": fabric.all_gather_start(x, "ep"), "b": fabric.psum_start(x, "ep")}
+        w = fabric.after(tokens, {"w": w + 1})["w"]
+        work = jnp.sin(w)
+        gathered = fabric.all_gather_done(x, tokens["a"], hide_behind=work)
+        return gathered.sum(0) - fabric.psum_done(x, tokens["b"], hide_behind=work) + work
+
+    x, w = np.arange(8, dtype=np.float32), np.ones((8, 999), np.float32)
+    for form in ("auto", "lax"):
+        fabric.configure(collectives=form)
+        try:
+            compiled = compile_step(make_mesh(8), step).lower(x, w).compile()
+        finally:
+            fabric.configure(collectives="auto")
+        np.testing.assert_allclose(compiled(x, w), np.sin(w + 1), rtol=1e-6)
+        if form == "auto":
+            (ordered,) = [line for line in compiled.as_text().splitlines() if "cmjax_fabric_nothing" in line]
+            assert "output_to_operand_aliasing={{}: (0, {})}" in ordered
+            assert ordered.split("custom_call_target")[0].count("_start") == 2  # it takes both stamps
+
+
 # --- Mistakes ---
 
 

@@ -1,0 +1,217 @@
+"""`cmjax bench decode`: a decode step over hundreds of devices, where its time goes, and the same tokens on one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cmjax.bench.report import in_turn, machine
+from cmjax.errors import UserError
+from cmjax.mesh import Instance, Supernode, bring_up
+from cmjax.model import Model
+from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
+from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, StepSpec, decode, hand_off
+from cmjax.serve.block_pool import blocks_for
+from cmjax.serve.instance import Prefilled
+from cmjax.serve.request import Request
+
+BOUND = 3.0  # times one device
+WIRES = {"float": None, "int8": "int8"}
+DEFINITIONS = {
+    "step": "a call of N decode steps over N, its launch included",
+    "launch": "time of a call extrapolated to 0 steps: t(1) - (t(N) - t(1)) / (N - 1)",
+    "exchange": "what a step takes longer when each MoE layer does its dispatch and its combine twice, on the same rows; "
+    "packing, unpacking and the weighted sum count, waiting for the slowest rank does not",
+    "math": "the rest of a step",
+    "one device": "the same sequences on one device of the same process, N steps a call, float, in turn with the others",
+}
+
+_NUM_PROMPTS = 32  # distinct prompts that fill the cache; each sequence goes on from one of them with a token of its own
+_BLOCK_SIZE = 16
+
+
+def run(
+    model: Model,
+    *,
+    ep_size: int = 320,
+    seqs_per_rank: int = 8,
+    cache_tokens: int = 128,
+    num_steps: int = 4,
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time decode over `ep_size` devices, with float and int8 dispatch, and the same sequences on one device.
+
+    Args:
+        seqs_per_rank: sequences of each rank.
+        cache_tokens: tokens in the cache of each sequence when a call starts.
+        num_steps: decode steps a call, at least 2.
+        rounds: calls timed of each form, in turn; figures are medians.
+    """
+    if num_steps < 2:
+        raise UserError(f"the number of steps is {num_steps}; at least 2 tell the launch from the steps")
+    devices = bring_up(ep_size)
+    if len(devices) < ep_size:
+        raise UserError(f"EP {ep_size} needs {ep_size} devices, there are {len(devices)}")
+    source = _prefilled(model, devices[0], cache_tokens, seed)
+    num_tokens = ep_size * seqs_per_rank
+    many = _Filled(model, devices[:ep_size], source, seqs_per_rank, num_steps, seed)
+    one = _Filled(model, devices[:1], source, num_tokens, num_steps, seed)
+
+    calls: dict[str, Callable[[], object]] = {"one": one.caller(one.spec(None), num_steps)}
+    for wire, dtype in WIRES.items():
+        once, twice = many.spec(dtype), many.spec(dtype, TwiceExchange)
+        calls |= {f"{wire} {n}": many.caller(once, n) for n in (1, num_steps)}
+        calls[f"{wire} twice"] = many.caller(twice, num_steps)
+    seconds = in_turn(calls, rounds)
+    one_step_s = seconds["one"]["median_s"] / num_steps
+    results = [_result(wire, seconds, num_steps, num_tokens, one_step_s) for wire in WIRES]
+    reference = one.tokens(one.spec(None), num_steps)
+    for result in results:
+        same = many.tokens(many.spec(WIRES[result["wire"]]), num_steps)[0] == reference[0]
+        result["first_tokens_equal_to_one_device"] = int(same.sum())
+    return {
+        "benchmark": "decode",
+        "machine": machine(),
+        "settings": {
+            "ep_size": ep_size,
+            "num_sequences": num_tokens,
+            "cache_tokens": cache_tokens,
+            "num_steps": num_steps,
+            "rounds": rounds,
+        },
+        "results": results,
+        "one_device": {"step_s": one_step_s, "tokens_per_s": num_tokens / one_step_s},
+        "bound": BOUND,
+        "busiest_expert_over_mean": many.imbalance(),
+        "seconds_a_call": seconds,
+        "definitions": DEFINITIONS,
+    }
+
+
+def _result(
+    wire: str, seconds: dict[str, dict[str, float]], num_steps: int, num_tokens: int, one_step_s: float
+) -> dict[str, Any]:
+    one_step, all_steps, twice = (seconds[f"{wire} {form}"]["median_s"] for form in (1, num_steps, "twice"))
+    inner_s = (all_steps - one_step) / (num_steps - 1)
+    step_s = all_steps / num_steps
+    # Noise can make a small part come out negative.
+    launch_s = min(max(one_step - inner_s, 0.0) / num_steps, step_s)
+    exchange_s = min(max(twice - all_steps, 0.0) / num_steps, step_s - launch_s)
+    parts = {"launch": launch_s, "exchange": exchange_s, "math": step_s - launch_s - exchange_s}
+    return {
+        "wire": wire,
+        "step_s": step_s,
+        "tokens_per_s": num_tokens / step_s,
+        "times_one_device": step_s / one_step_s,
+        "seconds": parts,
+        "shares": {name: part / step_s for name, part in parts.items()},
+    }
+
+
+def _prefilled(model: Model, device: jax.Device, cache_tokens: int, seed: int) -> tuple[PrefillInstance, list[Prefilled]]:
+    """Random prompts after prefill on one device: real latents for every cache."""
+    settings = EngineSettings(
+        max_model_len=cache_tokens,
+        max_num_seqs_per_rank=_NUM_PROMPTS,
+        block_size=_BLOCK_SIZE,
+        max_num_batched_tokens=_NUM_PROMPTS * cache_tokens,
+    )
+    blocks = _NUM_PROMPTS * blocks_for(cache_tokens, _BLOCK_SIZE)
+    source = PrefillInstance(model, Instance("prefill0", "prefill", (device,)), settings, blocks)
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, model.config.vocab_size, (_NUM_PROMPTS, cache_tokens))
+    requests = [Request(index, prompt.tolist(), SamplingParams(max_tokens=1)) for index, prompt in enumerate(prompts)]
+    return source, next(source.run(requests))
+
+
+class _Filled:
+    """A decode instance whose every place holds a sequence, all of one length, its latents handed over from prefill."""
+
+    def __init__(
+        self,
+        model: Model,
+        devices: list[jax.Device],
+        prefilled: tuple[PrefillInstance, list[Prefilled]],
+        seqs_per_rank: int,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        source, prompts = prefilled
+        length = len(prompts[0].request.prompt_ids)
+        settings = EngineSettings(
+            max_model_len=length + num_steps,
+            max_num_seqs_per_rank=seqs_per_rank,
+            block_size=_BLOCK_SIZE,
+        )
+        instance = Instance("decode0", "decode", tuple(devices))
+        self.instance = DecodeInstance(model, instance, settings, seqs_per_rank * settings.max_blocks)
+        num_sequences = len(devices) * seqs_per_rank
+        first_tokens = np.random.default_rng(seed + 1).integers(0, model.config.vocab_size, num_sequences)
+        placed = []
+        for index in range(num_sequences):
+            prompt = prompts[index % len(prompts)]
+            request = Request(index, prompt.request.prompt_ids, SamplingParams(max_tokens=num_steps + 1))
+            if not self.instance.reserve(request):
+                raise AssertionError("an empty decode instance has no room for its places")
+            placed.append(dataclasses.replace(prompt, request=request))
+        hand_off(source, self.instance, placed)
+        for one, token in zip(placed, first_tokens, strict=True):
+            one.request.append([int(token)])
+        self.batch = jax.device_put(self.instance.host_batch(), self.instance.spec.by_rank())
+        places = [one.request.decode_rank * seqs_per_rank + one.request.decode_place for one in placed]
+        self.places = np.array(places)
+
+    def spec(self, dispatch_dtype: Any, exchange: type[FabricExchange] = FabricExchange) -> StepSpec:
+        """The instance's step with another exchange."""
+        spec = self.instance.spec
+        own = spec.rank.exchange
+        new = exchange(
+            axis_name=own.axis_name, num_local_experts=own.num_local_experts, dispatch_dtype=dispatch_dtype
+        )
+        return dataclasses.replace(spec, rank=dataclasses.replace(spec.rank, exchange=new))
+
+    def caller(self, spec: StepSpec, num_steps: int) -> Callable[[], object]:
+        """A call of `num_steps` steps that always starts from the same batch, and returns when it has ended."""
+        return lambda: self.tokens(spec, num_steps)
+
+    def tokens(self, spec: StepSpec, num_steps: int) -> np.ndarray:
+        """`int32[steps, sequences]` of one call, the sequences in the order they were made."""
+        inst = self.instance
+        output = decode(inst.params, inst.expert_to_slot, inst.cache, self.batch, spec=spec, num_steps=num_steps)
+        inst.cache = output.cache
+        inst.record_load(output.slot_load)
+        return np.asarray(output.token_ids)[:, self.places]
+
+    def imbalance(self) -> float:
+        """Rows of the busiest routed expert over the mean, the worst MoE layer, over all the calls so far."""
+        load = self.instance.take_expert_load()
+        load = load[load.sum(1) > 0]
+        return float((load.max(1) / load.mean(1)).max()) if len(load) else 1.0
+
+
+class TwiceExchange(FabricExchange):
+    """Each dispatch and combine done twice in a row: the second waits for the first, and its result is used."""
+
+    def dispatch(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> tuple[ReceivedRows, DispatchHandle]:
+        """The second dispatch's result."""
+        first, _ = super().dispatch(x, slot_idx, channel=f"{channel}/before")
+        return super().dispatch(x, slot_idx + _zero_after(first.messages), channel=channel)
+
+    def combine(
+        self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str
+    ) -> jax.Array:
+        """The second combine's result."""
+        first = super().combine(rows, topk_weights, handle, channel=f"{channel}/before")
+        return super().combine(rows, topk_weights + _zero_after(first), handle, channel=channel)
+
+
+def _zero_after(x: jax.Array) -> jax.Array:
+    """`int32[]` 0 that exists only once `x` does: the smaller of 0 and one bit of it, which XLA does not see through."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bit = lax.bitcast_convert_type(x.reshape(-1)[0], unsigned) & 1
+    return jnp.minimum(bit.astype(jnp.int32), 0)

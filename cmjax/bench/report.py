@@ -1,0 +1,79 @@
+"""What every benchmark says beside its figures: on which machine, with which versions, from which commit."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+import psutil
+
+import cmjax
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the software, as JSON-ready values; `commit` is None outside a clone."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "cmjax": cmjax.__version__,
+        "commit": commit(),
+    }
+
+
+def _cpu_name() -> str:
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def commit(folder: Path = Path(__file__).resolve().parents[2]) -> str | None:
+    """The commit of the clone in `folder`, with "+changes" where files differ from it; None where there is no clone."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return head + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def in_turn(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Time each contender once a round, in turn, so that a slow moment of the machine meets them all.
+
+    Each runs once before, to be compiled and warm; a call must return when its work is done.
+
+    Returns:
+        Name -> `{"median_s", "min_s", "max_s"}` over the rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: {"median_s": float(np.median(taken)), "min_s": min(taken), "max_s": max(taken)}
+        for name, taken in seconds.items()
+    }
