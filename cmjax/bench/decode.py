@@ -11,7 +11,7 @@ from jax import lax
 
 from cmjax.bench.report import in_turn, machine
 from cmjax.errors import UserError
-from cmjax.mesh import Instance, Supernode, bring_up
+from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model
 from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
 from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, StepSpec, decode, hand_off

@@ -5,6 +5,7 @@ body holds two exchanges, so that XLA copies no carry between iterations, for la
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -192,18 +193,22 @@ def _measure(num_ranks: int, num_bytes: int, with_lax: bool, repeats: int) -> Fa
     width = max(1, round(num_bytes / (4 * num_ranks**2)))
     x = _payload(num_ranks, width)
 
-    def exchange_time(module: Any) -> float:
-        def chain(x: jax.Array) -> jax.Array:
-            body = lambda _, x: module.all_to_all(x, EP_AXIS, 0, 0)  # noqa: E731
-            return lax.fori_loop(0, NUM_EXCHANGES, body, x, unroll=2)
+    def chain(x: jax.Array, module: Any) -> jax.Array:
+        return lax.fori_loop(0, NUM_EXCHANGES, lambda _, x: module.all_to_all(x, EP_AXIS, 0, 0), x, unroll=2)
 
-        loop = _loop(num_ranks, chain)
+    loops = {"fabric": _loop(num_ranks, functools.partial(chain, module=fabric))}
+    if with_lax:
+        loops["lax"] = _loop(num_ranks, functools.partial(chain, module=lax))
+    for loop in loops.values():
         jax.block_until_ready(loop(x))
-        return statistics.median(_time(lambda: loop(x)) for _ in range(repeats)) / NUM_EXCHANGES
-
-    fabric_s = exchange_time(fabric)
-    memcpy_s = statistics.median(fabric.time_memcpy(x.nbytes) for _ in range(max(repeats, 7)))
-    return FabricResult(num_ranks, x.nbytes, fabric_s, exchange_time(lax) if with_lax else math.nan, memcpy_s)
+    # Taken in turns, so that what else the machine does falls on all of them alike.
+    seconds: dict[str, list[float]] = {"fabric": [], "lax": [], "memcpy": []}
+    for _ in range(repeats):
+        for name, loop in loops.items():
+            seconds[name].append(_time(functools.partial(loop, x)) / NUM_EXCHANGES)
+        seconds["memcpy"].append(fabric.time_memcpy(x.nbytes))
+    median = {name: statistics.median(values) if values else math.nan for name, values in seconds.items()}
+    return FabricResult(num_ranks, x.nbytes, median["fabric"], median["lax"], median["memcpy"])
 
 
 def _mesh(num_ranks: int) -> Mesh:

@@ -13,6 +13,7 @@ from cmjax.model.cache import read_blocks
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
+from cmjax.moe import dynamic_loop
 from cmjax.quant import einsum_f32, linear
 
 # The published models normalize the low-rank latents with this, whatever `rms_norm_eps` says.
@@ -119,8 +120,7 @@ def attend_expanded(
     """Un-absorbed attention of packed queries over the cache: `[tokens, heads * v_head_dim]`.
 
     The queries' own latents must be in the cache already. A loop over the key chunks that the sequences need; each
-    chunk is expanded to keys and values once, then meets the query tiles of its sequence. Expected trip counts: the
-    sequences' lengths over the chunk, and their local queries over the tile.
+    chunk is expanded to keys and values once, then meets the query tiles of its sequence.
 
     Args:
         params: one layer's.
@@ -165,10 +165,14 @@ def attend_expanded(
             return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), state, part)
 
         first_tile = jnp.maximum(first_key - sequences.first_position[seq], 0) // tile
-        return lax.fori_loop(first_tile, -(-sequences.count[seq] // tile), attend_tile, state)
+        last_tile = -(-sequences.count[seq] // tile)
+        return dynamic_loop(first_tile, last_tile, attend_tile, state, expected_trips=1)
 
     state = Softmax.start((heads, tokens + tile), config.v_head_dim)
-    out = lax.fori_loop(0, last_chunk[-1], attend_chunk, state).result()[:, :tokens]
+    # A chunk for each sequence that the rank's tokens can belong to, at least.
+    expected = min(tokens, block_table.shape[0])
+    state = dynamic_loop(0, last_chunk[-1], attend_chunk, state, expected_trips=expected)
+    out = state.result()[:, :tokens]
     return out.transpose(1, 0, 2).reshape(tokens, -1).astype(q_nope.dtype)
 
 
@@ -214,6 +218,7 @@ def attend_absorbed(
     if table.shape[1] == blocks_per_chunk:
         state = attend_chunk(0, state)
     else:
-        state = lax.fori_loop(0, -(-lengths.max() // chunk), attend_chunk, state)
+        num_chunks = table.shape[1] // blocks_per_chunk
+        state = dynamic_loop(0, -(-lengths.max() // chunk), attend_chunk, state, expected_trips=num_chunks)
     out = einsum_f32("bhl,hvl->bhv", state.result().astype(q_nope.dtype), w_uv)
     return out.reshape(requests, -1).astype(q_nope.dtype)

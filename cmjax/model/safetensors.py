@@ -1,6 +1,7 @@
 """Tensors by name from a folder of safetensors files, with or without an index, and a file of them from arrays.
 
-A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range), and the bytes.
+Our own reader: the `safetensors` package hands NumPy neither bfloat16 nor FP8, and we owe the user the name of what is
+wrong. A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range), and the bytes.
 """
 
 import json

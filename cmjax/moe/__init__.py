@@ -16,6 +16,7 @@ from cmjax.moe.dispatch import (
 )
 from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn, swiglu
 from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
+from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, route
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
@@ -39,6 +40,7 @@ __all__ = [
     "dispatch",
     "dispatch_done",
     "dispatch_start",
+    "dynamic_loop",
     "expert_ffn",
     "max_tokens",
     "message_bytes",

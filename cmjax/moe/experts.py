@@ -7,6 +7,7 @@ from jax import lax
 
 from cmjax.mesh import fabric
 from cmjax.moe.dispatch import ReceivedRows
+from cmjax.moe.loops import dynamic_loop
 from cmjax.quant import linear
 
 
@@ -53,19 +54,20 @@ def expert_ffn(
     layer: jax.Array | int,
     *,
     rows_per_block: int,
+    expected_rows: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Run each local expert over its rows: `[receive rows, hidden]` in `dtype`, laid out as received.
 
     Loops over blocks whose trip counts are what was received: rows that do not exist are not written (the result is
-    uninitialized there), and what a block reads beyond its expert's rows is thrown away. The expected trip count is
-    `rows / rows_per_block` plus half a block an expert.
+    uninitialized there), and what a block reads beyond its expert's rows is thrown away.
 
     Args:
         received: the dispatched rows.
         params: this rank's slots.
         layer: index into the layers of `params`.
         rows_per_block: see `block_rows`.
+        expected_rows: rows that a rank can expect to receive.
     """
     counts = received.num_tokens_per_expert
     capacity = received.messages.shape[0]
@@ -73,12 +75,14 @@ def expert_ffn(
     starts = jnp.cumsum(counts) - counts
     out = fabric.empty((capacity, params.w2.shape[2]), dtype)
     num_large = -(-counts // large)
+    num_slots = params.w2.shape[1]
+    expected = max(1, expected_rows // large)
     if large >= _SPLIT_FROM:
         is_short = counts % large <= large // 2
         num_large = jnp.where(is_short, counts // large, num_large)
         rest = jnp.where(is_short, counts % large, 0)
-        out = _run_blocks(out, received, params, layer, starts + num_large * large, rest, large // 4)
-    return _run_blocks(out, received, params, layer, starts, jnp.minimum(counts, num_large * large), large)
+        out = _run_blocks(out, received, params, layer, starts + num_large * large, rest, large // 4, num_slots)
+    return _run_blocks(out, received, params, layer, starts, jnp.minimum(counts, num_large * large), large, expected)
 
 
 def _run_blocks(
@@ -89,6 +93,7 @@ def _run_blocks(
     starts: jax.Array,
     counts: jax.Array,
     rows: int,
+    expected_trips: int,
 ) -> jax.Array:
     """Run expert e over the rows `[starts[e], starts[e] + counts[e])`, in blocks of `rows`; return `out` with them."""
     messages = received.messages
@@ -111,4 +116,4 @@ def _run_blocks(
         y = jnp.where(is_mine[:, None], swiglu(x, w13, w2), before)
         return lax.dynamic_update_slice(out, y, (begin, 0))
 
-    return lax.fori_loop(0, last_block[-1], body, out)
+    return dynamic_loop(0, last_block[-1], body, out, expected_trips=expected_trips)

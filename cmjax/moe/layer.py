@@ -147,7 +147,9 @@ def moe_ffn(
         # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
         max_rows = max(1, received.messages.shape[0] // min(slot_idx.shape[1], num_slots))
         rows_per_block = block_rows(slot_idx.size, num_slots, max_rows)
-        rows = expert_ffn(received, experts, layer, rows_per_block=rows_per_block, dtype=x.dtype)
+        rows = expert_ffn(
+            received, experts, layer, rows_per_block=rows_per_block, expected_rows=slot_idx.size, dtype=x.dtype
+        )
     with jax.named_scope("combine"):
         y = exchange.combine(rows, weights, handle, channel=f"{channel}/combine")
     return y, received.num_tokens_per_expert

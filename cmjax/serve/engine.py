@@ -199,6 +199,7 @@ class Engine:
         with _timed(timings, "compile_s"):
             self._warm_up(requests)
         self.take_load()
+        notify("prefill", 0, num_output)  # compiled: what is counted from here on is the requests' own
         waiting = deque(requests)
         while waiting or self.decode.running():
             for num_first in self._admit(waiting, timings):

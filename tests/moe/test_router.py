@@ -79,9 +79,11 @@ def _is_clear(config: ModelConfig, x: np.ndarray, bias: np.ndarray | None) -> np
     merit = groups[..., -2:].sum(-1) if config.topk_method == "noaux_tc" else groups[..., -1]
     clear = np.ones(len(x), bool)
     for values in (choice, merit):
-        gap = np.diff(np.sort(values, axis=1), axis=1)
+        ordered = np.sort(values, axis=1)
+        gap = np.diff(ordered, axis=1)
         # Equal logits with equal biases are equal on both sides, and go to the lower index; others must be apart.
-        clear &= ((gap > 2e-6) | (gap == 0)).all(1)
+        rounding = 1e-5 * ordered[:, 1:] + 1e-30 if bias is None else 3e-6
+        clear &= ((gap > rounding) | (gap == 0)).all(1)
     if bias is not None:
         # Equal sums of different logits and biases may round apart.
         for row in range(len(x)):

@@ -1,0 +1,44 @@
+"""Messages: activations into rows on the wire and back."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmjax.errors import UserError
+from cmjax.moe import FabricExchange, message_bytes, pack_rows, unpack_rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wire", [None, "float32", "bfloat16", "float16", "int8"])
+def test_message_bytes_is_what_a_row_takes(rng, wire, dtype):
+    x = jnp.asarray(rng.normal(size=(5, 24)), dtype)
+    messages = pack_rows(x, wire)
+    assert messages.nbytes == 5 * message_bytes(24, x.dtype, wire)
+    back = unpack_rows(messages, wire, x.dtype)
+    assert back.shape == x.shape
+    assert back.dtype == x.dtype
+
+
+def test_rows_as_they_are_come_back_bit_for_bit(rng):
+    x = jnp.asarray(rng.normal(size=(5, 24)), jnp.bfloat16)
+    for wire in (None, "bfloat16", "float32"):
+        np.testing.assert_array_equal(unpack_rows(pack_rows(x, wire), wire, x.dtype), x)
+
+
+def test_int8_rounds_by_half_a_step_at_most(rng):
+    x = rng.normal(size=(50, 24)).astype(np.float32) * np.logspace(-20, 20, 50, dtype=np.float32)[:, None]
+    back = np.asarray(unpack_rows(pack_rows(x, "int8"), "int8", jnp.float32))
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    assert (np.abs(back - x) <= 0.5001 * step).all()
+    assert (back != x).mean() > 0.9
+
+
+@pytest.mark.parametrize("field", ["dispatch_dtype", "combine_dtype"])
+def test_unknown_wire_dtypes_are_errors(field):
+    with pytest.raises(UserError, match=f"{field} 'int4' is not one of float32, bfloat16, float16"):
+        FabricExchange(axis_name="ep", num_local_experts=1, **{field: "int4"})
+
+
+def test_combine_has_no_int8():
+    with pytest.raises(UserError, match="combine_dtype 'int8'"):
+        FabricExchange(axis_name="ep", num_local_experts=1, combine_dtype="int8")
