@@ -57,10 +57,13 @@ def _git(folder: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def in_turn(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, *, pause_s: float = 0.0
+) -> dict[str, dict[str, float]]:
     """Time each contender once a round, in turn, so that a slow moment of the machine meets them all.
 
-    Each runs once before, to be compiled and warm; a call must return when its work is done.
+    Each runs once before, to be compiled and warm; a call must return when its work is done. `pause_s` is slept before
+    each timed call.
 
     Returns:
         Name -> `{"median_s", "min_s", "max_s"}` over the rounds.
@@ -70,6 +73,7 @@ def in_turn(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict
         call()
     for _ in range(rounds):
         for name, call in contenders.items():
+            time.sleep(pause_s)
             begin = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begin)

@@ -277,10 +277,10 @@ def _stack_loads(loads: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
 
 
-def _local_sequences(batch: PrefillBatch, first: jax.Array, count: int) -> LocalSequences:
-    """Cut the packed sequences to the tokens `[first, first + count)`."""
+def _local_sequences(batch: PrefillBatch, stop: jax.Array, first: jax.Array, count: int) -> LocalSequences:
+    """Cut the packed sequences, each up to its `stop`, to the tokens `[first, first + count)`."""
     begin = jnp.clip(batch.query_start[:-1], first, first + count)
-    end = jnp.clip(batch.query_start[1:], first, first + count)
+    end = jnp.clip(stop, first, first + count)
     last_token = batch.positions.shape[0] - 1
     return LocalSequences(begin - first, end - begin, batch.positions[jnp.minimum(begin, last_token)])
 
@@ -304,12 +304,14 @@ def prefill_pass(
     config, axis = spec.config, spec.axis_name
     count = batch.token_ids.shape[0] // lax.axis_size(axis)
     first = lax.axis_index(axis) * count
-    sequences = _local_sequences(batch, first, count)
+    stop = batch.query_start[1:]
 
     def local(a: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(a, first, count)
 
-    def attend_with(slot_mapping: jax.Array, channel: str) -> Attend:
+    def attend_with(slot_mapping: jax.Array, stop: jax.Array, channel: str) -> Attend:
+        sequences = _local_sequences(batch, stop, first, count)
+
         def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
             q_nope, q_pe, latent = mla_prolog(p, config, x, local(batch.positions))
             latents = fabric.all_gather(latent, axis, tiled=True, channel=channel)
@@ -324,7 +326,7 @@ def prefill_pass(
     context = _Context(
         spec=spec,
         channel="prefill",
-        attend=attend_with(batch.slot_mapping, "prefill/latents"),
+        attend=attend_with(batch.slot_mapping, stop, "prefill/latents"),
         is_valid=local(batch.slot_mapping) >= 0,
         expert_to_slot=expert_to_slot,
     )
@@ -333,9 +335,11 @@ def prefill_pass(
     if params.mtp is not None:
         next_token_ids = local(batch.next_token_ids)
         slots = jnp.where(batch.next_token_ids < 0, -1, batch.slot_mapping)
+        # A last token whose successor is unknown has no row in the cache: nothing may read what the memory holds there.
+        is_open = (stop > batch.query_start[:-1]) & (batch.next_token_ids[jnp.maximum(stop - 1, 0)] < 0)
         context = dataclasses.replace(
             context,
-            attend=attend_with(slots, "prefill/mtp_latents"),
+            attend=attend_with(slots, stop - is_open, "prefill/mtp_latents"),
             is_valid=context.is_valid & (next_token_ids >= 0),
         )
         mtp_hidden, cache, mtp_loads = _mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)

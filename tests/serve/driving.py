@@ -1,25 +1,21 @@
 """Driving the serving steps by hand: prompts through prefill, hand-off and decode, with every position's logits."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
-from cmjax.mesh import Pools, Supernode, carve
+from cmjax.mesh import Supernode, carve
 from cmjax.model import Model
-from cmjax.serve import Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
+from cmjax.serve import DecodeInstance, Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
 from cmjax.serve.instance import Prefilled, PrefillInstance
 from cmjax.serve.request import Request, plan_chunks
+from tests.parity import ParityCase
 
 MACHINE = Supernode.preset("cloudmatrix384")
-
-
-def pools(ep_size: int, prefill_ep_size: int | None = None, num_prefill_instances: int | None = None) -> Pools:
-    """Instances of the preset machine."""
-    return carve(
-        MACHINE, ep_size=ep_size, prefill_ep_size=prefill_ep_size, num_prefill_instances=num_prefill_instances
-    )
 
 
 def make_engine(
@@ -28,30 +24,36 @@ def make_engine(
     *,
     prefill_ep_size: int | None = None,
     num_prefill_instances: int | None = 1,
-    **settings: object,
+    **settings: Any,
 ) -> Engine:
-    """An engine with small settings."""
-    defaults = {"max_model_len": 96, "max_num_seqs_per_rank": 1, "max_num_batched_tokens": 64, "steps_per_call": 4}
-    return Engine(
-        model,
-        pools(ep_size, prefill_ep_size, num_prefill_instances),
-        settings=EngineSettings(**{**defaults, **settings}),
+    """An engine on the preset machine, with small settings."""
+    pools = carve(
+        MACHINE, ep_size=ep_size, prefill_ep_size=prefill_ep_size, num_prefill_instances=num_prefill_instances
     )
+    defaults = {"max_model_len": 96, "max_num_seqs_per_rank": 1, "max_num_batched_tokens": 64, "steps_per_call": 4}
+    return Engine(model, pools, settings=EngineSettings(**{**defaults, **settings}))
 
 
-@dataclasses.dataclass
-class Trace:
-    """Logits `float32[B, S, V]` of whole sequences, computed by prefill up to `num_prompt` and by decode after it."""
-
-    logits: np.ndarray
-    num_prompt: int
+def model_of(case: ParityCase) -> Model:
+    """The model of a parity case."""
+    return Model(case.config, case.params, case.digest)
 
 
-def prefill_all(source: PrefillInstance, requests: Sequence[Request]) -> tuple[list[Prefilled], list[np.ndarray]]:
-    """Prefill the prompts; also the logits `[length, V]` of each. Their blocks stay taken."""
+def make_requests(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
+    """One request a prompt, all with the same limit."""
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return [Request(i, [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
+
+
+def prefill_by_step(
+    source: PrefillInstance, requests: Sequence[Request]
+) -> Iterator[tuple[list[Prefilled], dict[int, np.ndarray]]]:
+    """Prefill the prompts; yields each step's ended prompts, and the logits `[tokens, V]` it computed by request.
+
+    The prompts' blocks stay taken until the caller frees them.
+    """
     lengths = [len(r.prompt_ids) for r in requests]
     tables = [source.pool.take(-(-length // source.settings.block_size)) for length in lengths]
-    ended, logits = [], [[] for _ in requests]
     for chunks in plan_chunks(lengths, source.num_step_tokens, source.max_sequences):
         batch = source.pack(requests, tables, chunks)
         output = prefill(
@@ -59,47 +61,71 @@ def prefill_all(source: PrefillInstance, requests: Sequence[Request]) -> tuple[l
         )
         source.cache = output.cache
         all_logits, token_ids = np.asarray(output.all_logits), np.asarray(output.token_ids)
-        begin = 0
+        ended, logits, begin = [], {}, 0
         for row, chunk in enumerate(chunks):
             end = begin + chunk.stop - chunk.start
-            logits[chunk.index].append(all_logits[begin:end])
+            logits[chunk.index] = all_logits[begin:end]
             begin = end
             if chunk.stop == lengths[chunk.index]:
-                one = Prefilled(requests[chunk.index], tables[chunk.index], row, output.last_hidden, token_ids[row])
-                ended.append(one)
-    return ended, [np.concatenate(parts) for parts in logits]
+                request, blocks = requests[chunk.index], tables[chunk.index]
+                ended.append(Prefilled(request, blocks, row, output.last_hidden, int(token_ids[row])))
+        yield ended, logits
 
 
-def step_through(engine: Engine, sequences: np.ndarray, num_prompt: int) -> Trace:
-    """Prefill the first `num_prompt` tokens of `sequences int[B, S]`, then decode the rest, fed token by token."""
-    num_seqs, length = sequences.shape
-    num_steps = length - num_prompt
-    sampling = SamplingParams(max_tokens=num_steps + 1)
-    requests = [Request(i, row[:num_prompt].tolist(), sampling) for i, row in enumerate(sequences)]
+def prefill_and_hand_off(
+    source: PrefillInstance, target: DecodeInstance, requests: Sequence[Request]
+) -> tuple[list[Prefilled], list[np.ndarray]]:
+    """Prefill the prompts and hand each to its reserved place; also every prompt's logits `[length, V]`."""
+    everyone: list[Prefilled] = []
+    parts: list[list[np.ndarray]] = [[] for _ in requests]
+    for ended, logits in prefill_by_step(source, requests):
+        hand_off(source, target, ended)
+        everyone += ended
+        for index, part in logits.items():
+            parts[index].append(part)
+    return everyone, [np.concatenate(part) for part in parts]
+
+
+@dataclasses.dataclass
+class Columns:
+    """Where requests sit in the arrays `[places of all ranks]` of a decode batch."""
+
+    index: list[int]
+    size: int
+
+    @classmethod
+    def of(cls, target: DecodeInstance, requests: Sequence[Request]) -> "Columns":
+        places = target.settings.max_num_seqs_per_rank
+        return cls([r.decode_rank * places + r.decode_place for r in requests], target.instance.ep_size * places)
+
+
+def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt: int) -> np.ndarray:
+    """Logits `float32[B, S, V]` of `sequences int[B, S]`: the first `num_prompt` tokens by prefill, the rest by decode.
+
+    Decode is fed the sequences token by token. Places and blocks are given back.
+    """
+    sequences = np.asarray(sequences)
+    num_steps = sequences.shape[1] - num_prompt
     target, source = engine.decode, engine.prefill[0]
+    requests = make_requests(sequences[:, :num_prompt], num_steps + 1)
     assert all([target.reserve(r) for r in requests])
-    ended, prompt_logits = prefill_all(source, requests)
-    hand_off(source, target, ended)
-    places = engine.settings.max_num_seqs_per_rank
-    columns = [r.decode_rank * places + r.decode_place for r in requests]
-    forced = np.full((num_steps, target.instance.ep_size * places), -1, np.int32)
-    for request, column, row in zip(requests, columns, sequences, strict=True):
+    columns = Columns.of(target, requests)
+    forced = np.full((num_steps, columns.size), -1, np.int32)
+    forced[: num_steps - 1, columns.index] = sequences[:, num_prompt + 1 :].T
+    arguments = (target.params, target.expert_to_slot, target.cache)
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    lowered = decode.lower(*arguments, batch, forced, spec=target.spec, num_steps=num_steps, with_logits=True)
+    with ThreadPoolExecutor(1) as threads:
+        compiling = threads.submit(lowered.compile)  # compiling is most of the time: both steps at once
+        ended, prompt_logits = prefill_and_hand_off(source, target, requests)
+    for request, row in zip(requests, sequences, strict=True):
         request.token_ids.append(int(row[num_prompt]))
-        forced[: num_steps - 1, column] = row[num_prompt + 1 :]
-    output = decode(
-        target.params,
-        target.expert_to_slot,
-        target.cache,
-        jax.device_put(target.host_batch(), target.spec.by_rank()),
-        forced,
-        spec=target.spec,
-        num_steps=num_steps,
-        with_logits=True,
-    )
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    output = compiling.result()(target.params, target.expert_to_slot, target.cache, batch, forced)
     target.cache = output.cache
-    decoded = np.asarray(output.logits)[:, columns].transpose(1, 0, 2)
+    decoded = np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)
     for request in requests:
         target.release(request)
     for one in ended:
         source.pool.free(one.blocks)
-    return Trace(np.concatenate([np.stack(prompt_logits), decoded], axis=1), num_prompt)
+    return np.concatenate([np.stack(prompt_logits), decoded], axis=1)

@@ -1,0 +1,138 @@
+"""One MoE layer over ranks against the slow reference, and a dispatch of one's own in its place."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from cmjax.mesh import fabric
+from cmjax.model import init_params, reference
+from cmjax.moe import ExpertParams, ExpertPlacement, FabricExchange, ReceivedRows, moe_ffn, routed_choices
+from tests.helpers import assert_close, tiny_config
+from tests.moe.test_router import router_config
+
+NUM_TOKENS = 5
+
+
+def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **counts):
+    """`(y [ranks, tokens, hidden], load by logical expert)` of layer 1, without a shared MLP that runs locally."""
+    p = ExpertPlacement.plan(
+        num_routed_experts=config.num_routed_experts,
+        num_shared_experts=config.num_shared_experts,
+        ep_size=mesh.size,
+        num_layers=2,
+        **counts,
+    )
+    n, hidden, ffn = p.num_dispatched_shared, config.hidden_size, config.moe_intermediate_size
+    shared13 = np.asarray(moe.shared.w13).reshape(2, 2, -1, ffn, hidden).transpose(0, 2, 1, 3, 4)
+    shared2 = np.asarray(moe.shared.w2).reshape(2, hidden, -1, ffn).transpose(0, 2, 1, 3)
+    w13 = np.concatenate([moe.experts.w13, shared13.reshape(2, -1, 2 * ffn, hidden)], axis=1)
+    w2 = np.concatenate([moe.experts.w2, shared2], axis=1)
+    by_slot = ExpertParams(*(np.stack([w[i][p.physical_to_logical[i]] for i in range(2)]) for w in (w13, w2)))
+    exchange = make_exchange(axis_name="ep", num_local_experts=p.num_local_experts)
+
+    def rank(x, is_valid, experts, maps):
+        y, load = moe_ffn(
+            x[0],
+            moe.router[1],
+            moe.router_bias[1],
+            experts,
+            1,
+            maps[1, 0],
+            is_valid[0],
+            router_config=router_config(config),
+            exchange=exchange,
+            num_dispatched_shared=n,
+            channel="test",
+        )
+        return y[None], load[None]
+
+    specs = (P("ep"), P("ep"), P(None, "ep"), P(None, "ep"))
+    step = jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=P("ep"), check_vma=False)
+    y, load = jax.jit(step)(x, is_valid, by_slot, p.expert_to_slot)
+    return np.asarray(y), p.expert_load(np.stack([np.zeros(p.num_physical_experts, int), np.ravel(load)]))[1]
+
+
+@pytest.fixture(scope="module")
+def layer():
+    config = tiny_config(n_shared_experts=2)
+    return config, init_params(config, seed=3).moe.mlp
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "counts"),
+    [
+        (1, {}),
+        (3, {}),
+        (8, {}),
+        (8, {"num_shared_replicas": 4, "num_redundant_experts": 4}),
+        (40, {}),
+    ],
+)
+def test_equals_the_reference(make_mesh, rng, layer, ep_size, counts):
+    config, moe = layer
+    x = rng.normal(size=(ep_size, NUM_TOKENS, config.hidden_size)).astype(np.float32)
+    is_valid = rng.random((ep_size, NUM_TOKENS)) < 0.8
+    y, load = run_layer(make_mesh(ep_size), config, moe, x, is_valid, **counts)
+    flat = x.reshape(-1, config.hidden_size).astype(np.float64)
+    topk_idx, weights = reference.route(config, flat, moe.router[1], moe.router_bias[1])
+    expected = reference.moe(flat, topk_idx, weights, moe.experts.w13[1], moe.experts.w2[1])
+    valid = is_valid.reshape(-1)
+    assert_close(load[:24], np.bincount(topk_idx[valid].reshape(-1), minlength=24))
+    if ep_size == 40 or counts:
+        expected += reference.mlp(flat, moe.shared.w13[1], moe.shared.w2[1])
+        np.testing.assert_array_equal(load[24:], valid.sum())
+    expected[~valid] = 0
+    assert_close(y.reshape(expected.shape), expected, scale=10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EverythingEverywhere:
+    """An exchange of one's own: every rank gets all the rows of all ranks, and keeps those of its experts."""
+
+    axis_name: str
+    num_local_experts: int
+
+    def dispatch(self, x, slot_idx, *, channel):
+        everyone = fabric.all_gather(x, self.axis_name, tiled=True, channel=f"{channel}/rows")
+        slots = fabric.all_gather(slot_idx, self.axis_name, tiled=True, channel=f"{channel}/slots")
+        local = slots - lax.axis_index(self.axis_name) * self.num_local_experts
+        local = jnp.where((local < 0) | (local >= self.num_local_experts), self.num_local_experts, local)
+        order = jnp.argsort(local.reshape(-1), stable=True)
+        counts = (local.reshape(-1, 1) == jnp.arange(self.num_local_experts)).sum(0, dtype=jnp.int32)
+        return ReceivedRows(everyone[order // slots.shape[1]], counts), (order, counts.sum())
+
+    def combine(self, rows, topk_weights, handle, *, channel):
+        order, num_rows = handle
+        weights = fabric.all_gather(topk_weights, self.axis_name, tiled=True, channel=f"{channel}/weights")
+        exists = jnp.arange(len(order)) < num_rows
+        rows = jnp.where(exists[:, None], rows.astype(jnp.float32) * weights.reshape(-1)[order][:, None], 0)
+        total = jnp.zeros((weights.shape[0], rows.shape[1])).at[order // weights.shape[1]].add(rows)
+        return fabric.psum_scatter(total, self.axis_name, tiled=True, channel=f"{channel}/sum")
+
+
+def test_a_dispatch_of_ones_own_takes_the_place(make_mesh, rng, layer):
+    config, moe = layer
+    x = rng.normal(size=(8, NUM_TOKENS, config.hidden_size)).astype(np.float32)
+    is_valid = rng.random((8, NUM_TOKENS)) < 0.8
+    own, own_load = run_layer(make_mesh(8), config, moe, x, is_valid, EverythingEverywhere)
+    y, load = run_layer(make_mesh(8), config, moe, x, is_valid)
+    assert_close(own, y, scale=10)
+    np.testing.assert_array_equal(own_load, load)
+
+
+def test_routed_choices_adds_the_shared_experts():
+    """Experts 0 to 3 in slots 5, 3, 1, 0, the two shared ones in slots 7 and 9."""
+    expert_to_slot = np.array([5, 3, 1, 0, 7, 9], np.int32)
+    topk_idx = np.array([[2, 0], [3, 1]], np.int32)
+    weights = np.array([[0.5, 0.25], [2.0, 1.0]], np.float32)
+    slot_idx, all_weights = routed_choices(topk_idx, weights, expert_to_slot, np.array([True, False]), 2)
+    np.testing.assert_array_equal(slot_idx, [[1, 5, 7, 9], [-1, -1, -1, -1]])
+    np.testing.assert_array_equal(all_weights, [[0.5, 0.25, 1, 1], [2, 1, 1, 1]])
+    slot_idx, all_weights = routed_choices(topk_idx, weights, expert_to_slot[:4], np.array([True, True]), 0)
+    np.testing.assert_array_equal(slot_idx, [[1, 5], [0, 3]])
+    np.testing.assert_array_equal(all_weights, weights)

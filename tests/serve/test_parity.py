@@ -1,0 +1,48 @@
+"""Prefill, hand-off and decode against the references, fed their tokens: every position's logits within 5e-4.
+
+The whole matrix, 16 cases at EP 1, 8, 64 and 320, runs with `make soak`: most of its time is compilation. Here each
+case runs at EP 1 and at one larger size, dealt so that each size meets cases of every kind.
+"""
+
+import pytest
+
+from tests.helpers import max_error
+from tests.parity import CASES, load_case
+from tests.serve.driving import make_engine, model_of, step_through
+
+EP_SIZES = (1, 8, 64, 320)
+EVERYWHERE = ("v3-ep320",)
+LARGER = {
+    "v3-small": 8,
+    "v3-mtp": 320,
+    "v3-fp8": 64,
+    "v3-yarn-noqlora": 320,
+    "v2-lite": 320,
+    "v2-lite-yarn": 64,
+    "v3-tied": 8,
+    "v3-half-rope": 64,
+    "v3-bias": 8,
+    "v3-odd": 64,
+    "v3-bf16-shards": 8,
+    "v3-noqlora": 320,
+    "v3-dense": 64,
+    "v2-groups": 320,
+    "v2-bias": 8,
+}
+HERE = {(name, 1) for name in CASES} | set(LARGER.items()) | {(n, ep) for n in EVERYWHERE for ep in EP_SIZES}
+MATRIX = [
+    pytest.param(name, ep, marks=() if (name, ep) in HERE else pytest.mark.soak) for name in CASES for ep in EP_SIZES
+]
+
+
+def test_every_case_has_a_larger_size():
+    assert set(LARGER) | set(EVERYWHERE) == set(CASES)
+
+
+@pytest.mark.parametrize(("name", "ep_size"), MATRIX)
+def test_logits_at_every_position(name, ep_size):
+    case = load_case(name)
+    num_seqs = len(case.input_ids)
+    engine = make_engine(model_of(case), ep_size, max_num_seqs_per_rank=-(-num_seqs // ep_size))
+    num_prompt = 12 if case.prompt is None else case.prompt.shape[1]
+    assert max_error(step_through(engine, case.input_ids, num_prompt), case.logits) < 5e-4
