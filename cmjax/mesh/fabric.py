@@ -43,22 +43,20 @@ from cmjax.mesh.exchange import (
     run_plain,
     run_start,
 )
+from cmjax.mesh.fabric_ragged import lax_ragged, native_ragged_failure
 from cmjax.mesh.layout import (
     ALONE,
     Layout,
     all_gather_layout,
     all_to_all_layout,
     checked_ragged_index,
-    place_ragged_rows,
     psum_scatter_layout,
 )
 from cmjax.mesh.settings import (
     DelayModel,
     FabricError,
-    Forms,
     FormStatus,
     Settings,
-    lax_ragged_native,
 )
 
 __all__ = [
@@ -100,7 +98,7 @@ __all__ = [
 
 Array = jax.Array
 
-_SETTINGS = Settings()
+_SETTINGS = Settings(native_ragged_failure)
 books = TrafficBooks()
 record = books.record
 configure = _SETTINGS.configure
@@ -309,39 +307,13 @@ def _lower_native(
     )
 
 
-def _lax_ragged(*operands: Array, axis_name: tuple[str, ...], forms: Forms, platform: str, **_: Any) -> Array:
-    if lax_ragged_native(platform, forms.ragged):
-        return lax.ragged_all_to_all(*operands, axis_name=axis_name)
-    return _padded_ragged(*operands, axis_name=axis_name)
-
-
-def _padded_ragged(
-    operand: Array,
-    output: Array,
-    input_offsets: Array,
-    send_sizes: Array,
-    output_offsets: Array,
-    recv_sizes: Array,
-    *,
-    axis_name: tuple[str, ...],
-) -> Array:
-    """Every update in a slot of the worst-case size, one `all_to_all`, and the rows that exist put in place."""
-    num_ranks, num_rows = lax.axis_size(axis_name), min(operand.shape[0], output.shape[0])
-    rows = jnp.clip(input_offsets[:, None] + jnp.arange(num_rows), 0, max(operand.shape[0] - 1, 0))
-    slots = operand[rows].reshape(num_ranks, -1, *operand.shape[1:])  # [ranks, updates * rows, ...]
-    received = lax.all_to_all(slots, axis_name, 0, 0).reshape(-1, *operand.shape[1:])
-    offsets = lax.all_to_all(output_offsets.reshape(num_ranks, -1), axis_name, 0, 0).reshape(-1)
-    starts = jnp.arange(offsets.shape[0], dtype=offsets.dtype) * num_rows
-    return place_ragged_rows(received, output, starts, offsets, recv_sizes)
-
-
 _LAX_FORMS: dict[str, Callable[..., Array]] = {
     "all_to_all": lambda x, *, axis_name, **_: lax.all_to_all(x, axis_name, 0, 0),
     "all_gather": lambda x, *, axis_name, **_: lax.all_gather(x, axis_name),
     "psum": lambda x, *, axis_name, **_: lax.psum(x, axis_name),
     "psum_scatter": lambda x, *, axis_name, **_: lax.psum_scatter(x, axis_name),
     "ppermute": lambda x, *, axis_name, perm, **_: lax.ppermute(x, axis_name, perm),
-    "ragged_all_to_all": _lax_ragged,
+    "ragged_all_to_all": lax_ragged,
 }
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import jax
@@ -74,7 +74,9 @@ class FormStatus:
 class Settings:
     """What the fabric is set to. The fabric has one; its methods are `fabric.configure` and `fabric.status`."""
 
-    def __init__(self) -> None:
+    def __init__(self, native_ragged_failure: Callable[[str], str | None]) -> None:
+        """`native_ragged_failure` says why `lax.ragged_all_to_all` does not serve on a platform, or None."""
+        self._native_ragged_failure = native_ragged_failure
         self._lock = threading.Lock()
         self._warned = False
         self.forms = Forms()
@@ -95,7 +97,7 @@ class Settings:
           timeout_s: seconds without progress after which an exchange fails, naming the missing ranks
             (120, or $CMJAX_FABRIC_TIMEOUT_S).
           ragged: form of `ragged_all_to_all` where lax collectives run: "native" (`lax.ragged_all_to_all`), "padded"
-            (an `all_to_all` of worst-case size) or "auto".
+            (an `all_to_all` of worst-case size) or "auto": native where a first trial of it succeeds.
           collectives: "fabric" (C++), "lax", or "auto". Changing a form drops JAX's caches of compiled programs.
           delay: a `DelayModel`, or None for none.
         """
@@ -162,9 +164,9 @@ class Settings:
             else:
                 loaded = self.native()
                 form, reason = ("fabric" if loaded.library else "lax"), loaded.reason
-            if name == "ragged_all_to_all" and form == "lax" and not lax_ragged_native(platform, self.forms.ragged):
+            if name == "ragged_all_to_all" and form == "lax" and (why := self._why_padded(platform)):
                 form = "lax padded"
-                reason += f"; lax.ragged_all_to_all {self._ragged_reason(platform)}"
+                reason += f"; lax.ragged_all_to_all {why}"
             statuses[name] = FormStatus(form, reason)
         return statuses
 
@@ -178,10 +180,10 @@ class Settings:
         library.cmjax_fabric_memcpy(target.ctypes.data, source.ctypes.data, num_bytes)
         return time.perf_counter() - start
 
-    def _ragged_reason(self, platform: str) -> str:
-        if self.forms.ragged == "padded":
-            return "was set aside by ragged='padded'"
-        return "is not implemented on XLA:CPU" if platform == "cpu" else "is missing in this jax"
+    def _why_padded(self, platform: str) -> str | None:
+        if self.forms.ragged == "auto":
+            return self._native_ragged_failure(platform)
+        return "was set aside by ragged='padded'" if self.forms.ragged == "padded" else None
 
     def _apply(self, loaded: native_build.NativeFabric) -> None:
         library = loaded.library
@@ -195,13 +197,6 @@ class Settings:
                 stretch = self.delay.multiplier
                 if stretch > 0:
                     library.cmjax_fabric_set_delay(plane.encode(), stretch * latency_s, bytes_per_s / stretch)
-
-
-def lax_ragged_native(platform: str, ragged: RaggedMode) -> bool:
-    """Whether the lax form of ragged_all_to_all is `lax.ragged_all_to_all` itself on this platform."""
-    if ragged == "auto":
-        return platform != "cpu" and hasattr(jax.lax, "ragged_all_to_all")
-    return ragged == "native"
 
 
 def _too_many(num_devices: int, reason: str) -> str:
