@@ -45,8 +45,9 @@ CONFIG = ModelConfig(
 )
 DTYPES = ("bfloat16", "float32")
 MAX_LOGIT_DIFF = 1e-3  # float32; the two add up in different orders
-# The ways transformers has to run experts; the one that is fastest for a job stands for it.
-PEER_EXPERTS = ("grouped_mm", "batched_mm", "eager")
+# The ways transformers has to run experts; the one that is fastest for a job stands for it. "batched_mm" copies an
+# expert's weights for every row, which is out of the question for a prefill.
+PEER_EXPERTS = {"decode": ("grouped_mm", "batched_mm", "eager"), "prefill": ("grouped_mm", "eager")}
 DEFINITIONS = {
     "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, transformers one forward each, "
     "with its DynamicCache",
@@ -229,7 +230,7 @@ class _Peer:
     def fastest(self, job: str, prompts: np.ndarray, num_steps: int) -> tuple[str, Callable[[], object]]:
         """The job with the expert implementation that does it in the least time, and that implementation's name."""
         seconds = {}
-        for experts in PEER_EXPERTS:
+        for experts in PEER_EXPERTS[job]:
             call = self._call(job, prompts, num_steps, experts)
             call()
             begin = time.perf_counter()
@@ -246,7 +247,7 @@ class _Peer:
             return self.model(ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache}).logits.argmax(-1)
 
         def prefill(cache: Any) -> Any:
-            self.model.set_experts_implementation(experts)
+            self.model.set_experts_implementation(experts if job == "prefill" else PEER_EXPERTS["prefill"][0])
             return forward(torch.from_numpy(prompts), cache)
 
         def prefill_call() -> object:

@@ -2,7 +2,7 @@
 
 from cmjax.model.checkpoint import restore, save
 from cmjax.model.config import ModelConfig
-from cmjax.model.model import Model, check_token_ids, expert_maps, load
+from cmjax.model.model import Model, check_token_ids, expert_maps, load, token_id_array
 from cmjax.model.params import (
     AttentionParams,
     LayerParams,
@@ -72,4 +72,5 @@ __all__ = [
     "restore",
     "save",
     "save_hf",
+    "token_id_array",
 ]

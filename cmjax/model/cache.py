@@ -12,6 +12,9 @@ from jax import lax
 def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array, rows: jax.Array) -> jax.Array:
     """Return the cache with `rows[tokens, width]` at the slots `int32[tokens]` of one layer; slot -1 is skipped."""
     layers, slots, width = cache.shape
+    if rows.shape[0] == 1:
+        # XLA turns a scatter of one row into a read and an update, and copies the whole cache around them.
+        slot_mapping, rows = jnp.pad(slot_mapping, (0, 1), constant_values=-1), jnp.pad(rows, ((0, 1), (0, 0)))
     index = jnp.where(slot_mapping < 0, layers * slots, layer * slots + slot_mapping)
     flat = cache.reshape(layers * slots, width).at[index].set(rows.astype(cache.dtype), mode="drop")
     return flat.reshape(cache.shape)

@@ -79,7 +79,7 @@ class Model:
         return place_params(self.params, placement, mesh), expert_maps(placement, 1), mesh, spec
 
     def _logits(self, input_ids: Any, *, with_mtp: bool) -> jax.Array:
-        ids = check_token_ids(np.asarray(input_ids), self.config)
+        ids = check_token_ids(token_id_array(input_ids, "input_ids"), self.config)
         if ids.ndim != 2 or ids.size == 0:
             raise UserError(f"input_ids has shape {list(ids.shape)}, expected [batch, sequence], neither of them 0")
         params, maps, mesh, spec = self._on_one_device
@@ -105,9 +105,17 @@ class Model:
         """
         if self.params.mtp is None:
             raise UserError("the model has no MTP module (num_nextn_predict_layers)")
-        if np.asarray(input_ids).ndim == 2 and np.shape(input_ids)[1] < 2:
+        if token_id_array(input_ids, "input_ids").ndim == 2 and np.shape(input_ids)[1] < 2:
             raise UserError("mtp_logits needs sequences of at least 2 tokens")
         return self._logits(input_ids, with_mtp=True)[:, :-1]
+
+
+def token_id_array(ids: Any, name: str) -> np.ndarray:
+    """Return `ids` as an array, or raise `UserError` naming them: rows of unequal length make none."""
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        raise UserError(f"{name}: the lists of token ids differ in length") from None
 
 
 def check_token_ids(ids: np.ndarray, config: ModelConfig) -> np.ndarray:

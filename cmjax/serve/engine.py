@@ -13,7 +13,7 @@ import psutil
 
 from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve
-from cmjax.model import Model, check_token_ids
+from cmjax.model import Model, check_token_ids, token_id_array
 from cmjax.serve.block_pool import blocks_for
 from cmjax.serve.instance import DecodeInstance, PrefillInstance
 from cmjax.serve.request import Request, RequestOutput, SamplingParams
@@ -151,9 +151,9 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts, but {len(sampling)} sampling params")
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-            if not len(prompt):
-                raise UserError(f"prompt {index} is empty")
-            ids = check_token_ids(np.asarray(prompt), self.model.config)
+            ids = check_token_ids(token_id_array(prompt, f"prompt {index}"), self.model.config)
+            if ids.ndim != 1 or not ids.size:
+                raise UserError(f"prompt {index} is {'empty' if ids.ndim == 1 else 'no list of token ids'}")
             request = Request(index, ids.tolist(), params)
             limit = self.settings.max_model_len
             if len(ids) + params.max_tokens > limit:
@@ -180,7 +180,7 @@ class Engine:
         Raises:
             UserError: an empty prompt, a token id outside the vocabulary, a prompt that does not fit the cache.
         """
-        requests = self._requests(prompts, sampling or SamplingParams())
+        requests = self._requests(prompts, SamplingParams() if sampling is None else sampling)
         timings = Timings()
         try:
             self._run(requests, timings, progress or (lambda *_: None))
@@ -251,6 +251,8 @@ class Engine:
 
     def _warm_up(self, requests: Sequence[Request]) -> None:
         """Compile the steps these requests will need, so that the phases time only themselves."""
+        if not requests:
+            return
         lengths = [len(r.prompt_ids) for r in requests]
         share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
         jobs = [functools.partial(instance.warm_up, share) for instance in self.prefill]
