@@ -1,0 +1,307 @@
+"""The jitted steps themselves: tracing without memory, no needless compilation, and what was compiled."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cmjax.mesh import fabric
+from cmjax.model import (
+    DecodeBatch,
+    ModelConfig,
+    PrefillBatch,
+    RankSpec,
+    abstract_params,
+    num_params,
+    param_specs,
+    place_params,
+    plan_placement,
+    reference,
+)
+from cmjax.moe import FabricExchange
+from cmjax.serve import SamplingParams, StepSpec, decode, hand_off, prefill
+from cmjax.serve.instance import DecodeInstance, PrefillInstance
+from tests.helpers import max_error, tiny_model
+from tests.serve.driving import Columns, make_engine, make_requests, prefill_by_step
+
+V3 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "max_position_embeddings": 163840,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "num_nextn_predict_layers": 1,
+}
+
+
+def abstract_step(config, mesh, places=8, blocks=64):
+    """`(spec, params, maps, cache, decode batch)` of an instance, as shapes with shardings."""
+    placement = plan_placement(config, mesh.size)
+    exchange = FabricExchange(
+        axis_name="ep", num_local_experts=placement.num_local_experts, dispatch_dtype="int8", combine_dtype="bfloat16"
+    )
+    rank = RankSpec(
+        config=config,
+        axis_name="ep",
+        block_size=128,
+        exchange=exchange,
+        num_dispatched_shared=placement.num_dispatched_shared,
+    )
+
+    def place(layers):
+        slots = placement.num_physical_experts
+        experts = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((a.shape[0], slots, *a.shape[2:]), a.dtype), layers.mlp.experts
+        )
+        shared = None if placement.num_shared_replicas else layers.mlp.shared
+        return layers.replace(mlp=layers.mlp.replace(experts=experts, shared=shared))
+
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    params = abstract_params(config, jnp.bfloat16)
+    params = params.replace(moe=place(params.moe), mtp=params.mtp.replace(layer=place(params.mtp.layer)))
+    params = jax.tree.map(lambda a, spec: array(a.shape, a.dtype, spec), params, param_specs(params, "ep"))
+    maps = array(placement.expert_to_slot.shape, jnp.int32, P(None, "ep"))
+    cache_shape = (mesh.size, config.num_cache_layers, blocks * 128, config.latent_width)
+    cache = array(cache_shape, jnp.bfloat16, P("ep"))
+    size = mesh.size * places
+    batch = DecodeBatch(
+        *(array((size,), jnp.int32, P("ep")) for _ in range(3)), block_table=array((size, 32), jnp.int32, P("ep"))
+    )
+    return StepSpec(rank, mesh), params, maps, cache, batch
+
+
+def test_deepseek_v3_traces_on_320_devices_without_memory(make_mesh):
+    config = ModelConfig.from_hf(V3)
+    assert 6.7e11 < num_params(abstract_params(config)) < 6.9e11
+    live = len(jax.live_arrays())
+    spec, params, maps, cache, batch = abstract_step(config, make_mesh(320))
+    lowered = decode.lower(params, maps, cache, batch, spec=spec, num_steps=4)
+    output = lowered.out_info
+    assert output.token_ids.shape == (4, 2560)
+    assert output.cache.shape == cache.shape
+    assert output.slot_load.shape == (58, 320)
+    text = lowered.as_text()
+    assert "cmjax_fabric_start" in text
+    assert len(jax.live_arrays()) == live
+
+
+def test_deepseek_v3_prefill_traces_on_32_devices(make_mesh):
+    spec, params, maps, cache, _ = abstract_step(ModelConfig.from_hf(V3), make_mesh(32))
+    tokens = [jax.ShapeDtypeStruct((4096,), jnp.int32) for _ in range(4)]
+    batch = PrefillBatch(
+        *tokens, jax.ShapeDtypeStruct((33,), jnp.int32), jax.ShapeDtypeStruct((32, 64), jnp.int32)
+    )
+    output = jax.eval_shape(
+        lambda *args: prefill(*args, spec=spec, with_all_logits=True), params, maps, cache, batch
+    )
+    assert output.all_logits.shape == (4096, 129280)
+    assert output.last_hidden.shape == (32, 7168)
+    assert output.last_hidden.dtype == jnp.bfloat16
+    assert output.slot_load.shape == (59, 32 * 9)
+
+
+class CountedExchange(FabricExchange):
+    """Counts how often a step is traced, by the dispatches of its scanned MoE layers."""
+
+    traced = 0
+
+    def dispatch(self, *args, **kwargs):
+        type(self).traced += 1
+        return super().dispatch(*args, **kwargs)
+
+
+def traces_of(function):
+    before = CountedExchange.traced
+    result = function()
+    return result, CountedExchange.traced - before
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine(tiny_model(num_hidden_layers=2), 8, prefill_ep_size=4, exchange=CountedExchange)
+
+
+ROWS = np.random.default_rng(2).integers(0, 101, (3, 24))
+
+
+def test_one_trace_for_all_steps(engine):
+    """Different prompts, lengths, numbers of requests and blocks: the first call traced it all."""
+    sampling = SamplingParams(max_tokens=9)
+    engine.generate([row.tolist() for row in ROWS], sampling)
+    longer = [[5] * 60, [1], [2, 3]] * 5
+    _, traces = traces_of(lambda: engine.generate(longer, sampling))
+    assert traces == 0
+
+
+def test_another_model_of_the_same_shape_does_not_recompile(engine):
+    """Switching models on an instance: other params, the same compiled step."""
+    other = tiny_model(seed=9, num_hidden_layers=2)
+    first = run_steps(engine, ROWS, 12)
+    switched = make_engine(other, 8, prefill_ep_size=4, exchange=CountedExchange)
+    second, traces = traces_of(lambda: run_steps(switched, ROWS, 12))
+    assert traces == 0
+    assert max_error(second, first) > 0.1
+    assert max_error(second, reference.logits(other.config, other.params, ROWS)) < 5e-5
+
+
+def run_steps(engine, rows, num_prompt):
+    """As `step_through`, by plain calls of the jitted steps."""
+    target, source = engine.decode, engine.prefill[0]
+    num_steps = rows.shape[1] - num_prompt
+    requests = make_requests(rows[:, :num_prompt], num_steps + 1)
+    assert all([target.reserve(r) for r in requests])
+    columns = Columns.of(target, requests)
+    logits = []
+    for ended, by_request in prefill_by_step(source, requests):
+        hand_off(source, target, ended)
+        logits += [by_request[one.request.request_id] for one in ended]
+        for one in ended:
+            source.pool.free(one.blocks)
+            one.request.token_ids.append(int(rows[one.request.request_id, num_prompt]))
+    forced = np.full((num_steps, columns.size), -1, np.int32)
+    forced[: num_steps - 1, columns.index] = rows[:, num_prompt + 1 :].T
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    output = decode(
+        target.params, target.expert_to_slot, target.cache, batch, forced, spec=target.spec, num_steps=num_steps,
+        with_logits=True,
+    )  # fmt: skip
+    target.cache = output.cache
+    for request in requests:
+        target.release(request)
+    return np.concatenate([np.stack(logits), np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)], axis=1)
+
+
+def test_another_placement_does_not_recompile(engine, rng):
+    """Rebalancing: experts move to other slots, params and maps with them; the logits stay, and so does the program."""
+    target = engine.decode
+    before = run_steps(engine, ROWS, 12)
+    old = target.placement
+    order = rng.permutation(old.num_physical_experts)
+    moved_to = np.argsort(order)
+    new = dataclasses.replace(
+        old, physical_to_logical=old.physical_to_logical[:, order], expert_to_slot=moved_to[old.expert_to_slot]
+    )
+    kept = target.params, target.expert_to_slot
+    target.params = place_params(target.model.params, new, target.spec.mesh)
+    maps = new.expert_to_slot.astype(np.int32)
+    target.expert_to_slot = jax.device_put(maps, NamedSharding(target.spec.mesh, P(None, "ep")))
+    after, traces = traces_of(lambda: run_steps(engine, ROWS, 12))
+    target.params, target.expert_to_slot = kept
+    assert traces == 0
+    assert max_error(after, before) < 1e-5
+
+
+def test_the_step_returns_the_load_of_every_slot(engine):
+    target = engine.decode
+    requests = make_requests([[3], [4], [5]], 5)
+    assert all([target.reserve(r) for r in requests])
+    for request in requests:
+        request.token_ids.append(7)
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
+    target.cache = output.cache
+    config = target.model.config
+    assert output.slot_load.shape == (len(config.moe_layer_ids), target.placement.num_physical_experts)
+    np.testing.assert_array_equal(np.asarray(output.slot_load).sum(1), 3 * 4 * config.num_topk)
+    np.testing.assert_array_equal((np.asarray(output.token_ids) >= 0).sum(0), [4, 4, 4, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(output.batch.positions, -1)
+    for request in requests:
+        target.release(request)
+
+
+def compiled_decode(engine, num_steps=3):
+    target: DecodeInstance = engine.decode
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    return decode.lower(
+        target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=num_steps
+    ).compile()
+
+
+def compiled_prefill(engine):
+    source: PrefillInstance = engine.prefill[0]
+    batch = source.pack([], [], [])
+    return prefill.lower(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).compile()
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_the_cache_is_updated_in_place(places):
+    """It is aliased from argument to result, and no step copies it: temporary memory does not grow with it."""
+    model = tiny_model(num_hidden_layers=2, max_position_embeddings=2048)
+    temporary = {"prefill": [], "decode": []}
+    for max_model_len in (512, 2048):  # both longer than a chunk of attention
+        engine = make_engine(model, 8, max_num_seqs_per_rank=places, max_model_len=max_model_len)
+        for name, compiled, instance in (
+            ("decode", compiled_decode(engine), engine.decode),
+            ("prefill", compiled_prefill(engine), engine.prefill[0]),
+        ):
+            memory = compiled.memory_analysis()
+            num_bytes = instance.cache.nbytes // instance.instance.ep_size
+            assert memory.alias_size_in_bytes == num_bytes
+            temporary[name].append((num_bytes, memory.temp_size_in_bytes))
+    for (small, before), (large, after) in temporary.values():
+        assert after - before < 0.05 * (large - small), temporary
+
+
+@pytest.mark.parametrize("compiled", [compiled_decode, compiled_prefill])
+def test_no_collective_of_xla_is_left(engine, compiled):
+    text = compiled(engine).as_text()
+    found = re.findall(r"all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute", text)
+    assert not found
+    assert "cmjax_fabric_start" in text
+
+
+def test_exchanges_of_a_step():
+    """A MoE layer exchanges counts, offsets and rows, and the rows again on their way back; decode nothing else."""
+    engine = make_engine(tiny_model(num_hidden_layers=4), 8, prefill_ep_size=4)
+    engine.decode.warm_up(3)
+    engine.prefill[0].warm_up(16)
+    for run, expected in (
+        (lambda: engine.decode.warm_up(3), {"all_to_all": 3 * 3 * 2, "ragged_all_to_all": 3 * 3 * 2}),
+        (
+            lambda: engine.prefill[0].warm_up(16),
+            {"all_gather": 4, "all_to_all": 3 * 2, "ragged_all_to_all": 3 * 2, "psum": 1},
+        ),
+    ):
+        fabric.books.reset()
+        run()
+        calls = {entry.collective: entry.calls for entry in fabric.books.snapshot().select("ub")}
+        assert calls == expected
