@@ -18,7 +18,7 @@ from cmjax.cli_generate import (
     result_tables,
     settings_from,
 )
-from cmjax.cli_options import engine_options, instance_options, json_option
+from cmjax.cli_options import BUNDLED_MODEL, engine_options, instance_options, json_option
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from cmjax.serve import GenerateResult
 
-# In a clone, where the package is installed editable, the parity cases lie beside it.
-BUNDLED = Path(__file__).resolve().parents[1] / "tests" / "data" / "parity" / "v3-ep320"
 # A reference token that led the second best by less than this says nothing about which of the two is right.
 CLEAR_MARGIN = 1e-3
 OUTPUTS_SHOWN = 5
@@ -110,7 +108,7 @@ def demo(
 
 def find_model(folder: str | None) -> Path:
     """The folder asked for, or the bundled one, which only a clone has."""
-    path = Path(folder) if folder else BUNDLED
+    path = Path(folder) if folder else BUNDLED_MODEL
     if not (path / "reference.npz").is_file():
         advice = "" if folder else " (the bundled model is part of a clone of the repository); give --model"
         raise UserError(f"{path}: no reference.npz there{advice}")

@@ -1,12 +1,15 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# In a clone, where the package is installed editable, the parity cases lie beside it.
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "tests" / "data" / "parity" / "v3-ep320"
 SUPERNODES = ("cloudmatrix384", "cloudmatrix384-dies")
 
 

@@ -168,7 +168,7 @@ def _prefill_instance(model: Model, prompts: np.ndarray) -> tuple[PrefillInstanc
 def _prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
     source, requests = _prefill_instance(model, prompts)
     lengths = [len(request.prompt_ids) for request in requests]
-    tables = [source.pool.allocate(blocks_for(length, _BLOCK_SIZE)) or [] for length in lengths]
+    tables = [source.pool.take(blocks_for(length, _BLOCK_SIZE)) for length in lengths]
     (chunks,) = plan_chunks(lengths, source.num_step_tokens, source.max_sequences)
     packed = source.pack(requests, tables, chunks)
     return lambda: np.asarray(source.step(packed).token_ids)

@@ -1,0 +1,198 @@
+"""`cmjax bench`: how fast the fabric, a decode step and one device are, with the machine and the commit beside them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cmjax.cli import Commands
+from cmjax.cli_generate import new_table
+from cmjax.cli_options import BUNDLED_MODEL, json_option
+from cmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ALL = ("fabric", "decode", "peer")
+EXIT_DIFFERENT = 1
+
+rounds_option = click.option(
+    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each; medians count."
+)
+
+
+@click.group(
+    cls=Commands,
+    epilog="""\b
+    Examples:
+      cmjax bench decode              a decode step over 320 devices, and the same tokens on one
+      cmjax bench peer --json         one device against transformers, where torch is installed
+      cmjax bench all                 each in a process of its own""",
+)
+def bench() -> None:
+    """Measure; every figure comes with its machine, its versions and its commit."""
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench fabric\n  cmjax bench fabric --json")
+@rounds_option
+@json_option
+def fabric(rounds: int, as_json: bool) -> None:
+    """The fabric's all_to_all beside lax and a memory copy, and how much of a delay its two halves hide."""
+    from cmjax.bench import fabric as bench_fabric
+    from cmjax.bench.report import machine
+
+    report = bench_fabric.run(repeats=rounds)
+    report = {"benchmark": "fabric"} | report | {"machine": report["machine"] | machine()}
+    _print(report, bench_fabric.tables(report), as_json)
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench decode\n  cmjax bench decode --ep 64 --seqs-per-rank 4 --json")
+@click.option("--model", "folder", metavar="DIR", help="Checkpoint.  [default: the one bundled with a clone]")
+@click.option("--ep", type=click.IntRange(min=1), default=320, show_default=True, help="Devices of the instance.")
+@click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
+@click.option("--cache", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens cached of each.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Decode steps a call.")
+@rounds_option
+@json_option
+def decode(folder: str | None, ep: int, seqs_per_rank: int, cache: int, steps: int, rounds: int, as_json: bool) -> None:
+    """A decode step over hundreds of devices: launch, exchange and math, and the same tokens on one device."""
+    from cmjax.bench import decode as bench_decode
+    from cmjax.mesh import bring_up
+    from cmjax.model import load
+
+    if folder is None and not BUNDLED_MODEL.is_dir():
+        raise UserError(f"{BUNDLED_MODEL}: the bundled model is part of a clone of the repository; give --model")
+    bring_up(ep)
+    model = load(folder or BUNDLED_MODEL)
+    report = bench_decode.run(
+        model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, num_steps=steps, rounds=rounds
+    )
+    _print(report, decode_tables(report), as_json)
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench peer\n  cmjax bench peer --dtype bfloat16 --json")
+@click.option("--dtype", type=click.Choice(("bfloat16", "float32")), help="Only this one.  [default: both]")
+@rounds_option
+@json_option
+@click.pass_context
+def peer(context: click.Context, dtype: str | None, rounds: int, as_json: bool) -> None:
+    """One device against Hugging Face transformers, on the same random weights.
+
+    Ends with status 1 where the two compute different logits.
+    """
+    from rich.console import Console
+
+    from cmjax.bench import peer as bench_peer
+
+    console = Console(stderr=True)
+
+    def on_result(row: dict[str, Any]) -> None:
+        console.print(f"{row['job']} {row['batch']} {row['dtype']}: {row['cmjax_s'] * 1e3:.1f} ms", highlight=False)
+
+    dtypes = (dtype,) if dtype else bench_peer.DTYPES
+    report = bench_peer.run(dtypes=dtypes, rounds=rounds, on_result=on_result)
+    _print(report, peer_tables(report), as_json)
+    if report["logits_agree"] is False:
+        context.exit(EXIT_DIFFERENT)
+
+
+@bench.command(name="all", epilog="\b\nExamples:\n  cmjax bench all\n  cmjax bench all --json > bench.json")
+@rounds_option
+@json_option
+@click.pass_context
+def run_all(context: click.Context, rounds: int, as_json: bool) -> None:
+    """Every benchmark, each in a process of its own: they need different numbers of devices."""
+    reports, worst = {}, 0
+    for name in ALL:
+        command = [sys.executable, "-m", "cmjax", "bench", name, "--rounds", str(rounds)]
+        if as_json:
+            done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=False)
+            reports[name] = json.loads(done.stdout) if done.stdout else None
+        else:
+            done = subprocess.run(command, check=False)
+        worst = max(worst, abs(done.returncode))
+    if as_json:
+        click.echo(json.dumps(reports, indent=2))
+    if worst:
+        context.exit(worst)
+
+
+def _print(report: dict[str, Any], tables: "Sequence[Table]", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    console.print(machine_line(report["machine"]), highlight=False, soft_wrap=True)
+    for table in tables:
+        console.print(table)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine, versions and commit in one line."""
+    packages = ("jax", "torch", "transformers")
+    versions = ", ".join(f"{name} {machine[name]}" for name in packages if name in machine)
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}, "
+        f"Python {machine['python']}, {versions}{commit}"
+    )
+
+
+def _definitions(table: "Table", definitions: dict[str, str]) -> "Table":
+    table.caption = "\n".join(f"{name}: {text}" for name, text in definitions.items())
+    return table
+
+
+def decode_tables(report: dict[str, Any]) -> "list[Table]":
+    """Step times and shares of `cmjax bench decode`."""
+    settings, one = report["settings"], report["one_device"]
+    title = (
+        f"A decode step of {settings['num_sequences']:,} sequences, {settings['cache_tokens']} tokens cached of each; "
+        f"median of {settings['rounds']} calls of {settings['num_steps']} steps"
+    )
+    columns = ("devices", "wire", "ms a step", "tokens/s", "launch", "exchange", "math", "x one device")
+    table = new_table(title, *columns, numbers_from=2)
+    for row in report["results"]:
+        shares = (f"{row['shares'][part]:.0%}" for part in ("launch", "exchange", "math"))
+        figures = (f"{row['step_s'] * 1e3:.1f}", f"{row['tokens_per_s']:,.0f}", *shares)
+        table.add_row(str(settings["ep_size"]), row["wire"], *figures, f"{row['times_one_device']:.2f}")
+    figures = (f"{one['step_s'] * 1e3:.1f}", f"{one['tokens_per_s']:,.0f}", "", "", "")
+    table.add_row("1", "", *figures, f"1 (bound: {report['bound']:g})")
+    notes = {
+        f"first tokens, {row['wire']}": f"{row['first_tokens_equal_to_one_device']:,} of {settings['num_sequences']:,} are "
+        "those of one device"
+        for row in report["results"]
+    }
+    notes["load"] = f"the busiest expert had {report['busiest_expert_over_mean']:.1f} times the mean"
+    return [_definitions(table, report["definitions"] | notes)]
+
+
+def peer_tables(report: dict[str, Any]) -> "list[Table]":
+    """Both sides of `cmjax bench peer`, or ours alone."""
+    settings = report["settings"]
+    title = (
+        f"{settings['num_parameters'] / 1e6:.0f} M parameters on one device, {settings['length']} tokens; "
+        f"median of {settings['rounds']}"
+    )
+    columns = ("job", "batch", "dtype", "cmjax ms", "tokens/s", "transformers ms", "tokens/s", "its experts", "speedup")
+    table = new_table(title, *columns, numbers_from=3)
+    for row in report["results"]:
+        cells = [row["job"], str(row["batch"]), row["dtype"]]
+        for side in ("cmjax", "transformers"):
+            has_side = f"{side}_s" in row
+            cells += (
+                [f"{row[f'{side}_s'] * 1e3:.1f}", f"{row[f'{side}_tokens_per_s']:,.0f}"] if has_side else ["-", "-"]
+            )
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else "-"
+        table.add_row(*cells, row["peer_experts"] or "-", speedup)
+    notes = {}
+    if report["peer"] is None:
+        notes["the peer is absent"] = "install torch and transformers in this environment to see it beside"
+    for dtype, diff in report["logits_max_abs_diff"].items():
+        notes[f"logits, {dtype}"] = f"the two differ by at most {diff:.2g}"
+    return [_definitions(table, report["definitions"] | notes)]
