@@ -162,12 +162,13 @@ def decode_tables(report: dict[str, Any]) -> "list[Table]":
         figures = (f"{row['step_s'] * 1e3:.1f}", f"{row['tokens_per_s']:,.0f}", *shares)
         table.add_row(str(settings["ep_size"]), row["wire"], *figures, f"{row['times_one_device']:.2f}")
     figures = (f"{one['step_s'] * 1e3:.1f}", f"{one['tokens_per_s']:,.0f}", "", "", "")
-    table.add_row("1", "", *figures, f"1 (bound: {report['bound']:g})")
+    table.add_row("1", "", *figures, "1.00")
     notes = {
-        f"first tokens, {row['wire']}": f"{row['first_tokens_equal_to_one_device']:,} of {settings['num_sequences']:,} are "
-        "those of one device"
+        f"first tokens, {row['wire']}": f"{row['first_tokens_equal_to_one_device']:,} of "
+        f"{settings['num_sequences']:,} are those of one device"
         for row in report["results"]
     }
+    notes["x one device"] = f"the bound is {report['bound']:g}"
     notes["load"] = f"the busiest expert had {report['busiest_expert_over_mean']:.1f} times the mean"
     return [_definitions(table, report["definitions"] | notes)]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from cmjax.mesh import Pools
     from cmjax.mesh.fabric import TrafficSnapshot
-    from cmjax.model import Model, ModelConfig
-    from cmjax.serve import Engine, EngineSettings, GenerateResult, SamplingParams
+    from cmjax.model import ModelConfig
+    from cmjax.serve import Engine, EngineSettings, GenerateResult
     from cmjax.serve.engine import Progress
 
 MAX_DEFAULT_SEQS = 8
@@ -98,7 +98,7 @@ def generate(
         show(report)
 
 
-# -- running an engine: `cmjax demo` runs its own the same way ------------------------------------------------------------
+# -- running an engine: `cmjax demo` runs its own the same way --------------------------------------------------------
 
 
 def carve_from(options: dict[str, Any]) -> "Pools":
@@ -185,7 +185,7 @@ def progress_bar(console: "Console") -> Iterator["Progress"]:
         yield notify
 
 
-# -- the report -----------------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 def collect(engine: "Engine", result: "GenerateResult", traffic: "TrafficSnapshot") -> dict[str, Any]:
@@ -243,7 +243,7 @@ def placement(instance: Any) -> dict[str, int] | None:
     return {name: getattr(placed, name) for name in counts}
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 def show(report: dict[str, Any]) -> None:

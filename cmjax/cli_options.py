@@ -42,7 +42,11 @@ def engine_options(function: Function) -> Function:
     positive = click.IntRange(min=1)
     options = (
         click.option(
-            "--dtype", type=click.Choice(floats), default="float32", show_default=True, help="Of weights and activations."
+            "--dtype",
+            type=click.Choice(floats),
+            default="float32",
+            show_default=True,
+            help="Of weights and activations.",
         ),
         click.option(
             "--dispatch-dtype",

@@ -25,7 +25,7 @@ def draw_picture(
     """
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(13, 6), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.1, 1))[0]
         load = load[: len(moe_layer_ids)]
         num_bars = min(len(load), MAX_BAR_LAYERS)
         if num_bars:

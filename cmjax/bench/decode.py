@@ -22,15 +22,18 @@ from cmjax.serve.request import Request
 BOUND = 3.0  # times one device
 WIRES = {"float": None, "int8": "int8"}
 DEFINITIONS = {
-    "step": "a call of N decode steps over N, its launch included",
+    "step": "a call of N decode steps over N, its launch included; the median over the rounds, and below the median of "
+    "the differences within a round",
     "launch": "time of a call extrapolated to 0 steps: t(1) - (t(N) - t(1)) / (N - 1)",
-    "exchange": "what a step takes longer when each MoE layer does its dispatch and its combine twice, on the same rows; "
+    "exchange": "what a step takes longer when each MoE layer does dispatch and combine twice, on the same rows: "
     "packing, unpacking and the weighted sum count, waiting for the slowest rank does not",
     "math": "the rest of a step",
-    "one device": "the same sequences on one device of the same process, N steps a call, float, in turn with the others",
+    "one device": "the same sequences on one device of the same process, N steps a call, float, in turn with the rest",
 }
 
-_NUM_PROMPTS = 32  # distinct prompts that fill the cache; each sequence goes on from one of them with a token of its own
+_NUM_PROMPTS = (
+    32  # distinct prompts that fill the cache; each sequence goes on from one of them with a token of its own
+)
 _BLOCK_SIZE = 16
 
 
@@ -68,8 +71,8 @@ def run(
         calls |= {f"{wire} {n}": many.caller(once, n) for n in (1, num_steps)}
         calls[f"{wire} twice"] = many.caller(twice, num_steps)
     seconds = in_turn(calls, rounds)
-    one_step_s = seconds["one"]["median_s"] / num_steps
-    results = [_result(wire, seconds, num_steps, num_tokens, one_step_s) for wire in WIRES]
+    one_step_s = float(np.median(seconds["one"])) / num_steps
+    results = [_result(wire, seconds, num_steps, num_tokens) for wire in WIRES]
     reference = one.tokens(one.spec(None), num_steps)
     for result in results:
         same = many.tokens(many.spec(WIRES[result["wire"]]), num_steps)[0] == reference[0]
@@ -93,27 +96,28 @@ def run(
     }
 
 
-def _result(
-    wire: str, seconds: dict[str, dict[str, float]], num_steps: int, num_tokens: int, one_step_s: float
-) -> dict[str, Any]:
-    one_step, all_steps, twice = (seconds[f"{wire} {form}"]["median_s"] for form in (1, num_steps, "twice"))
-    inner_s = (all_steps - one_step) / (num_steps - 1)
-    step_s = all_steps / num_steps
-    # Noise can make a small part come out negative.
-    launch_s = min(max(one_step - inner_s, 0.0) / num_steps, step_s)
-    exchange_s = min(max(twice - all_steps, 0.0) / num_steps, step_s - launch_s)
+def _result(wire: str, seconds: dict[str, list[float]], num_steps: int, num_tokens: int) -> dict[str, Any]:
+    one_step, all_steps, twice = (np.array(seconds[f"{wire} {form}"]) for form in (1, num_steps, "twice"))
+    step_s = float(np.median(all_steps)) / num_steps
+    launch_s = float(np.median(one_step - (all_steps - one_step) / (num_steps - 1))) / num_steps
+    exchange_s = float(np.median(twice - all_steps)) / num_steps
+    # Noise can make a small part come out negative, or two parts together more than the whole.
+    launch_s = min(max(launch_s, 0.0), step_s)
+    exchange_s = min(max(exchange_s, 0.0), step_s - launch_s)
     parts = {"launch": launch_s, "exchange": exchange_s, "math": step_s - launch_s - exchange_s}
     return {
         "wire": wire,
         "step_s": step_s,
         "tokens_per_s": num_tokens / step_s,
-        "times_one_device": step_s / one_step_s,
+        "times_one_device": float(np.median(all_steps / np.array(seconds["one"]))),
         "seconds": parts,
         "shares": {name: part / step_s for name, part in parts.items()},
     }
 
 
-def _prefilled(model: Model, device: jax.Device, cache_tokens: int, seed: int) -> tuple[PrefillInstance, list[Prefilled]]:
+def _prefilled(
+    model: Model, device: jax.Device, cache_tokens: int, seed: int
+) -> tuple[PrefillInstance, list[Prefilled]]:
     """Random prompts after prefill on one device: real latents for every cache."""
     settings = EngineSettings(
         max_model_len=cache_tokens,
@@ -169,9 +173,11 @@ class _Filled:
     def spec(self, dispatch_dtype: Any, exchange: type[FabricExchange] = FabricExchange) -> StepSpec:
         """The instance's step with another exchange."""
         spec = self.instance.spec
-        own = spec.rank.exchange
+        placement = self.instance.placement
         new = exchange(
-            axis_name=own.axis_name, num_local_experts=own.num_local_experts, dispatch_dtype=dispatch_dtype
+            axis_name=spec.rank.axis_name,
+            num_local_experts=placement.num_local_experts if placement else 1,
+            dispatch_dtype=dispatch_dtype,
         )
         return dataclasses.replace(spec, rank=dataclasses.replace(spec.rank, exchange=new))
 
@@ -191,7 +197,7 @@ class _Filled:
         """Rows of the busiest routed expert over the mean, the worst MoE layer, over all the calls so far."""
         load = self.instance.take_expert_load()
         load = load[load.sum(1) > 0]
-        return float((load.max(1) / load.mean(1)).max()) if len(load) else 1.0
+        return float(np.max(load.max(axis=1) / load.mean(axis=1))) if len(load) else 1.0
 
 
 class TwiceExchange(FabricExchange):
@@ -202,16 +208,14 @@ class TwiceExchange(FabricExchange):
         first, _ = super().dispatch(x, slot_idx, channel=f"{channel}/before")
         return super().dispatch(x, slot_idx + _zero_after(first.messages), channel=channel)
 
-    def combine(
-        self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str
-    ) -> jax.Array:
+    def combine(self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str) -> jax.Array:
         """The second combine's result."""
         first = super().combine(rows, topk_weights, handle, channel=f"{channel}/before")
         return super().combine(rows, topk_weights + _zero_after(first), handle, channel=channel)
 
 
 def _zero_after(x: jax.Array) -> jax.Array:
-    """`int32[]` 0 that exists only once `x` does: the smaller of 0 and one bit of it, which XLA does not see through."""
+    """`int32[]` 0 that exists only once `x` does: the smaller of 0 and one bit of it (XLA cannot tell)."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bit = lax.bitcast_convert_type(x.reshape(-1)[0], unsigned) & 1
     return jnp.minimum(bit.astype(jnp.int32), 0)

@@ -49,11 +49,11 @@ MAX_LOGIT_DIFF = 1e-3  # float32; the two add up in different orders
 # expert's weights for every row, which is out of the question for a prefill.
 PEER_EXPERTS = {"decode": ("grouped_mm", "batched_mm", "eager"), "prefill": ("grouped_mm", "eager")}
 DEFINITIONS = {
-    "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, transformers one forward each, "
-    "with its DynamicCache",
+    "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, transformers one forward "
+    "each, with its DynamicCache",
     "prefill": "one forward over the prompts that fills the cache, with the logits of each last token",
-    "peer": "transformers without torch.compile, its attention as it comes, and of its expert implementations the fastest "
-    "for the job",
+    "peer": "transformers without torch.compile, its attention as it comes, and of its expert implementations the "
+    "fastest for the job",
     "logits": f"largest difference of any logit over whole sequences; at most {MAX_LOGIT_DIFF} in float32",
 }
 
@@ -63,7 +63,7 @@ _SETTLE_S = 0.3  # OpenMP threads of torch go on spinning for a while after thei
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is timed: decode at each batch over a cache of so many tokens, and prefill of so many prompts of that length."""
+    """What is timed: decode at each batch over a cache of `length` tokens, and prefill of prompts of that length."""
 
     decode_batches: tuple[int, ...] = (1, 8, 32)
     prefill_batch: int = 8
@@ -99,7 +99,10 @@ def run(
             rng = np.random.default_rng(seed)
             if peer is not None:
                 logits[dtype] = _logit_diff(model, peer, rng)
-            for job, batch in (*(("decode", batch) for batch in sizes.decode_batches), ("prefill", sizes.prefill_batch)):
+            for job, batch in (
+                *(("decode", batch) for batch in sizes.decode_batches),
+                ("prefill", sizes.prefill_batch),
+            ):
                 results.append(_measure(job, batch, model, peer, sizes, rounds, rng) | {"dtype": dtype})
                 if on_result:
                     on_result(results[-1])
@@ -141,7 +144,7 @@ def _measure(
     tokens = batch * (1 if job == "decode" else sizes.length)
     row: dict[str, Any] = {"job": job, "batch": batch, "tokens": tokens, "peer_experts": experts}
     for name, taken in seconds.items():
-        row[f"{name}_s"] = taken["median_s"] / steps
+        row[f"{name}_s"] = float(np.median(taken)) / steps
         row[f"{name}_tokens_per_s"] = tokens / row[f"{name}_s"]
     if peer is not None:
         row["speedup"] = row["transformers_s"] / row["cmjax_s"]
@@ -178,9 +181,7 @@ def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[
     """A call of `num_steps` steps from the end of the prompts, each time from the same state."""
     source, requests = _prefill_instance(model, prompts)
     batch, length = prompts.shape
-    settings = EngineSettings(
-        max_model_len=length + num_steps, max_num_seqs_per_rank=batch, block_size=_BLOCK_SIZE
-    )
+    settings = EngineSettings(max_model_len=length + num_steps, max_num_seqs_per_rank=batch, block_size=_BLOCK_SIZE)
     instance = Instance("decode0", "decode", tuple(jax.devices()[:1]))
     target = DecodeInstance(model, instance, settings, batch * settings.max_blocks)
     params = SamplingParams(max_tokens=num_steps + 1)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jaxlib
-import numpy as np
 import psutil
 
 import cmjax
@@ -42,8 +41,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit(folder: Path = Path(__file__).resolve().parents[2]) -> str | None:
-    """The commit of the clone in `folder`, with "+changes" where files differ from it; None where there is no clone."""
+def commit() -> str | None:
+    """The commit of the clone this runs from, with "+changes" where files differ; None where there is no clone."""
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
     try:
@@ -59,14 +59,14 @@ def _git(folder: Path, *args: str) -> str:
 
 def in_turn(
     contenders: Mapping[str, Callable[[], object]], rounds: int, *, pause_s: float = 0.0
-) -> dict[str, dict[str, float]]:
+) -> dict[str, list[float]]:
     """Time each contender once a round, in turn, so that a slow moment of the machine meets them all.
 
     Each runs once before, to be compiled and warm; a call must return when its work is done. `pause_s` is slept before
     each timed call.
 
     Returns:
-        Name -> `{"median_s", "min_s", "max_s"}` over the rounds.
+        Name -> seconds of each round, so that contenders can be compared round by round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
@@ -77,7 +77,4 @@ def in_turn(
             begin = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begin)
-    return {
-        name: {"median_s": float(np.median(taken)), "min_s": min(taken), "max_s": max(taken)}
-        for name, taken in seconds.items()
-    }
+    return seconds

@@ -30,8 +30,8 @@ class ExpertPlacement:
         num_shared_replicas: slots that hold shared experts; 0 when every rank runs the shared MLP itself.
         physical_to_logical: `int32[moe_layers, ep_size * num_local_experts]`.
         expert_to_slot: `int32[moe_layers, ep_size, logical]`: the slot that source rank r sends a choice of a logical
-            expert to. Example: with two replicas of expert 5 in slots 7 and 30, the owner of either uses its own, and the
-            other ranks send to 7 and 30 by turns.
+            expert to. Example: with two replicas of expert 5 in slots 7 and 30, the owner of either uses its own, and
+            the other ranks send to 7 and 30 by turns.
     """
 
     num_routed_experts: int

@@ -76,13 +76,13 @@ class PlacedModel:
         Shared experts get every token, wherever they run. A step without the MTP module counts nothing for its layer,
         which is the last.
         """
+        loads, self._loads = self._loads, []
         if self.placement is None:
             return np.zeros((0, 0), np.int64)
         total = np.zeros(self.placement.physical_to_logical.shape, np.int64)
-        for load in self._loads:
+        for load in loads:
             counts = np.asarray(load)
             total[: counts.shape[0]] += counts
-        self._loads = []
         return self.placement.expert_load(total)[:, : self.placement.num_routed_experts]
 
 
@@ -116,7 +116,8 @@ class PrefillInstance(PlacedModel):
         self.reset()
 
     def reset(self) -> None:
-        """Forget every prompt: a new cache, all blocks free."""
+        """Forget every prompt, and the load of steps that may have failed: a new cache, all blocks free."""
+        self._loads = []
         self.pool = BlockPool(self.num_blocks)
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
@@ -208,7 +209,8 @@ class DecodeInstance(PlacedModel):
         self.reset()
 
     def reset(self) -> None:
-        """Forget every request: a new cache, all places and blocks free."""
+        """Forget every request, and the load of steps that may have failed: a new cache, all places and blocks free."""
+        self._loads = []
         ranks, places = self.instance.ep_size, self.settings.max_num_seqs_per_rank
         self.pools = [BlockPool(self.num_blocks) for _ in range(ranks)]
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)

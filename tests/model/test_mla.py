@@ -73,9 +73,7 @@ LENGTHS = {7: [3, 1, 12, 7], 16: [128, 5, 300, 16, 129], 1: [2, 9]}
 def test_expanded(rng, block_size):
     lengths = np.array(LENGTHS[block_size])
     packed = Packed(rng, lengths, block_size)
-    out = run_expanded(
-        packed.q_nope, packed.q_pe, packed.cache, whole(lengths), packed.table, block_size=block_size
-    )
+    out = run_expanded(packed.q_nope, packed.q_pe, packed.cache, whole(lengths), packed.table, block_size=block_size)
     assert_close(out, packed.expected(), scale=5)
 
 
@@ -87,9 +85,7 @@ def test_absorbed(rng, block_size):
     last = packed.ends - 1
     table = np.concatenate([packed.table, np.full_like(packed.table[:1], -1)])
     q_nope, q_pe = (np.concatenate([q[last], q[:1]]) for q in (packed.q_nope, packed.q_pe))
-    out = run_absorbed(
-        q_nope, q_pe, packed.cache, np.append(lengths, 0).astype(np.int32), table, block_size=block_size
-    )
+    out = run_absorbed(q_nope, q_pe, packed.cache, np.append(lengths, 0).astype(np.int32), table, block_size=block_size)
     assert_close(out[:-1], packed.expected()[last], scale=5)
     np.testing.assert_array_equal(out[-1], 0)
 

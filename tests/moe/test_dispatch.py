@@ -34,9 +34,7 @@ def on_ranks(mesh, function, num_out):
     def rank(*args):
         return tuple(out[None] for out in function(*(a[0] for a in args)))
 
-    return jax.jit(
-        jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=(specs,) * num_out, check_vma=False)
-    )
+    return jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=(specs,) * num_out, check_vma=False))
 
 
 @functools.cache

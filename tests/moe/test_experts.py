@@ -103,7 +103,8 @@ def test_bfloat16(rng):
     x = jnp.asarray(rng.normal(size=(36, HIDDEN)), jnp.bfloat16)
     out = run(x, counts, experts, 1, rows_per_block=8, dtype=jnp.bfloat16)
     assert out.dtype == jnp.bfloat16
-    expected = plain_loop(np.asarray(x, np.float64), counts, jax.tree.map(lambda a: np.asarray(a, np.float64), experts), 1)
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, experts))
+    expected = plain_loop(wide[0], counts, wide[1], 1)
     rtol, atol = TOLERANCES["bfloat16"]
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2 * rtol, atol=2 * atol)
 
@@ -113,9 +114,7 @@ def test_swiglu(rng):
     assert_close(swiglu(x, w13, w2), reference.mlp(x.astype(np.float64), w13, w2), scale=3)
 
 
-@given(
-    num_rows=st.integers(0, 10**6), num_experts=st.integers(1, 400), max_rows=st.integers(1, 10**5)
-)
+@given(num_rows=st.integers(0, 10**6), num_experts=st.integers(1, 400), max_rows=st.integers(1, 10**5))
 def test_block_rows_is_a_power_of_two_from_8_to_128_unless_there_are_fewer(num_rows, num_experts, max_rows):
     rows = block_rows(num_rows, num_experts, max_rows)
     assert rows.bit_count() == 1

@@ -98,9 +98,7 @@ def test_choices_lie_in_the_best_groups_and_differ(kind, rng):
     config = config_of(kind)
     x = rng.normal(0, 3, (NUM_TOKENS, NUM_EXPERTS)).astype(np.float32)
     bias = None if config.scoring == "softmax" else np.full(NUM_EXPERTS, -2.0, np.float32)
-    topk_idx, topk_weights = jitted_route(
-        x, np.eye(NUM_EXPERTS, dtype=np.float32), bias, config=router_config(config)
-    )
+    topk_idx, topk_weights = jitted_route(x, np.eye(NUM_EXPERTS, dtype=np.float32), bias, config=router_config(config))
     for choices in np.asarray(topk_idx):
         assert len(set(choices)) == config.num_topk
         if config.topk_method != "greedy":

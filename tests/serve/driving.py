@@ -45,6 +45,12 @@ def make_requests(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Req
     return [Request(i, [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
 
 
+def reserve(target: DecodeInstance, requests: Sequence[Request]) -> None:
+    """Give every request a place and blocks on a decode rank."""
+    for request in requests:
+        assert target.reserve(request)
+
+
 def prefill_by_step(
     source: PrefillInstance, requests: Sequence[Request]
 ) -> Iterator[tuple[list[Prefilled], dict[int, np.ndarray]]]:
@@ -108,7 +114,7 @@ def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt:
     num_steps = sequences.shape[1] - num_prompt
     target, source = engine.decode, engine.prefill[0]
     requests = make_requests(sequences[:, :num_prompt], num_steps + 1)
-    assert all([target.reserve(r) for r in requests])
+    reserve(target, requests)
     columns = Columns.of(target, requests)
     forced = np.full((num_steps, columns.size), -1, np.int32)
     forced[: num_steps - 1, columns.index] = sequences[:, num_prompt + 1 :].T

@@ -27,7 +27,7 @@ from cmjax.moe import FabricExchange
 from cmjax.serve import SamplingParams, StepSpec, decode, hand_off, prefill
 from cmjax.serve.instance import DecodeInstance, PrefillInstance
 from tests.helpers import max_error, tiny_model
-from tests.serve.driving import Columns, make_engine, make_requests, prefill_by_step
+from tests.serve.driving import Columns, make_engine, make_requests, prefill_by_step, reserve
 
 V3 = {
     "model_type": "deepseek_v3",
@@ -127,12 +127,8 @@ def test_deepseek_v3_traces_on_320_devices_without_memory(make_mesh):
 def test_deepseek_v3_prefill_traces_on_32_devices(make_mesh):
     spec, params, maps, cache, _ = abstract_step(ModelConfig.from_hf(V3), make_mesh(32))
     tokens = [jax.ShapeDtypeStruct((4096,), jnp.int32) for _ in range(4)]
-    batch = PrefillBatch(
-        *tokens, jax.ShapeDtypeStruct((33,), jnp.int32), jax.ShapeDtypeStruct((32, 64), jnp.int32)
-    )
-    output = jax.eval_shape(
-        lambda *args: prefill(*args, spec=spec, with_all_logits=True), params, maps, cache, batch
-    )
+    batch = PrefillBatch(*tokens, jax.ShapeDtypeStruct((33,), jnp.int32), jax.ShapeDtypeStruct((32, 64), jnp.int32))
+    output = jax.eval_shape(lambda *args: prefill(*args, spec=spec, with_all_logits=True), params, maps, cache, batch)
     assert output.all_logits.shape == (4096, 129280)
     assert output.last_hidden.shape == (32, 7168)
     assert output.last_hidden.dtype == jnp.bfloat16
@@ -188,7 +184,7 @@ def run_steps(engine, rows, num_prompt):
     target, source = engine.decode, engine.prefill[0]
     num_steps = rows.shape[1] - num_prompt
     requests = make_requests(rows[:, :num_prompt], num_steps + 1)
-    assert all([target.reserve(r) for r in requests])
+    reserve(target, requests)
     columns = Columns.of(target, requests)
     logits = []
     for ended, by_request in prefill_by_step(source, requests):
@@ -233,7 +229,7 @@ def test_another_placement_does_not_recompile(engine, rng):
 def test_the_step_returns_the_load_of_every_slot(engine):
     target = engine.decode
     requests = make_requests([[3], [4], [5]], 5)
-    assert all([target.reserve(r) for r in requests])
+    reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)
     batch = jax.device_put(target.host_batch(), target.spec.by_rank())

@@ -1,0 +1,42 @@
+"""The scripts run as users run them: bringing up the devices themselves, and with XLA_FLAGS set."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.conftest import ROOT
+
+FLAGS = "--xla_force_host_platform_device_count=384"
+RUNS = {
+    "generate.py at EP8": (("generate.py", "--ep", "8"), "", "[200] -> "),
+    "generate.py with XLA_FLAGS": (("generate.py",), FLAGS, "decode0: EP320, ranks 64 to 383"),
+    "custom_dispatch.py": (("custom_dispatch.py",), "", "the tokens are equal"),
+    "custom_dispatch.py with XLA_FLAGS": (("custom_dispatch.py",), FLAGS, "the tokens are equal"),
+    "fabric_tour.py at 8 ranks": (("fabric_tour.py", "8"), "", "8 ranks"),
+    "fabric_tour.py with XLA_FLAGS": (("fabric_tour.py",), FLAGS, "320 ranks"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_script_runs(name):
+    (script, *args), flags, expected = RUNS[name]
+    env = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(ROOT),
+        # As for the suite itself: what one run compiled, the next one finds.
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    words = [sys.executable, str(ROOT / "scripts" / script), *args]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
+def test_every_example_is_run():
+    examples = {path.name for path in (ROOT / "scripts").glob("*.py")} - {"make_reference.py"}
+    assert examples == {words[0] for words, _, _ in RUNS.values()}
