@@ -1,7 +1,7 @@
 """Replace dispatch and combine with one's own, and see that the tokens stay the same.
 
     python scripts/custom_dispatch.py
-    XLA_FLAGS=--xla_force_host_platform_device_count=24 python scripts/custom_dispatch.py
+    XLA_FLAGS=--xla_force_host_platform_device_count=16 python scripts/custom_dispatch.py
 
 `GatherExchange` is the simplest correct exchange there is: every rank gathers everybody's tokens and picks the rows of
 its own experts; the outputs go back as one sum over the ranks. It moves far more bytes than the default, which the
@@ -51,7 +51,7 @@ class GatherExchange:
 
 def main() -> None:
     model = cmjax.load(MODEL)
-    pools = carve(virtual_devices(24), ep_size=8)
+    pools = carve(virtual_devices(16), ep_size=8)
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (12, 10)).tolist()
     tokens = {}
     for name, exchange in {"default": None, "own": GatherExchange}.items():

@@ -1,0 +1,107 @@
+"""What README and docs say can be done, can be: commands parse, Python runs or compiles, files and targets exist."""
+
+import ast
+import importlib
+import re
+import shlex
+
+import click
+import pytest
+
+from cmjax.cli import command_group
+from tests.conftest import ROOT
+from tests.parity import load_case
+
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES["README.md"] = README
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def shell_lines(text: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks(text, "sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a `cmjax` command line without running it; click raises where it is wrong."""
+    command: click.Command = command_group
+    context = click.Context(command, info_name="cmjax")
+    while isinstance(command, click.Group):
+        assert words, f"{context.command_path} needs a command"
+        name, *words = words
+        command = command.get_command(context, name)
+        assert command is not None, f"{context.command_path} has no {name}"
+    command.make_context(command.name, list(words), parent=context)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        if not target.startswith(("http:", "https:")):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_in_text_exist(page):
+    for name in re.findall(r"`((?:cmjax|scripts|tests|docs)/[\w./*]+)`", PAGES[page]):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    lines = shell_lines(PAGES[page]) + re.findall(r"`(cmjax [^`.]+|make [^`.]+)`", PAGES[page])
+    for line in lines:
+        words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0] == "cmjax":
+            check_command(words[1:])
+        else:
+            assert words[0] in ("python", "pip"), line
+
+
+def test_the_readme_has_commands():
+    assert len(shell_lines(README)) > 8
+    with pytest.raises(click.UsageError):
+        check_command(["generate", "--nonsense"])
+    with pytest.raises(AssertionError):
+        check_command(["nonsense"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_imports_what_there_is(page):
+    for block in blocks(PAGES[page], "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_first_examples_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    engine, collective = blocks(README, "python")
+    names: dict = {}
+    exec(engine.replace("ep_size=320", "ep_size=8"), names)
+    assert len(names["result"].outputs[0].token_ids) == 8
+    exec(collective, names)
+    assert names["y"].reshape(320, 320)[3, 7] == 7 * 320 + 3
+
+
+def test_the_transcript_is_the_references():
+    (transcript,) = blocks(README, "text")
+    generated = load_case("v3-ep320").generated
+    assert " ".join(map(str, generated[0, :6])) in transcript
+    assert "The generated tokens equal the reference's: 72 of 72" in transcript
+
+
+def test_life_of_a_token_names_every_room():
+    steps = re.findall(r"^\d+\. .*?(?=^\d+\. |\Z)", README.split("## Life of a token")[1], re.MULTILINE | re.DOTALL)
+    assert len(steps) == 15
+    named = " ".join(steps)
+    assert all(f"cmjax/{room}/" in named for room in ("mesh", "moe", "model", "serve"))
