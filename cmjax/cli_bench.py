@@ -73,15 +73,23 @@ def decode(folder: str | None, ep: int, seqs_per_rank: int, cache: int, steps: i
     _print(report, decode_tables(report), as_json)
 
 
-@bench.command(epilog="\b\nExamples:\n  cmjax bench peer\n  cmjax bench peer --dtype bfloat16 --json")
+@bench.command(
+    epilog="\b\nExamples:\n  cmjax bench peer --dtype bfloat16 --json\n  cmjax bench peer --peer-python PATH"
+)
 @click.option("--dtype", type=click.Choice(("bfloat16", "float32")), help="Only this one.  [default: both]")
+@click.option(
+    "--peer-python",
+    metavar="PATH",
+    help="An interpreter that has torch and transformers.  [default: this one, where it has them]",
+)
 @rounds_option
 @json_option
 @click.pass_context
-def peer(context: click.Context, dtype: str | None, rounds: int, as_json: bool) -> None:
+def peer(context: click.Context, dtype: str | None, peer_python: str | None, rounds: int, as_json: bool) -> None:
     """One device against Hugging Face transformers, on the same random weights.
 
-    Ends with status 1 where the two compute different logits.
+    Where transformers runs under another interpreter, each side waits while the other works. Ends with status 1 where
+    the two compute different logits.
     """
     from rich.console import Console
 
@@ -93,7 +101,7 @@ def peer(context: click.Context, dtype: str | None, rounds: int, as_json: bool) 
         console.print(f"{row['job']} {row['batch']} {row['dtype']}: {row['cmjax_s'] * 1e3:.1f} ms", highlight=False)
 
     dtypes = (dtype,) if dtype else bench_peer.DTYPES
-    report = bench_peer.run(dtypes=dtypes, rounds=rounds, on_result=on_result)
+    report = bench_peer.run(dtypes=dtypes, rounds=rounds, peer_python=peer_python, on_result=on_result)
     _print(report, peer_tables(report), as_json)
     if report["logits_agree"] is False:
         context.exit(EXIT_DIFFERENT)
@@ -193,7 +201,7 @@ def peer_tables(report: dict[str, Any]) -> "list[Table]":
         table.add_row(*cells, row["peer_experts"] or "-", speedup)
     notes = {}
     if report["peer"] is None:
-        notes["the peer is absent"] = "install torch and transformers in this environment to see it beside"
+        notes["the peer is absent"] = "install torch and transformers in this environment, or give --peer-python"
     for dtype, diff in report["logits_max_abs_diff"].items():
         notes[f"logits, {dtype}"] = f"the two differ by at most {diff:.2g}"
     return [_definitions(table, report["definitions"] | notes)]

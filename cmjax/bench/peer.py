@@ -1,12 +1,11 @@
-"""`cmjax bench peer`: one device against Hugging Face transformers, the same weights in the same process."""
+"""`cmjax bench peer`: one device against Hugging Face transformers, on the same weights, in turn."""
 
 import dataclasses
 import importlib.util
-import inspect
+import json
+import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from cmjax.bench.report import in_turn, machine
+from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model, ModelConfig, init_params, load, num_params, save_hf
 from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, decode, hand_off
@@ -45,9 +45,6 @@ CONFIG = ModelConfig(
 )
 DTYPES = ("bfloat16", "float32")
 MAX_LOGIT_DIFF = 1e-3  # float32; the two add up in different orders
-# The ways transformers has to run experts; the one that is fastest for a job stands for it. "batched_mm" copies an
-# expert's weights for every row, which is out of the question for a prefill.
-PEER_EXPERTS = {"decode": ("grouped_mm", "batched_mm", "eager"), "prefill": ("grouped_mm", "eager")}
 DEFINITIONS = {
     "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, transformers one forward "
     "each, with its DynamicCache",
@@ -78,59 +75,52 @@ def run(
     sizes: Sizes | None = None,
     rounds: int = 5,
     seed: int = 0,
+    peer_python: str | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Time decode and prefill of a random model on one device, and of transformers where it is installed.
 
     Args:
         rounds: timed runs of each, in turn; figures are medians.
+        peer_python: an interpreter that has torch and transformers, where this one is not to run them.
         on_result: called with each row as it is ready.
     """
     sizes = sizes or Sizes()
     bring_up(1)
-    peer_versions = find_peer()
     results, logits = [], {}
-    with tempfile.TemporaryDirectory(prefix="cmjax-bench-") as folder:
-        path = Path(folder) / "model"
-        save_hf(path, config, init_params(config, seed=seed))
-        for dtype in dtypes:
-            model = load(path, dtype=dtype)
-            peer = _Peer(path, dtype) if peer_versions else None
-            rng = np.random.default_rng(seed)
-            if peer is not None:
-                logits[dtype] = _logit_diff(model, peer, rng)
-            for job, batch in (
-                *(("decode", batch) for batch in sizes.decode_batches),
-                ("prefill", sizes.prefill_batch),
-            ):
-                results.append(_measure(job, batch, model, peer, sizes, rounds, rng) | {"dtype": dtype})
-                if on_result:
-                    on_result(results[-1])
-        num_parameters = num_params(model.params)
+    peer = Peer(peer_python)
+    try:
+        with tempfile.TemporaryDirectory(prefix="cmjax-bench-") as folder:
+            path = Path(folder) / "model"
+            save_hf(path, config, init_params(config, seed=seed))
+            for dtype in dtypes:
+                model, other = load(path, dtype=dtype), peer.load(path, dtype)
+                rng = np.random.default_rng(seed)
+                if other is not None:
+                    logits[dtype] = _logit_diff(model, other, rng)
+                jobs = [("decode", batch) for batch in sizes.decode_batches]
+                for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:
+                    results.append(_measure(job, batch, model, other, sizes, rounds, rng) | {"dtype": dtype})
+                    if on_result:
+                        on_result(results[-1])
+            num_parameters = num_params(model.params)
+    finally:
+        peer.close()
     return {
         "benchmark": "peer",
-        "machine": machine() | (peer_versions or {}),
+        "machine": machine() | (peer.versions or {}),
         "settings": dataclasses.asdict(sizes) | {"rounds": rounds, "num_parameters": num_parameters},
         "results": results,
         "logits_max_abs_diff": logits,
         "logits_agree": logits["float32"] <= MAX_LOGIT_DIFF if "float32" in logits else None,
-        "peer": peer_versions,
+        "peer": peer.versions,
+        "peer_python": peer_python,
         "definitions": DEFINITIONS,
     }
 
 
-def find_peer() -> dict[str, str] | None:
-    """Versions of torch and transformers, or None where one of them is missing."""
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        return None
-    import torch
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def _measure(
-    job: str, batch: int, model: Model, peer: "_Peer | None", sizes: Sizes, rounds: int, rng: np.random.Generator
+    job: str, batch: int, model: Model, peer: Any, sizes: Sizes, rounds: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     """One row: seconds a step (or a prefill), and tokens/s, of both."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, sizes.length))
@@ -139,7 +129,8 @@ def _measure(
     contenders: dict[str, Callable[[], object]] = {"cmjax": ours}
     experts = None
     if peer is not None:
-        experts, contenders["transformers"] = peer.fastest(job, prompts, steps)
+        experts = peer.prepare(job, prompts, steps)
+        contenders["transformers"] = peer.run
     seconds = in_turn(contenders, rounds, pause_s=_SETTLE_S if peer is not None else 0.0)
     tokens = batch * (1 if job == "decode" else sizes.length)
     row: dict[str, Any] = {"job": job, "batch": batch, "tokens": tokens, "peer_experts": experts}
@@ -207,85 +198,88 @@ def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[
 # -- the peer ---------------------------------------------------------------------------------------------------------
 
 
-class _Peer:
-    """The model in transformers."""
+class _RemoteModel:
+    """A `transformers_side.TransformersModel` in a process of another interpreter. Both wait while the other works."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        import torch
-        import transformers
+    def __init__(self, python: str) -> None:
+        command = [python, str(Path(__file__).with_name("transformers_side.py"))]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise UserError(f"--peer-python {python}: {error.strerror}") from error
 
-        with _quiet(transformers):
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        self.model = loaded.eval()
-        # Renamed in transformers 5.24.
-        is_new = "cache" in inspect.signature(loaded.forward).parameters
-        self.cache_name = "cache" if is_new else "past_key_values"
+    def ask(self, **request: Any) -> Any:
+        """The reply to one request."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self._process.wait()
+            raise UserError(f"the transformers side ended with status {status}; does its interpreter have torch?")
+        return json.loads(line)
+
+    def load(self, path: str, dtype: str) -> None:
+        """See `TransformersModel.load`."""
+        self.ask(do="load", path=path, dtype=dtype)
 
     def logits(self, input_ids: np.ndarray) -> np.ndarray:
-        """`float32[B, S, V]`."""
-        import torch
+        """See `TransformersModel.logits`."""
+        with tempfile.TemporaryDirectory(prefix="cmjax-bench-") as folder:
+            file = Path(folder) / "logits.npy"
+            self.ask(do="logits", input_ids=input_ids.tolist(), into=str(file))
+            return np.load(file)
 
-        with torch.inference_mode():
-            return self.model(torch.from_numpy(input_ids)).logits.float().numpy()
+    def prepare(self, job: str, prompts: np.ndarray, num_steps: int) -> str:
+        """See `TransformersModel.prepare`."""
+        return self.ask(do="prepare", job=job, prompts=prompts.tolist(), num_steps=num_steps)
 
-    def fastest(self, job: str, prompts: np.ndarray, num_steps: int) -> tuple[str, Callable[[], object]]:
-        """The job with the expert implementation that does it in the least time, and that implementation's name."""
-        seconds = {}
-        for experts in PEER_EXPERTS[job]:
-            call = self._call(job, prompts, num_steps, experts)
-            call()
-            begin = time.perf_counter()
-            call()
-            seconds[experts] = time.perf_counter() - begin
-        best = min(seconds, key=lambda name: seconds[name])
-        return best, self._call(job, prompts, num_steps, best)
+    def run(self) -> object:
+        """See `TransformersModel.run`."""
+        return self.ask(do="run")
 
-    def _call(self, job: str, prompts: np.ndarray, num_steps: int, experts: str) -> Callable[[], object]:
-        import torch
-        from transformers import DynamicCache
-
-        def forward(ids: Any, cache: Any) -> Any:
-            return self.model(ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache}).logits.argmax(-1)
-
-        def prefill(cache: Any) -> Any:
-            self.model.set_experts_implementation(experts if job == "prefill" else PEER_EXPERTS["prefill"][0])
-            return forward(torch.from_numpy(prompts), cache)
-
-        def prefill_call() -> object:
-            with torch.inference_mode():
-                return prefill(DynamicCache(config=self.model.config))
-
-        if job == "prefill":
-            return prefill_call
-        cache = DynamicCache(config=self.model.config)
-        with torch.inference_mode():
-            first = prefill(cache)
-
-        def decode_call() -> object:
-            self.model.set_experts_implementation(experts)
-            token = first
-            with torch.inference_mode():
-                for _ in range(num_steps):
-                    token = forward(token, cache)
-                cache.crop(-num_steps)
-            return token
-
-        return decode_call
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
 
 
-def _logit_diff(model: Model, peer: _Peer, rng: np.random.Generator) -> float:
+class Peer:
+    """Transformers, in this process or in one of `python`; `versions` is None where it is not installed."""
+
+    def __init__(self, python: str | None) -> None:
+        self._remote = _RemoteModel(python) if python else None
+        self._model: Any = self._remote
+        self.versions: dict[str, str] | None = None
+        if self._remote is not None:
+            self.versions = self._remote.ask(do="versions")
+        elif all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+            from cmjax.bench import transformers_side
+
+            self.versions = transformers_side.versions()
+
+    def load(self, path: Path, dtype: str) -> Any:
+        """The model to ask, None where transformers is not installed."""
+        if self._remote is not None:
+            self._remote.load(str(path), dtype)
+        elif self.versions is not None:
+            from cmjax.bench.transformers_side import TransformersModel
+
+            self._model = TransformersModel.load(str(path), dtype)
+        return self._model
+
+    def close(self) -> None:
+        """End the other process, if there is one."""
+        if self._remote is not None:
+            self._remote.close()
+
+
+def _logit_diff(model: Model, peer: Any, rng: np.random.Generator) -> float:
     ids = rng.integers(0, model.config.vocab_size, (2, 64))
     return float(np.abs(np.asarray(model.logits(ids)) - peer.logits(ids)).max())
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and remarks while transformers loads."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

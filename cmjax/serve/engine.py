@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -255,10 +254,10 @@ class Engine:
             return
         lengths = [len(r.prompt_ids) for r in requests]
         share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
-        jobs = [functools.partial(instance.warm_up, share) for instance in self.prefill]
-        jobs.append(functools.partial(self.decode.warm_up, self.settings.steps_per_call))
-        with ThreadPoolExecutor(len(jobs)) as threads:
-            list(threads.map(lambda job: job(), jobs))
+        # One after another: JAX's persistent compilation cache does not survive several threads writing to it.
+        for instance in self.prefill:
+            instance.warm_up(share)
+        self.decode.warm_up(self.settings.steps_per_call)
         for instance in self.prefill:
             hand_off(instance, self.decode, [], min_tokens=max(lengths))
 

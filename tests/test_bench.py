@@ -1,0 +1,51 @@
+"""`cmjax bench`: small runs of the real thing; the figures add up, and the mistakes are one line."""
+
+import json
+import math
+
+import pytest
+
+from cmjax.bench import peer as bench_peer
+from cmjax.bench.report import in_turn
+from cmjax.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main(["bench", *map(str, args)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_decode_at_a_small_size(capsys):
+    options = ("--ep", 4, "--seqs-per-rank", 2, "--cache", 8, "--steps", 2, "--rounds", 2)
+    status, out, err = run(capsys, "decode", *options, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["settings"]["num_sequences"] == 8
+    assert [row["wire"] for row in report["results"]] == ["float", "int8"]
+    for row in report["results"]:
+        assert math.isclose(sum(row["shares"].values()), 1.0)
+        assert math.isclose(row["tokens_per_s"], 8 / row["step_s"])
+    # The same sequences on one device go on with the same tokens.
+    assert report["results"][0]["first_tokens_equal_to_one_device"] == 8
+
+
+def test_contenders_take_turns():
+    order: list[str] = []
+    seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert "".join(order) == "ab" * 3
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_peer_python_that_cannot_run_is_one_line(capsys):
+    status, out, err = run(capsys, "peer", "--peer-python", "/no/such/python")
+    assert (status, out) == (2, "")
+    assert err.startswith("cmjax bench peer: error: --peer-python /no/such/python: ")
+    assert err.count("\n") == 1
+
+
+def test_the_peer_model_has_about_200_million_parameters():
+    from cmjax.model import abstract_params, num_params
+
+    assert 190e6 < num_params(abstract_params(bench_peer.CONFIG)) < 210e6
