@@ -19,7 +19,7 @@ MAX_GROWTH_BYTES = 40 * 2**20
 
 
 def resident_bytes() -> int:
-    """Memory in use; on Linux what a thousand threads have freed, and glibc keeps in their arenas, is returned first."""
+    """Memory in use; on Linux after returning what threads have freed and glibc keeps in their arenas."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
