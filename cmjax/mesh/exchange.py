@@ -58,6 +58,7 @@ class Token:
 
     stamp: Array  # int32[4], what the C++ side knows it by
     index: tuple[Array, ...]  # offsets and sizes of a ragged exchange
+    started: jax.ShapeDtypeStruct = flax.struct.field(pytree_node=False)  # the array that the start was given
     layout: Layout = flax.struct.field(pytree_node=False)
     params: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
 
@@ -171,11 +172,17 @@ def run_start(primitives: Primitives, layout: Layout, params: Params, x: Array, 
     if layout.num_ranks > 1:
         operands = _vary([layout.pack(x), *index], params["axis_name"])
         stamp = primitives.start.bind(_place(params["axis_name"]), *operands, **params)
-    return Token(stamp, index, layout, tuple(sorted(params.items())))
+    return Token(stamp, index, jax.ShapeDtypeStruct(x.shape, x.dtype), layout, tuple(sorted(params.items())))
 
 
 def run_done(primitives: Primitives, token: Token, hide_behind: Any, x: Array, *output: Array) -> Array:
     """The second half; any array in `hide_behind` is waited for first."""
+    started = token.started
+    if (x.shape, x.dtype) != (started.shape, started.dtype):
+        raise ValueError(
+            f"fabric.{token.layout.name}_done: the token was started with {started.dtype}{list(started.shape)}, "
+            f"not {x.dtype}{list(x.shape)}: pass the array that was started"
+        )
     params = dict(token.params)
     operands = _vary([token.stamp, token.layout.pack(x), *output, *token.index], params["axis_name"])
     if token.layout.num_ranks == 1:

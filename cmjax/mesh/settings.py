@@ -213,5 +213,5 @@ def _timeout_from_environment() -> float:
     except ValueError:
         timeout_s = 0.0
     if not timeout_s > 0:
-        raise ValueError(f"CMJAX_FABRIC_TIMEOUT_S must be a positive number of seconds, got {text!r}")
+        raise UserError(f"CMJAX_FABRIC_TIMEOUT_S must be a positive number of seconds, got {text!r}")
     return timeout_s

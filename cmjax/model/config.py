@@ -165,12 +165,20 @@ def _stated(config: "ModelConfig | YarnConfig") -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
 
+# Far above any model, so that nonsense is refused by name before anything is sized by it.
+_MOST_OF_ANY = 2**31 - 1
+_MOST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "vocab_size": 2**28, "intermediate_size": 2**24}
+
+
 def _check_sizes(config: ModelConfig) -> None:
     positive = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank"
     positive += " qk_nope_head_dim qk_rope_head_dim v_head_dim moe_layer_freq max_position_embeddings"
     for name in positive.split() + (["q_lora_rank"] if config.q_lora_rank is not None else []):
-        if getattr(config, name) < 1:
-            raise UserError(f"config: {name} must be at least 1, got {getattr(config, name)}")
+        value, most = getattr(config, name), _MOST.get(name, _MOST_OF_ANY)
+        if value < 1:
+            raise UserError(f"config: {name} must be at least 1, got {value}")
+        if value > most:
+            raise UserError(f"config: {name} must be at most {most}, got {value}")
     if config.qk_rope_head_dim % 2:
         raise UserError(f"config: qk_rope_head_dim must be even, got {config.qk_rope_head_dim}")
     if config.first_k_dense_replace < 0:
@@ -243,7 +251,10 @@ class _Fields:
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.get(name, default, (int, float), "a number")
-        return None if value is None else float(value)
+        try:
+            return None if value is None else float(value)
+        except OverflowError:
+            raise UserError(f"{self.where}: {name} is too large a number") from None
 
     def flag(self, name: str, default: bool) -> bool:
         return self.get(name, default, (bool,), "true or false")

@@ -155,5 +155,5 @@ def load(path: str | os.PathLike[str], dtype: Any = jnp.float32) -> Model:
     Raises:
         UserError: what is missing, truncated, misshapen or not supported, by name.
     """
-    config, params, digest = load_checkpoint(os.fspath(path), dtype=np.dtype(dtype))
+    config, params, digest = load_checkpoint(os.fspath(path), dtype=dtype)
     return Model(config, params, digest)

@@ -124,7 +124,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot read this file: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}")
@@ -141,7 +141,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise UserError(f"{file}: cannot read this file: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: the header is not valid JSON; is this a safetensors file?") from error

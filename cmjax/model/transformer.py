@@ -273,8 +273,12 @@ def _mtp_pass(
     return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
-def _stack_loads(loads: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
+def _stack_loads(loads: list[jax.Array], params: Params) -> jax.Array:
+    if loads:
+        return jnp.concatenate(loads)
+    # No MoE layer ran: no rows, of as many slots as there may be (the MTP module can be the only one with experts).
+    mtp = params.mtp and params.mtp.layer.mlp
+    return jnp.zeros((0, mtp.experts.w13.shape[1] if isinstance(mtp, MoeParams) else 0), jnp.int32)
 
 
 def _local_sequences(batch: PrefillBatch, stop: jax.Array, first: jax.Array, count: int) -> LocalSequences:
@@ -344,7 +348,7 @@ def prefill_pass(
         )
         mtp_hidden, cache, mtp_loads = _mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
         loads += mtp_loads
-    return PassOutput(hidden, cache, _stack_loads(loads)), mtp_hidden
+    return PassOutput(hidden, cache, _stack_loads(loads, params)), mtp_hidden
 
 
 def decode_pass(
@@ -365,4 +369,4 @@ def decode_pass(
 
     context = _Context(spec, "decode", attend, is_valid, expert_to_slot)
     hidden, cache, loads = _main_pass(params, batch.token_ids, cache, context)
-    return PassOutput(hidden, cache, _stack_loads(loads))
+    return PassOutput(hidden, cache, _stack_loads(loads, params))

@@ -38,7 +38,7 @@ _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
 _STORED = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)}
 _STORED |= {_FP8}
-_TARGETS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+_TARGETS = {np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)}
 Slots = Iterator[tuple[str, Any]]  # (name in the checkpoint, numpy view of its place)
 
 _SCALE = "_scale_inv"
@@ -70,11 +70,15 @@ def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> tuple[ModelCon
     UserError naming the file, the tensor or the field that is missing, malformed or not supported.
     """
     folder, target = Path(path), _target_dtype(dtype)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    if checkpoint.is_checkpoint(folder):
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        is_ours, has_config = checkpoint.is_checkpoint(folder), (folder / "config.json").is_file()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read this folder: {error.strerror}") from error
+    if is_ours:
         return checkpoint.restore(folder, dtype=target)
-    if not (folder / "config.json").is_file():
+    if not has_config:
         raise UserError(f"{folder}: config.json is missing: not a Hugging Face checkpoint, nor one that cmjax saved")
     hf = read_json(folder / "config.json")
     config = ModelConfig.from_hf(hf)

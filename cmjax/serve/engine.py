@@ -199,7 +199,7 @@ class Engine:
             self._warm_up(requests)
         self.take_load()
         notify("prefill", 0, num_output)  # compiled: what is counted from here on is the requests' own
-        waiting = deque(requests)
+        waiting, num_steps = deque(requests), self._num_steps(requests)
         while waiting or self.decode.running():
             for num_first in self._admit(waiting, timings):
                 num_done += num_first
@@ -207,9 +207,9 @@ class Engine:
             self._release_finished()
             if self.decode.running():
                 with _timed(timings, "decode_s"):
-                    taken = self.decode.call(self.settings.steps_per_call)
+                    taken = self.decode.call(num_steps)
                 timings.decode_tokens += taken
-                timings.decode_steps += self.settings.steps_per_call
+                timings.decode_steps += num_steps
                 num_done += taken
                 notify("decode", num_done, num_output)
                 self._release_finished()
@@ -248,6 +248,11 @@ class Engine:
             if request.finish_reason:
                 self.decode.release(request)
 
+    def _num_steps(self, requests: Sequence[Request]) -> int:
+        """Decode steps of a call: no more than any of the requests can use, its first token coming from prefill."""
+        most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
+        return min(self.settings.steps_per_call, most)
+
     def _warm_up(self, requests: Sequence[Request]) -> None:
         """Compile the steps these requests will need, so that the phases time only themselves."""
         if not requests:
@@ -257,7 +262,8 @@ class Engine:
         # One after another: JAX's persistent compilation cache does not survive several threads writing to it.
         for instance in self.prefill:
             instance.warm_up(share)
-        self.decode.warm_up(self.settings.steps_per_call)
+        if num_steps := self._num_steps(requests):
+            self.decode.warm_up(num_steps)
         for instance in self.prefill:
             hand_off(instance, self.decode, [], min_tokens=max(lengths))
 

@@ -81,8 +81,8 @@ class PlacedModel:
             return np.zeros((0, 0), np.int64)
         total = np.zeros(self.placement.physical_to_logical.shape, np.int64)
         for load in loads:
-            counts = np.asarray(load)
-            total[: counts.shape[0]] += counts
+            if load.shape[0]:  # a model whose MTP module has the only experts decodes without any
+                total[: load.shape[0]] += np.asarray(load)
         return self.placement.expert_load(total)[:, : self.placement.num_routed_experts]
 
 

@@ -532,3 +532,15 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setenv("CXX", "there-is-no-such-compiler")
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler was found .there-is-no-such-compiler"):
         build.build()
+
+
+def test_done_with_another_array_than_was_started_is_refused(make_mesh):
+    mesh = make_mesh(4)
+
+    def mixed_up(x):
+        token = fabric.all_gather_start(x, "ep")
+        return fabric.all_gather_done(x[:1], token)
+
+    call = jax.jit(jax.shard_map(mixed_up, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    with pytest.raises(ValueError, match="started with float32"):
+        call(np.zeros((16, 2), np.float32))

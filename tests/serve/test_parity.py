@@ -1,7 +1,7 @@
 """Prefill, hand-off and decode against the references, fed their tokens: every position's logits within 5e-4.
 
 The whole matrix, 16 cases at EP 1, 8, 64 and 320, runs with `make soak`: most of its time is compilation. Here the
-cases handed to the project run at EP 1 and at one larger size, `v3-ep320` at all of them, and our own cases at one
+cases made elsewhere run at EP 1 and at one larger size, `v3-ep320` at all of them, and our own cases at one
 larger size, dealt so that each size meets cases of every kind.
 """
 

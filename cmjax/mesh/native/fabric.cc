@@ -68,6 +68,7 @@ std::unique_ptr<std::string> Fabric::Start(const Call& call, Ticket* ticket) {
 void Fabric::Finish(const Ticket& ticket, const Call& call, const Buffers& buffers, Completion done) {
   std::string error;
   ExchangePtr exchange;
+  std::vector<ExchangePtr> failed;
   bool complete = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -78,6 +79,11 @@ void Fabric::Finish(const Ticket& ticket, const Call& call, const Buffers& buffe
       if (!seat.started || seat.arrived) {
         error = exchange->Name() + ": rank " + std::to_string(call.rank) +
                 (seat.arrived ? " finished twice: use each token once" : " finished without having started");
+        exchange = nullptr;
+      } else if (auto mismatch = exchange->Mismatch(call)) {
+        // Sizes come from the start, pointers from here: another array would be read or written outside its bounds.
+        error = *mismatch;
+        failed = FailRun(ticket.run_id, error);
         exchange = nullptr;
       } else {
         Arrive(*exchange, call.rank, buffers, std::move(done));
@@ -91,6 +97,7 @@ void Fabric::Finish(const Ticket& ticket, const Call& call, const Buffers& buffe
     }
   }
   if (!exchange) {
+    FulfilFailed(std::move(failed), error);
     CompleteWithError(std::move(done), error);
   } else if (complete) {
     Execute(std::move(exchange));

@@ -38,11 +38,6 @@ ffi::Future Failed(const std::string& message) {
 }
 
 // Operands of every handler: place, [token], operand, [output, 4 index arrays], and whatever fixes the order.
-struct Operands {
-  ffi::AnyBuffer place, operand;
-  size_t next;  // the first operand after `operand`
-};
-
 Call MakeCall(int64_t run_id, int32_t device, std::string_view channel, std::string_view plane, int32_t collective,
               int32_t num_ranks, ffi::Span<const int64_t> pairs, ffi::AnyBuffer place, ffi::AnyBuffer operand) {
   Call call;
