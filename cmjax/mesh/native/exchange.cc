@@ -156,11 +156,14 @@ std::string Exchange::Name() const {
          std::to_string(group) + ", " + std::to_string(num_ranks()) + " ranks)";
 }
 
+bool Exchange::HasShapeOf(const Call& call) const {
+  return call.collective == collective && call.num_ranks == num_ranks() && call.dtype == dtype &&
+         call.num_dims == dims.size() && std::equal(dims.begin(), dims.end(), call.dims);
+}
+
 std::unique_ptr<std::string> Exchange::Mismatch(const Call& call) const {
-  const bool same_dims = call.num_dims == dims.size() && std::equal(dims.begin(), dims.end(), call.dims);
   const bool same_pairs = call.num_pairs == pairs.size() && std::equal(pairs.begin(), pairs.end(), call.pairs);
-  if (call.collective == collective && call.num_ranks == num_ranks() && call.dtype == dtype && same_dims &&
-      same_pairs && call.plane == plane && call.channel == channel) {
+  if (HasShapeOf(call) && same_pairs && call.plane == plane && call.channel == channel) {
     return nullptr;
   }
   return std::make_unique<std::string>(

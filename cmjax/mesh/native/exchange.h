@@ -71,6 +71,9 @@ struct Exchange {
   int num_ranks() const { return static_cast<int>(seats.size()); }
   int64_t source_bytes() const { return source_bytes_; }
   std::string Name() const;  // "all_to_all on channel 'x' (group 0)"
+  // Whether a rank's call moves the same kind of array by the same collective.
+  bool HasShapeOf(const Call& call) const;
+
   // Null when `call` agrees with what the first rank said.
   std::unique_ptr<std::string> Mismatch(const Call& call) const;
 
