@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, Instance
 from cmjax.model import (
     DecodeBatch,
@@ -21,7 +22,7 @@ from cmjax.moe import ExpertPlacement
 from cmjax.serve.block_pool import BlockPool, blocks_for, slot_mapping
 from cmjax.serve.request import Chunk, Request, plan_chunks
 from cmjax.serve.settings import EngineSettings, check_exchange_fits
-from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill
+from cmjax.serve.steps import NOT_FINITE, DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -32,6 +33,15 @@ def round_up(value: int, multiple: int) -> int:
 def bucket(value: int, multiple: int) -> int:
     """The next multiple of `multiple` times a power of two: few shapes, so few compilations."""
     return multiple << max(0, (-(-value // multiple) - 1).bit_length())
+
+
+def check_finite(request: Request, token_ids: np.ndarray) -> None:
+    """Raise `UserError` where a step found logits that are not finite: no token follows from them."""
+    if (token_ids == NOT_FINITE).any():
+        raise UserError(
+            f"prompt {request.request_id}: its logits are not finite: the checkpoint holds NaN or infinite weights, or "
+            "overflows in this dtype"
+        )
 
 
 class PlacedModel:
@@ -112,7 +122,7 @@ class PrefillInstance(PlacedModel):
         super().__init__(model, instance, settings, "max_num_batched_tokens")
         self.num_blocks = num_blocks
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
-        self.num_step_tokens = bucket(settings.max_num_batched_tokens, instance.ep_size)
+        self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
         self.reset()
 
     def reset(self) -> None:
@@ -133,6 +143,8 @@ class PrefillInstance(PlacedModel):
         for chunks in plan_chunks(lengths, self.num_step_tokens, self.max_sequences):
             output = self.step(self.pack(requests, tables, chunks))
             token_ids = np.asarray(output.token_ids)
+            for row, chunk in enumerate(chunks):
+                check_finite(requests[chunk.index], token_ids[row : row + 1])
             ended = [
                 Prefilled(requests[c.index], tables[c.index], row, output.last_hidden, int(token_ids[row]))
                 for row, c in enumerate(chunks)
@@ -156,8 +168,13 @@ class PrefillInstance(PlacedModel):
 
     def warm_up(self, num_step_tokens: int) -> None:
         """Settle the tokens of a step, at most `max_num_batched_tokens`, and compile it by running it on padding."""
-        self.num_step_tokens = bucket(min(num_step_tokens, self.settings.max_num_batched_tokens), self.instance.ep_size)
+        self.num_step_tokens = self._step_tokens(num_step_tokens)
         jax.block_until_ready(self.step(self._empty_batch()).token_ids)
+
+    def _step_tokens(self, wanted: int) -> int:
+        """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""
+        ranks = self.instance.ep_size
+        return min(bucket(wanted, ranks), max(self.settings.max_num_batched_tokens // ranks, 1) * ranks)
 
     def _empty_batch(self) -> PrefillBatch:
         num_tokens = self.num_step_tokens
@@ -278,6 +295,7 @@ class DecodeInstance(PlacedModel):
         taken = 0
         for request in self.running():
             column = token_ids[:, request.decode_rank * places + request.decode_place]
+            check_finite(request, column)
             taken += request.append(column[column >= 0].tolist())
         return taken
 

@@ -33,6 +33,8 @@ _EVERYWHERE = PartitionSpec()
 _BY_RANK = PartitionSpec(EP_AXIS)
 _MAPS = PartitionSpec(None, EP_AXIS)  # expert_to_slot[moe layers, source rank, logical]
 
+NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
@@ -56,7 +58,7 @@ class PrefillOutput:
 
     Attributes:
         cache: `[R, cache layers, slots, latent width]`; every rank holds all the prompts' latents.
-        token_ids: `int32[sequences]`, the greedy next token after the last token of each sequence.
+        token_ids: `int32[sequences]`, the greedy next token after the last token of each sequence, or `NOT_FINITE`.
         logits: `float32[sequences, vocabulary]` there.
         last_hidden: `[sequences, hidden]` there, after the final norm; whole on every rank.
         slot_load: `int32[moe layers, slots]`, rows each physical expert received (the MTP layer's last).
@@ -78,7 +80,7 @@ class DecodeOutput:
     Attributes:
         cache: as for prefill, each rank with its own sequences.
         batch: the batch after the call, to go on from.
-        token_ids: `int32[steps, requests]`, -1 where the request had ended.
+        token_ids: `int32[steps, requests]`, -1 where the request had ended, `NOT_FINITE` where its logits are not.
         slot_load: `int32[moe layers, slots]`, summed over the steps.
         logits: `float32[steps, requests, vocabulary]`, where asked for.
     """
@@ -88,6 +90,12 @@ class DecodeOutput:
     token_ids: Leaf
     slot_load: Leaf
     logits: Leaf | None
+
+
+def _greedy(logits: jax.Array) -> jax.Array:
+    """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(logits.max(-1)), best, NOT_FINITE)
 
 
 def new_cache(spec: StepSpec, num_blocks: int, dtype: Any) -> jax.Array:
@@ -133,7 +141,7 @@ def prefill(
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
         return PrefillOutput(
             cache=output.cache[None],
-            token_ids=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            token_ids=_greedy(logits),
             logits=logits,
             last_hidden=last_hidden,
             slot_load=output.slot_load,
@@ -176,7 +184,7 @@ def decode(
             cache, batch = carry
             output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
             logits = lm_head(params, output.hidden)
-            token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            token_ids = _greedy(logits)
             if has_forced:
                 token_ids = jnp.where(forced >= 0, forced, token_ids)
             is_running = batch.positions >= 0
