@@ -1,8 +1,9 @@
 """Set up once for every test: 384 virtual devices, a compilation cache on disk, a fixed seed."""
 
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The suite needs its own number of devices whatever the shell was set up for; JAX reads this when it starts.
@@ -35,6 +36,15 @@ settings.load_profile("cmjax")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=20250615, help="seed of the `rng` fixture")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """Drop a module's compiled programs after it: hundreds of them, each mapped into memory in many pieces, bring the
+    process to the kernel's limit of mappings (vm.max_map_count), where XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
