@@ -1,8 +1,8 @@
 """Prefill, hand-off and decode against the references, fed their tokens: every position's logits within 5e-4.
 
 The whole matrix, 16 cases at EP 1, 8, 64 and 320, runs with `make soak`: most of its time is compilation. Here the
-cases made elsewhere run at EP 1 and at one larger size, `v3-ep320` at all of them, and our own cases at one
-larger size, dealt so that each size meets cases of every kind.
+cases made elsewhere run at EP 1 and at one larger size, `v3-ep320` at all of them, and our own cases at one larger
+size, but for those that differ in attention or storage alone: `tests/model` holds these to the references.
 """
 
 import pytest
@@ -22,23 +22,15 @@ GIVEN = {
 }
 OWN = {
     "v3-tied": 8,
-    "v3-half-rope": 64,
-    "v3-bias": 8,
     "v3-odd": 64,
-    "v3-bf16-shards": 8,
     "v3-noqlora": 320,
     "v3-dense": 64,
     "v2-groups": 320,
-    "v2-bias": 8,
 }
 HERE = {("v3-ep320", ep) for ep in EP_SIZES} | {(name, 1) for name in GIVEN} | {*GIVEN.items(), *OWN.items()}
 MATRIX = [
     pytest.param(name, ep, marks=() if (name, ep) in HERE else pytest.mark.soak) for name in CASES for ep in EP_SIZES
 ]
-
-
-def test_every_case_has_a_larger_size():
-    assert {name for name, ep_size in HERE if ep_size > 1} == set(CASES)
 
 
 @pytest.mark.parametrize(("name", "ep_size"), MATRIX)
