@@ -42,10 +42,9 @@ def bench() -> None:
 def fabric(rounds: int, as_json: bool) -> None:
     """The fabric's all_to_all beside lax and a memory copy, and how much of a delay its two halves hide."""
     from cmjax.bench import fabric as bench_fabric
-    from cmjax.bench.report import machine
 
     report = bench_fabric.run(repeats=rounds)
-    report = {"benchmark": "fabric"} | report | {"machine": report["machine"] | machine()}
+    report = {"benchmark": "fabric"} | report
     _print(report, bench_fabric.tables(report), as_json)
 
 

@@ -6,26 +6,21 @@ body holds two exchanges, so that XLA copies no carry between iterations, for la
 
 import dataclasses
 import functools
-import json
 import math
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from rich.table import Table
 
+from cmjax.bench.report import machine
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, fabric, virtual_devices
 
@@ -92,27 +87,11 @@ def run(
         if on_result:
             on_result(results[-1])
     return {
-        "machine": describe_machine(),
+        "machine": machine(),
         "num_exchanges": NUM_EXCHANGES,
         "repeats": repeats,
         "exchanges": [_as_json(result) for result in results],
         "overlap": dataclasses.asdict(measure_overlap()),
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """The processor, its cores, and the versions the figures depend on."""
-    model = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as lines:
-            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "all_to_all": fabric.status()["all_to_all"].form,
     }
 
 
@@ -161,10 +140,8 @@ def measure_overlap(num_ranks: int = 8, num_steps: int = 10) -> OverlapResult:
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """The report as tables for people."""
-    machine = report["machine"]
-    title = (
-        f"all_to_all on {machine['cpu']}, {machine['cores']} cores, jax {machine['jax']}, jaxlib {machine['jaxlib']}"
-    )
+    host = report["machine"]
+    title = f"all_to_all on {host['cpu']}, {host['cores']} cores, jax {host['jax']}, jaxlib {host['jaxlib']}"
     table = Table(title=title, caption=f"median of {report['repeats']} runs of {report['num_exchanges']} exchanges")
     for heading in ("ranks", "MB in all", "fabric ms", "lax ms", "lax / fabric", "copy ms", "share of copy"):
         table.add_column(heading, justify="right")
@@ -234,13 +211,3 @@ def _time(fn: Callable[[], Any]) -> float:
 def _as_json(result: FabricResult) -> dict[str, Any]:
     values = dataclasses.asdict(result) | {"speedup": result.speedup, "memcpy_share": result.memcpy_share}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
-
-
-if __name__ == "__main__":
-    virtual_devices(384)
-    report = run()
-    if "--json" in sys.argv[1:]:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        for one in tables(report):
-            Console().print(one)

@@ -11,15 +11,14 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from cmjax.errors import UserError
 from cmjax.model.yarn import YarnConfig
+from cmjax.moe import Scoring, TopkMethod
 
 _log = logging.getLogger(__name__)
 
-Scoring = Literal["sigmoid", "softmax"]
-TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
 _ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 _SCORING: dict[str, Scoring] = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}

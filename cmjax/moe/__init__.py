@@ -18,7 +18,7 @@ from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn, swiglu
 from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
 from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
-from cmjax.moe.router import RouterConfig, route
+from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "FabricExchange",
     "ReceivedRows",
     "RouterConfig",
+    "Scoring",
+    "TopkMethod",
     "WireDtype",
     "block_rows",
     "buffer_bytes",
