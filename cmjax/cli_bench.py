@@ -44,7 +44,6 @@ def fabric(rounds: int, as_json: bool) -> None:
     from cmjax.bench import fabric as bench_fabric
 
     report = bench_fabric.run(repeats=rounds)
-    report = {"benchmark": "fabric"} | report
     _print(report, bench_fabric.tables(report), as_json)
 
 

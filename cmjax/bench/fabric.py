@@ -68,7 +68,7 @@ def run(
     repeats: int = 7,
     on_result: Callable[[FabricResult], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures, and returns {"machine": ..., "exchanges": [...], "overlap": ...} ready for JSON (NaN as None).
+    """Measures: `benchmark`, `machine`, `exchanges` and `overlap`, ready for JSON (NaN as None).
 
     Args:
       side_by_side: (ranks, bytes in all) to time with lax too; lax stops at 256 ranks.
@@ -87,6 +87,7 @@ def run(
         if on_result:
             on_result(results[-1])
     return {
+        "benchmark": "fabric",
         "machine": machine(),
         "num_exchanges": NUM_EXCHANGES,
         "repeats": repeats,

@@ -15,7 +15,7 @@ from typing import Any
 
 from cmjax.errors import UserError
 from cmjax.model.yarn import YarnConfig
-from cmjax.moe import Scoring, TopkMethod
+from cmjax.moe import RouterConfig, Scoring, TopkMethod
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +124,20 @@ class ModelConfig:
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Layers with experts, in order, the MTP module's not among them."""
         return tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+
+    @property
+    def router(self) -> RouterConfig:
+        """The router's part."""
+        return RouterConfig(
+            num_experts=self.num_routed_experts,
+            num_topk=self.num_topk,
+            num_expert_groups=self.num_expert_groups,
+            num_topk_groups=self.num_topk_groups,
+            scoring=self.scoring,
+            topk_method=self.topk_method,
+            norm_topk_prob=self.norm_topk_prob,
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
 
     @property
     def qk_head_dim(self) -> int:

@@ -20,7 +20,7 @@ from cmjax.model.cache import slots_of, write_rows
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import LocalSequences, attend_absorbed, attend_expanded, mla_prolog, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, Leaf, MlpParams, MoeParams, MtpParams, Params
-from cmjax.moe import Exchange, ExpertParams, RouterConfig, moe_ffn, swiglu
+from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
 from cmjax.quant import linear
 
 # (attention params, normalized x, cache, cache layer) -> (attention output before o_proj, cache)
@@ -44,21 +44,6 @@ class RankSpec:
     block_size: int
     exchange: Exchange
     num_dispatched_shared: int
-
-    @property
-    def router(self) -> RouterConfig:
-        """The router's part of the model config."""
-        c = self.config
-        return RouterConfig(
-            num_experts=c.num_routed_experts,
-            num_topk=c.num_topk,
-            num_expert_groups=c.num_expert_groups,
-            num_topk_groups=c.num_topk_groups,
-            scoring=c.scoring,
-            topk_method=c.topk_method,
-            norm_topk_prob=c.norm_topk_prob,
-            routed_scaling_factor=c.routed_scaling_factor,
-        )
 
 
 @flax.struct.dataclass
@@ -193,7 +178,7 @@ def _decoder_layer(
         stack_index,
         context.expert_to_slot[map_index],
         context.is_valid,
-        router_config=spec.router,
+        router_config=spec.config.router,
         exchange=spec.exchange,
         num_dispatched_shared=spec.num_dispatched_shared,
         channel=channel,
@@ -273,12 +258,8 @@ def _mtp_pass(
     return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
-def _stack_loads(loads: list[jax.Array], params: Params) -> jax.Array:
-    if loads:
-        return jnp.concatenate(loads)
-    # No MoE layer ran: no rows, of as many slots as there may be (the MTP module can be the only one with experts).
-    mtp = params.mtp and params.mtp.layer.mlp
-    return jnp.zeros((0, mtp.experts.w13.shape[1] if isinstance(mtp, MoeParams) else 0), jnp.int32)
+def _stack_loads(loads: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
 
 
 def _local_sequences(batch: PrefillBatch, stop: jax.Array, first: jax.Array, count: int) -> LocalSequences:
@@ -348,7 +329,7 @@ def prefill_pass(
         )
         mtp_hidden, cache, mtp_loads = _mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
         loads += mtp_loads
-    return PassOutput(hidden, cache, _stack_loads(loads, params)), mtp_hidden
+    return PassOutput(hidden, cache, _stack_loads(loads)), mtp_hidden
 
 
 def decode_pass(
@@ -369,4 +350,4 @@ def decode_pass(
 
     context = _Context(spec, "decode", attend, is_valid, expert_to_slot)
     hidden, cache, loads = _main_pass(params, batch.token_ids, cache, context)
-    return PassOutput(hidden, cache, _stack_loads(loads, params))
+    return PassOutput(hidden, cache, _stack_loads(loads))

@@ -99,8 +99,9 @@ def _run_blocks(
     messages = received.messages
     capacity, width = messages.shape
     num_slots, hidden = params.w2.shape[1:3]
-    last_block = jnp.cumsum(-(-counts // rows))
-    first_block = last_block - -(-counts // rows)
+    blocks = -(-counts // rows)
+    last_block = jnp.cumsum(blocks)
+    first_block = last_block - blocks
 
     def body(block: jax.Array, out: jax.Array) -> jax.Array:
         expert = jnp.minimum(jnp.sum(block >= last_block), num_slots - 1)

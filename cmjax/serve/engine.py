@@ -14,7 +14,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve
 from cmjax.model import Model, check_token_ids, token_id_array
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import DecodeInstance, PrefillInstance
+from cmjax.serve.instance import DecodeInstance, PlacedModel, PrefillInstance
 from cmjax.serve.request import Request, RequestOutput, SamplingParams
 from cmjax.serve.settings import EngineSettings, cache_bytes
 from cmjax.serve.transfer import hand_off
@@ -185,9 +185,9 @@ class Engine:
             self._run(requests, timings, progress or (lambda *_: None))
         except BaseException:
             # What was under way is lost, and a cache given to a failed step with it: start the next call afresh.
-            for instance in self.prefill:
+            instances: list[PlacedModel] = [*self.prefill, self.decode]
+            for instance in instances:
                 instance.reset()
-            self.decode.reset()
             raise
         prefill_load, decode_load = self.take_load()
         return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load)
@@ -259,7 +259,7 @@ class Engine:
             return
         lengths = [len(r.prompt_ids) for r in requests]
         share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
-        # One after another: JAX's persistent compilation cache does not survive several threads writing to it.
+        # One after another: programs that several threads start on shared devices could queue in different orders.
         for instance in self.prefill:
             instance.warm_up(share)
         if num_steps := self._num_steps(requests):

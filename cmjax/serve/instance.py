@@ -76,6 +76,10 @@ class PlacedModel:
         self.expert_to_slot = jax.device_put(maps, NamedSharding(mesh, PartitionSpec(None, EP_AXIS)))
         self._loads: list[jax.Array] = []
 
+    def reset(self) -> None:
+        """Forget the load of steps that may have failed; the instances also forget what they hold."""
+        self._loads = []
+
     def record_load(self, slot_load: jax.Array) -> None:
         """Remember a step's rows per physical expert, without waiting for it."""
         self._loads.append(slot_load)
@@ -126,8 +130,8 @@ class PrefillInstance(PlacedModel):
         self.reset()
 
     def reset(self) -> None:
-        """Forget every prompt, and the load of steps that may have failed: a new cache, all blocks free."""
-        self._loads = []
+        """Forget every prompt: a new cache, all blocks free."""
+        super().reset()
         self.pool = BlockPool(self.num_blocks)
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
@@ -226,8 +230,8 @@ class DecodeInstance(PlacedModel):
         self.reset()
 
     def reset(self) -> None:
-        """Forget every request, and the load of steps that may have failed: a new cache, all places and blocks free."""
-        self._loads = []
+        """Forget every request: a new cache, all places and blocks free."""
+        super().reset()
         ranks, places = self.instance.ep_size, self.settings.max_num_seqs_per_rank
         self.pools = [BlockPool(self.num_blocks) for _ in range(ranks)]
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
@@ -307,10 +311,9 @@ class DecodeInstance(PlacedModel):
 
     def warm_up(self, num_steps: int) -> None:
         """Compile the step, by running it with every place empty."""
-        batch = jax.device_put(self.host_batch(), self.spec.by_rank())
-        empty = batch.replace(
-            positions=jax.device_put(np.full(batch.positions.shape, -1, np.int32), self.spec.by_rank())
-        )
+        batch = self.host_batch()
+        batch.positions.fill(-1)
+        empty = jax.device_put(batch, self.spec.by_rank())
         jax.block_until_ready(self._decode(empty, num_steps).token_ids)
 
 

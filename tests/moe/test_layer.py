@@ -13,7 +13,6 @@ from cmjax.mesh import fabric
 from cmjax.model import init_params, reference
 from cmjax.moe import ExpertParams, ExpertPlacement, FabricExchange, ReceivedRows, moe_ffn, routed_choices
 from tests.helpers import assert_close, tiny_config
-from tests.moe.test_router import router_config
 
 NUM_TOKENS = 5
 
@@ -44,7 +43,7 @@ def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **co
             1,
             maps[1, 0],
             is_valid[0],
-            router_config=router_config(config),
+            router_config=config.router,
             exchange=exchange,
             num_dispatched_shared=n,
             channel="test",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.model import ModelConfig, reference
-from cmjax.moe import RouterConfig, route
+from cmjax.moe import route
 from tests.helpers import assert_close, tiny_config
 
 NUM_TOKENS, NUM_EXPERTS = 40, 24
@@ -25,19 +25,6 @@ KINDS = {
     "v2_greedy_ignores_groups": {**V2, "topk_method": "greedy", "n_group": 4, "topk_group": 2},
     "v2_groups": {**V2, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
 }
-
-
-def router_config(config: ModelConfig) -> RouterConfig:
-    return RouterConfig(
-        num_experts=config.num_routed_experts,
-        num_topk=config.num_topk,
-        num_expert_groups=config.num_expert_groups,
-        num_topk_groups=config.num_topk_groups,
-        scoring=config.scoring,
-        topk_method=config.topk_method,
-        norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
-    )
 
 
 def config_of(kind: str) -> ModelConfig:
@@ -61,7 +48,7 @@ def test_equals_the_reference(kind, data):
         bias = (shift + np.round(rng.normal(0, 0.3, NUM_EXPERTS) * 16) / 16).astype(np.float32)
     identity = np.eye(NUM_EXPERTS, dtype=np.float32)
     expected_idx, expected_weights = reference.route(config, x, identity, bias)
-    topk_idx, topk_weights = jitted_route(x, identity, bias, config=router_config(config))
+    topk_idx, topk_weights = jitted_route(x, identity, bias, config=config.router)
     assert topk_weights.dtype == jnp.float32
     # Where rounding decides between two experts (grids added to a sigmoid rarely meet), both orders are right.
     clear = _is_clear(config, x, bias)
@@ -98,7 +85,7 @@ def test_choices_lie_in_the_best_groups_and_differ(kind, rng):
     config = config_of(kind)
     x = rng.normal(0, 3, (NUM_TOKENS, NUM_EXPERTS)).astype(np.float32)
     bias = None if config.scoring == "softmax" else np.full(NUM_EXPERTS, -2.0, np.float32)
-    topk_idx, topk_weights = jitted_route(x, np.eye(NUM_EXPERTS, dtype=np.float32), bias, config=router_config(config))
+    topk_idx, topk_weights = jitted_route(x, np.eye(NUM_EXPERTS, dtype=np.float32), bias, config=config.router)
     for choices in np.asarray(topk_idx):
         assert len(set(choices)) == config.num_topk
         if config.topk_method != "greedy":
@@ -114,7 +101,7 @@ def test_scores_are_float32_whatever_the_activations_are(rng):
     config = config_of("v3")
     x = jnp.asarray(rng.normal(size=(NUM_TOKENS, NUM_EXPERTS)), jnp.bfloat16)
     weight = rng.normal(size=(NUM_EXPERTS, NUM_EXPERTS)).astype(np.float32)
-    run = functools.partial(jitted_route, config=router_config(config))
+    run = functools.partial(jitted_route, config=config.router)
     low, high = run(x, weight, None), run(x.astype(jnp.float32), weight, None)
     np.testing.assert_array_equal(low[0], high[0])
     np.testing.assert_array_equal(low[1], high[1])
