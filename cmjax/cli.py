@@ -17,6 +17,7 @@ from cmjax.errors import UserError
 COMMANDS = {
     "bench": ("cmjax.cli_bench", "bench"),
     "demo": ("cmjax.cli_demo", "demo"),
+    "eval": ("cmjax.cli_eval", "evaluate_command"),
     "generate": ("cmjax.cli_generate", "generate"),
     "info": ("cmjax.cli_info", "info"),
 }

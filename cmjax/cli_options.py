@@ -8,9 +8,22 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# In a clone, where the package is installed editable, the parity cases lie beside it.
-BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "tests" / "data" / "parity" / "v3-ep320"
+# In a clone, where the package is installed editable, the demonstration model and its held-out text lie beside it.
+_MODELS = Path(__file__).resolve().parents[1] / "models"
+BUNDLED_MODEL = _MODELS / "demo"
+HELDOUT = _MODELS / "data" / "heldout.jsonl"
 SUPERNODES = ("cloudmatrix384", "cloudmatrix384-dies")
+
+
+def model_option(function: Function) -> Function:
+    """`--model`, the bundled one by default."""
+    return click.option(
+        "--model",
+        "folder",
+        default=str(BUNDLED_MODEL),
+        metavar="DIR",
+        help="Hugging Face folder or cmjax checkpoint.  [default: the demonstration model of a clone]",
+    )(function)
 
 
 def instance_options(function: Function) -> Function:

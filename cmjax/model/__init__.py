@@ -20,6 +20,7 @@ from cmjax.model.params import (
     params_digest,
 )
 from cmjax.model.placed import num_placed_layers, param_specs, place_params, plan_placement
+from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     DecodeBatch,
     PassOutput,
@@ -48,6 +49,7 @@ __all__ = [
     "PrefillBatch",
     "RankSpec",
     "TensorSource",
+    "Tokenizer",
     "YarnConfig",
     "abstract_params",
     "aligned_empty",

@@ -25,6 +25,9 @@ from cmjax.quant import linear
 
 # (attention params, normalized x, cache, cache layer) -> (attention output before o_proj, cache)
 Attend = Callable[[AttentionParams, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+# (normalized x, MoE params, the stack's experts, index in the stack, row of the placement, channel) -> (float32 output,
+# tokens of each expert)
+Moe = Callable[[jax.Array, MoeParams, ExpertParams, Any, Any, str], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +126,22 @@ def _layer_runs(config: ModelConfig) -> list[_Run]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Context:
-    """What all layers of one pass share. `channel` names the pass: "prefill" or "decode"."""
+class PassContext:
+    """What all layers of one pass share.
 
-    spec: RankSpec
+    Attributes:
+        config: the model's.
+        channel: the name of the pass: "prefill", "decode" or "train".
+        attend, moe: how the pass attends, and how its tokens reach their experts.
+        unroll: whether the scan over layers is unrolled, experts and all (training: a loop would keep what the backward
+            pass needs in stacked copies, and add up the gradient of all experts once a layer).
+    """
+
+    config: ModelConfig
     channel: str
     attend: Attend
-    is_valid: jax.Array
-    expert_to_slot: jax.Array
+    moe: Moe
+    unroll: bool = False
 
 
 def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
@@ -150,7 +161,7 @@ def _decoder_layer(
     cache_layer: Any,
     x: jax.Array,
     cache: jax.Array,
-    context: _Context,
+    context: PassContext,
     channel: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """One layer: `(x, cache, num_tokens_per_expert or None)`.
@@ -158,31 +169,20 @@ def _decoder_layer(
     `params` is this layer's; `experts` are its whole stack's, in which it is number `stack_index`;
     `map_index` is its row of the placement.
     """
-    spec = context.spec
+    config = context.config
     with jax.named_scope("attention"):
-        normed = rms_norm(x, params.input_norm, spec.config.rms_norm_eps)
+        normed = rms_norm(x, params.input_norm, config.rms_norm_eps)
         attended, cache = context.attend(params.attn, normed, cache, cache_layer)
     with jax.named_scope("oproj"):
         x = x + linear(attended, params.attn.o, params.attn.o_bias)
-    normed = rms_norm(x, params.post_attn_norm, spec.config.rms_norm_eps)
+    normed = rms_norm(x, params.post_attn_norm, config.rms_norm_eps)
     mlp = params.mlp
-    if not isinstance(mlp, MoeParams) or experts is None:
-        assert isinstance(mlp, MlpParams)  # experts belong to MoeParams
+    if not isinstance(mlp, MoeParams):
         with jax.named_scope("mlp"):
             return x + swiglu(normed, mlp.w13, mlp.w2), cache, None
-    y, load = moe_ffn(
-        normed,
-        mlp.router,
-        mlp.router_bias,
-        experts,
-        stack_index,
-        context.expert_to_slot[map_index],
-        context.is_valid,
-        router_config=spec.config.router,
-        exchange=spec.exchange,
-        num_dispatched_shared=spec.num_dispatched_shared,
-        channel=channel,
-    )
+    if experts is None:
+        experts, stack_index = ExpertParams(mlp.experts.w13[None], mlp.experts.w2[None]), 0
+    y, load = context.moe(normed, mlp, experts, stack_index, map_index, channel)
     if mlp.shared is not None:
         with jax.named_scope("shared_expert"):
             y = y + swiglu(normed, mlp.shared.w13, mlp.shared.w2).astype(jnp.float32)
@@ -190,14 +190,14 @@ def _decoder_layer(
 
 
 def _run_layers(
-    params: Params, x: jax.Array, cache: jax.Array, context: _Context
+    params: Params, x: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """All decoder layers: `(x, cache, [num_tokens_per_expert [layers of a run, local slots]])`."""
     loads: list[jax.Array] = []
-    for run in _layer_runs(context.spec.config):
+    for run in _layer_runs(context.config):
         stack = params.moe if run.is_moe else params.dense
         assert stack is not None  # a run has layers
-        layers, experts = _split_experts(stack)
+        layers, experts = (stack, None) if context.unroll else _split_experts(stack)
         index = slice(run.stack_start, run.stack_start + run.count)
         if index != slice(0, layers.input_norm.shape[0]):
             layers = jax.tree.map(operator.itemgetter(index), layers)
@@ -212,7 +212,8 @@ def _run_layers(
             return (x, cache), load
 
         count = jnp.arange(run.count)
-        (x, cache), load = lax.scan(step, (x, cache), (layers, run.stack_start + count, run.first_layer + count))
+        xs = (layers, run.stack_start + count, run.first_layer + count)
+        (x, cache), load = lax.scan(step, (x, cache), xs, unroll=context.unroll)
         if load is not None:
             loads.append(load)
     return x, cache, loads
@@ -234,23 +235,23 @@ def mtp_head(params: Params, hidden: jax.Array) -> jax.Array:
     return lm_head(params, hidden) if head is None else linear(hidden, head).astype(jnp.float32)
 
 
-def _main_pass(
-    params: Params, token_ids: jax.Array, cache: jax.Array, context: _Context
+def main_pass(
+    params: Params, token_ids: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The model without its MTP module: `(hidden after the final norm, cache, loads)`."""
     x, cache, loads = _run_layers(params, _embed(params.embed, token_ids), cache, context)
-    return rms_norm(x, params.norm, context.spec.config.rms_norm_eps), cache, loads
+    return rms_norm(x, params.norm, context.config.rms_norm_eps), cache, loads
 
 
-def _mtp_pass(
-    params: Params, mtp: MtpParams, hidden: jax.Array, next_token_ids: jax.Array, cache: jax.Array, context: _Context
+def mtp_pass(
+    params: Params, mtp: MtpParams, hidden: jax.Array, next_token_ids: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The MTP module: from the hidden state at t and the token at t+1, the hidden state that predicts t+2."""
-    config = context.spec.config
+    config = context.config
     embedding = _embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
     parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
     x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
-    layers, experts = _split_experts(mtp.layer)
+    layers, experts = (mtp.layer, None) if context.unroll else _split_experts(mtp.layer)
     layer = jax.tree.map(operator.itemgetter(0), layers)
     x, cache, load = _decoder_layer(
         layer, experts, 0, -1, config.num_hidden_layers, x, cache, context, f"{context.channel}/mtp"
@@ -258,7 +259,30 @@ def _mtp_pass(
     return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
-def _stack_loads(loads: list[jax.Array]) -> jax.Array:
+def _exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array) -> Moe:
+    """Experts wherever the placement has them, reached by the exchange."""
+
+    def moe(
+        x: jax.Array, mlp: MoeParams, experts: ExpertParams, stack_index: Any, map_index: Any, channel: str
+    ) -> tuple[jax.Array, jax.Array]:
+        return moe_ffn(
+            x,
+            mlp.router,
+            mlp.router_bias,
+            experts,
+            stack_index,
+            expert_to_slot[map_index],
+            is_valid,
+            router_config=spec.config.router,
+            exchange=spec.exchange,
+            num_dispatched_shared=spec.num_dispatched_shared,
+            channel=channel,
+        )
+
+    return moe
+
+
+def stack_loads(loads: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
 
 
@@ -308,14 +332,14 @@ def prefill_pass(
 
         return attend
 
-    context = _Context(
-        spec=spec,
+    is_valid = local(batch.slot_mapping) >= 0
+    context = PassContext(
+        config=config,
         channel="prefill",
         attend=attend_with(batch.slot_mapping, stop, "prefill/latents"),
-        is_valid=local(batch.slot_mapping) >= 0,
-        expert_to_slot=expert_to_slot,
+        moe=_exchanged_moe(spec, expert_to_slot, is_valid),
     )
-    hidden, cache, loads = _main_pass(params, local(batch.token_ids), cache, context)
+    hidden, cache, loads = main_pass(params, local(batch.token_ids), cache, context)
     mtp_hidden = None
     if params.mtp is not None:
         next_token_ids = local(batch.next_token_ids)
@@ -325,11 +349,11 @@ def prefill_pass(
         context = dataclasses.replace(
             context,
             attend=attend_with(slots, stop - is_open, "prefill/mtp_latents"),
-            is_valid=context.is_valid & (next_token_ids >= 0),
+            moe=_exchanged_moe(spec, expert_to_slot, is_valid & (next_token_ids >= 0)),
         )
-        mtp_hidden, cache, mtp_loads = _mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
+        mtp_hidden, cache, mtp_loads = mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
         loads += mtp_loads
-    return PassOutput(hidden, cache, _stack_loads(loads)), mtp_hidden
+    return PassOutput(hidden, cache, stack_loads(loads)), mtp_hidden
 
 
 def decode_pass(
@@ -348,6 +372,6 @@ def decode_pass(
         attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
         return attended, cache
 
-    context = _Context(spec, "decode", attend, is_valid, expert_to_slot)
-    hidden, cache, loads = _main_pass(params, batch.token_ids, cache, context)
-    return PassOutput(hidden, cache, _stack_loads(loads))
+    context = PassContext(config, "decode", attend, _exchanged_moe(spec, expert_to_slot, is_valid))
+    hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
+    return PassOutput(hidden, cache, stack_loads(loads))

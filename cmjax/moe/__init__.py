@@ -19,6 +19,7 @@ from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
 from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
+from cmjax.moe.training import block_layout, moe_ffn_blocks
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Scoring",
     "TopkMethod",
     "WireDtype",
+    "block_layout",
     "block_rows",
     "buffer_bytes",
     "combine",
@@ -47,6 +49,7 @@ __all__ = [
     "max_tokens",
     "message_bytes",
     "moe_ffn",
+    "moe_ffn_blocks",
     "pack_rows",
     "route",
     "routed_choices",

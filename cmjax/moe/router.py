@@ -36,13 +36,19 @@ def router_scores(x: jax.Array, weight: jax.Array, config: RouterConfig) -> jax.
     return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
+def _sum_of_best_two(scores: jax.Array) -> jax.Array:
+    """The sum of the two largest over the last axis, or the one there is. Two maxima cost less than a top-k."""
+    is_best = jnp.arange(scores.shape[-1]) == scores.argmax(-1, keepdims=True)
+    second = jnp.where(is_best, -jnp.inf, scores).max(-1)
+    return scores.max(-1) + jnp.where(jnp.isneginf(second), 0, second)
+
+
 def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
     """Mask the experts outside each token's best groups with -inf (0 would win over negative biased scores)."""
     tokens = choice.shape[0]
     grouped = choice.reshape(tokens, config.num_expert_groups, -1)
     if config.topk_method == "noaux_tc":
-        num_ranked = min(2, grouped.shape[-1])
-        group_scores = lax.top_k(grouped, num_ranked)[0].sum(-1)
+        group_scores = _sum_of_best_two(grouped)
     else:
         group_scores = grouped.max(-1)
     _, best = lax.top_k(group_scores, config.num_topk_groups)

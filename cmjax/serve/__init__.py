@@ -4,8 +4,9 @@ from cmjax.serve.block_pool import BlockPool
 from cmjax.serve.engine import Engine, GenerateResult, Timings
 from cmjax.serve.instance import DecodeInstance, PrefillInstance
 from cmjax.serve.request import RequestOutput, SamplingParams
+from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill
+from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill, score
 from cmjax.serve.transfer import hand_off, prefill_tp_rank
 
 __all__ = [
@@ -19,11 +20,15 @@ __all__ = [
     "PrefillOutput",
     "RequestOutput",
     "SamplingParams",
+    "ScoringInstance",
     "StepSpec",
+    "TextScores",
     "Timings",
     "decode",
     "hand_off",
     "new_cache",
+    "plan_windows",
     "prefill",
     "prefill_tp_rank",
+    "score",
 ]

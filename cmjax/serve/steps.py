@@ -25,6 +25,7 @@ from cmjax.model import (
     RankSpec,
     decode_pass,
     lm_head,
+    mtp_head,
     param_specs,
     prefill_pass,
 )
@@ -92,6 +93,26 @@ class DecodeOutput:
     logits: Leaf | None
 
 
+@flax.struct.dataclass
+class ScoreOutput:
+    """What a scoring step returns.
+
+    Attributes:
+        cache: as for prefill.
+        token_ids: `int32[tokens]`, the greedy next token after each, or `NOT_FINITE`.
+        logprobs: `float32[tokens]`, natural logarithm of the probability of `next_token_ids`; means nothing where that
+            is -1.
+        draft_ids: `int32[tokens]`, the MTP module's greedy token after the next, given the next; None without one.
+        slot_load: as for prefill.
+    """
+
+    cache: Leaf
+    token_ids: Leaf
+    logprobs: Leaf
+    draft_ids: Leaf | None
+    slot_load: Leaf
+
+
 def _greedy(logits: jax.Array) -> jax.Array:
     """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -149,6 +170,54 @@ def prefill(
         )
 
     out_specs = PrefillOutput(_BY_RANK, _BY_RANK, _BY_RANK, _EVERYWHERE, _MAPS, _BY_RANK if with_all_logits else None)
+    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE)
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch)
+
+
+# Logits of this many tokens at a time: those of a whole step would be its largest array by far.
+_SCORE_ROWS = 512
+
+
+def _by_rows(function: Callable, *arrays: jax.Array) -> Any:
+    """Apply `function` to `arrays[tokens, ...]`, a few hundred rows at a time."""
+    tokens = arrays[0].shape[0]
+    rows = min(_SCORE_ROWS, tokens)
+    pad = -tokens % rows
+
+    def cut(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, pad), *(((0, 0),) * (a.ndim - 1)))).reshape(-1, rows, *a.shape[1:])
+
+    out = lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], out)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache",))
+def score(
+    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: PrefillBatch, *, spec: StepSpec
+) -> ScoreOutput:
+    """Prefill packed texts, and say at each token what the model and its MTP module expect (teacher-forced).
+
+    Arguments as for `prefill`; `batch.next_token_ids` is the text that is scored.
+    """
+
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch) -> ScoreOutput:
+        output, mtp_hidden = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
+        count = output.hidden.shape[0]
+        following = lax.dynamic_slice_in_dim(batch.next_token_ids, lax.axis_index(EP_AXIS) * count, count)
+
+        def expect(hidden: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = lm_head(params, hidden)
+            chosen = jnp.take_along_axis(logits, jnp.maximum(following, 0)[:, None], axis=-1)[:, 0]
+            return _greedy(logits), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+        token_ids, logprobs = _by_rows(expect, output.hidden, following)
+        drafts = None
+        if mtp_hidden is not None:
+            drafts = _by_rows(lambda hidden: _greedy(mtp_head(params, hidden)), mtp_hidden)
+        return ScoreOutput(output.cache[None], token_ids, logprobs, drafts, output.slot_load)
+
+    drafts = None if params.mtp is None else _BY_RANK
+    out_specs = ScoreOutput(_BY_RANK, _BY_RANK, _BY_RANK, drafts, _MAPS)
     in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE)
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch)
 

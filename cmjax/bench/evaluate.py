@@ -1,0 +1,217 @@
+"""Held-out text: bits per byte beside a compressor's, next-token accuracy, the MTP module's agreement, expert balance."""
+
+import dataclasses
+import json
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.mesh import Instance
+from cmjax.model import Model, Tokenizer
+from cmjax.serve import EngineSettings, ScoringInstance, TextScores
+
+# The comparison with the compressor: files of at least so many bytes, and the first so many of each.
+MIN_COMPARED_BYTES = 4096
+MAX_COMPARED_BYTES = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutFile:
+    """A text that the model has not been trained on, and its subject area."""
+
+    path: str
+    area: str
+    text: str
+
+
+def read_heldout(path: Path) -> list[HeldoutFile]:
+    """Read JSON lines with `path`, `area` and `text`; a UserError names the line that is something else."""
+    files = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            files.append(HeldoutFile(**{name: str(values[name]) for name in ("path", "area", "text")}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is no JSON object with path, area and text") from error
+    if not files:
+        raise UserError(f"{path}: holds no text")
+    return files
+
+
+def lzma_bytes(data: bytes) -> int:
+    """Bytes that raw LZMA2 at preset 9 needs, without any container."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over tokens of any number of files."""
+
+    files: int = 0
+    num_bytes: int = 0
+    tokens: int = 0
+    nats: float = 0.0
+    top1: int = 0
+    drafts: int = 0
+    draft_agrees: int = 0
+    lzma_bytes: int = 0
+    compared_bytes: int = 0
+    compared_nats: float = 0.0
+    compared_files: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        names = [field.name for field in dataclasses.fields(self)]
+        return Tally(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def report(self, has_mtp: bool) -> dict[str, float | int | None]:
+        """The figures, JSON-ready; None where there is nothing to divide by."""
+
+        def share(part: float, whole: float) -> float | None:
+            return part / whole if whole else None
+
+        bits_per_nat = 1 / math.log(2)
+        ours = share(self.compared_nats * bits_per_nat, self.compared_bytes)
+        theirs = share(8 * self.lzma_bytes, self.compared_bytes)
+        return {
+            "files": self.files,
+            "bytes": self.num_bytes,
+            "tokens": self.tokens,
+            "bits_per_byte": share(self.nats * bits_per_nat, self.num_bytes),
+            "top1": share(self.top1, self.tokens),
+            "mtp_agreement": share(self.draft_agrees, self.drafts) if has_mtp else None,
+            "compared_files": self.compared_files,
+            "compared_bytes": self.compared_bytes,
+            "compared_bits_per_byte": ours,
+            "lzma_bits_per_byte": theirs,
+            "ratio_to_lzma": ours / theirs if ours is not None and theirs else None,
+        }
+
+
+def compared_tokens(text: str, ends: Sequence[int]) -> tuple[int, bytes]:
+    """How many of a text's tokens are compared with the compressor, and their bytes; none of a short text.
+
+    Args:
+        text: whole.
+        ends: where each of its tokens ends, in characters.
+    """
+    whole = text.encode()
+    if len(whole) < MIN_COMPARED_BYTES:
+        return 0, b""
+    if len(whole) <= MAX_COMPARED_BYTES:
+        return len(ends), whole
+    prefix = whole[:MAX_COMPARED_BYTES].decode(errors="ignore")
+    # The last token that ends inside, and whose character no other token goes on with.
+    count = int(np.searchsorted(ends, len(prefix), side="right"))
+    while count and count < len(ends) and ends[count] == ends[count - 1]:
+        count -= 1
+    return count, text[: ends[count - 1] if count else 0].encode()
+
+
+def _tally(text: str, ends: Sequence[int], scores: TextScores, has_drafts: bool) -> Tally:
+    tokens = len(ends)
+    count, compared = compared_tokens(text, ends)
+    return Tally(
+        files=1,
+        num_bytes=len(text.encode()),
+        tokens=tokens,
+        nats=-float(scores.logprobs.sum(dtype=np.float64)),
+        top1=int(scores.is_top1.sum()),
+        drafts=tokens - 1 if has_drafts else 0,
+        draft_agrees=int(scores.draft_agrees.sum()),
+        lzma_bytes=lzma_bytes(compared) if count else 0,
+        compared_bytes=len(compared),
+        compared_nats=-float(scores.logprobs[:count].sum(dtype=np.float64)),
+        compared_files=int(count > 0),
+    )
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    files: Sequence[HeldoutFile],
+    instance: Instance,
+    *,
+    context: int,
+    stride: int,
+    settings: EngineSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score held-out files on an instance, teacher-forced, at every token of every file.
+
+    Args:
+        model, tokenizer: of one folder.
+        files: what to score.
+        instance: devices of any number.
+        context, stride: see `ScoringInstance`.
+        settings: sizes and formats.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        `areas` (by name), `all` (every token alike), `area_mean` (every area alike), each with the fields of
+        `Tally.report`, and `expert_balance`: the busiest expert's rows over the mean, for each MoE layer.
+
+    Raises:
+        UserError: a tokenizer that is not the model's, a context the model cannot take.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}"
+        )
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise UserError("tokenizer_config.json names neither bos_token nor eos_token; the first token needs one before it")
+    encoded = [tokenizer.encode_with_ends(file.text) for file in files]
+    scorer = ScoringInstance(model, instance, context=context, stride=stride, settings=settings)
+    total, done = sum(len(ids) for ids, _ in encoded), 0
+
+    def notify(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    scores = scorer.score_texts([[bos, *ids] for ids, _ in encoded], notify)
+    has_mtp = model.params.mtp is not None
+    areas: dict[str, Tally] = {}
+    for file, (_, ends), one in zip(files, encoded, scores, strict=True):
+        areas[file.area] = areas.get(file.area, Tally()) + _tally(file.text, ends, one, has_mtp)
+    reports = {area: areas[area].report(has_mtp) for area in sorted(areas)}
+    return {
+        "areas": reports,
+        "all": sum(areas.values(), Tally()).report(has_mtp),
+        "area_mean": {name: _mean([report[name] for report in reports.values()]) for name in _AVERAGED},
+        "expert_balance": _balance(scorer.take_expert_load(), model),
+    }
+
+
+_AVERAGED = (
+    "bits_per_byte",
+    "top1",
+    "mtp_agreement",
+    "compared_bits_per_byte",
+    "lzma_bits_per_byte",
+    "ratio_to_lzma",
+)
+
+
+def _mean(values: Sequence[float | int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _balance(load: np.ndarray, model: Model) -> dict[str, float]:
+    names = [str(layer) for layer in model.config.moe_layer_ids]
+    names += ["mtp"] * (len(load) - len(names))
+    return {name: float(rows.max() / max(rows.mean(), 1e-9)) for name, rows in zip(names, load, strict=True)}
