@@ -10,13 +10,12 @@ import click
 
 from cmjax.cli import Commands
 from cmjax.cli_generate import new_table
-from cmjax.cli_options import BUNDLED_MODEL, json_option
-from cmjax.errors import UserError
+from cmjax.cli_options import find_model, json_option, model_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-ALL = ("fabric", "decode", "peer")
+ALL = ("fabric", "decode", "peer", "training")
 EXIT_DIFFERENT = 1
 
 rounds_option = click.option(
@@ -48,23 +47,22 @@ def fabric(rounds: int, as_json: bool) -> None:
 
 
 @bench.command(epilog="\b\nExamples:\n  cmjax bench decode\n  cmjax bench decode --ep 64 --seqs-per-rank 4 --json")
-@click.option("--model", "folder", metavar="DIR", help="Checkpoint.  [default: the one bundled with a clone]")
+@model_option
 @click.option("--ep", type=click.IntRange(min=1), default=320, show_default=True, help="Devices of the instance.")
 @click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
 @click.option("--cache", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens cached of each.")
 @click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Decode steps a call.")
 @rounds_option
 @json_option
-def decode(folder: str | None, ep: int, seqs_per_rank: int, cache: int, steps: int, rounds: int, as_json: bool) -> None:
+def decode(folder: str, ep: int, seqs_per_rank: int, cache: int, steps: int, rounds: int, as_json: bool) -> None:
     """A decode step over hundreds of devices: launch, exchange and math, and the same tokens on one device."""
     from cmjax.bench import decode as bench_decode
     from cmjax.mesh import bring_up
     from cmjax.model import load
 
-    if folder is None and not BUNDLED_MODEL.is_dir():
-        raise UserError(f"{BUNDLED_MODEL}: the bundled model is part of a clone of the repository; give --model")
+    path = find_model(folder)
     bring_up(ep)
-    model = load(folder or BUNDLED_MODEL)
+    model = load(path)
     report = bench_decode.run(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, num_steps=steps, rounds=rounds
     )
@@ -103,6 +101,18 @@ def peer(context: click.Context, dtype: str | None, peer_python: str | None, rou
     _print(report, peer_tables(report), as_json)
     if report["logits_agree"] is False:
         context.exit(EXIT_DIFFERENT)
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench training\n  cmjax bench training --tokens 8192 --json")
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of a step.")
+@rounds_option
+@json_option
+def training(tokens: int, rounds: int, as_json: bool) -> None:
+    """The routed experts of one layer, value and gradient, by the forms that a training step could use."""
+    from cmjax.bench import training as bench_training
+
+    report = bench_training.run(tokens=tokens, rounds=rounds)
+    _print(report, training_tables(report), as_json)
 
 
 @bench.command(name="all", epilog="\b\nExamples:\n  cmjax bench all\n  cmjax bench all --json > bench.json")
@@ -203,3 +213,15 @@ def peer_tables(report: dict[str, Any]) -> "list[Table]":
     for dtype, diff in report["logits_max_abs_diff"].items():
         notes[f"logits, {dtype}"] = f"the two differ by at most {diff:.2g}"
     return [_definitions(table, report["definitions"] | notes)]
+
+
+def training_tables(report: dict[str, Any]) -> "Sequence[Table]":
+    """The forms with their times."""
+    shape = report["shape"]
+    title = (
+        f"{shape['tokens']:,} tokens, {shape['num_experts']} experts of width {shape['width']}, forward and backward"
+    )
+    table = new_table(title, "form", "ms", "times the fastest", numbers_from=1)
+    for row in report["results"]:
+        table.add_row(row["form"], f"{row['seconds'] * 1e3:.0f}", f"{row['times_best']:.2f}")
+    return [table]

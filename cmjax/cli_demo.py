@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +14,27 @@ import click
 from cmjax.cli_generate import (
     carve_from,
     collect,
+    find_tokenizer,
     memory_errors,
+    outputs_table,
     placement_table,
     progress_bar,
+    readable,
     result_tables,
     settings_from,
 )
-from cmjax.cli_options import BUNDLED_MODEL, engine_options, instance_options, json_option
+from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from rich.text import Text
 
     from cmjax.serve import GenerateResult
 
+REFERENCE = "reference.json"
 # A reference token that led the second best by less than this says nothing about which of the two is right.
 CLEAR_MARGIN = 1e-3
-OUTPUTS_SHOWN = 5
+OUTPUTS_SHOWN = 3
 EXIT_DIFFERENT = 1
 
 
@@ -39,17 +45,24 @@ EXIT_DIFFERENT = 1
       cmjax demo --ep 8 --prompts 16    a small machine
       cmjax demo --json | jq .reference
     \b
+    A model given with --model needs a reference.json beside the weights (scripts/make_demo_reference.py).
     Ends with status 1 where the tokens are not those of the reference."""
 )
+@model_option
 @click.option(
-    "--model",
-    "folder",
-    metavar="DIR",
-    help="Hugging Face folder with a reference.npz beside the weights.  [default: the one bundled with a clone]",
+    "--prompts",
+    "num_prompts",
+    type=click.IntRange(min=1),
+    default=320,
+    show_default=True,
+    help="How many; beyond those of the reference, they come again.",
 )
-@click.option("--prompts", "num_prompts", type=click.IntRange(min=1), default=320, show_default=True, help="How many.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Tokens to generate for each."
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens to generate for each, at most those of the reference.",
 )
 @click.option("--out", "out", type=Path, default=Path("out"), show_default=True, help="Folder for the picture.")
 @instance_options
@@ -58,14 +71,14 @@ EXIT_DIFFERENT = 1
 @click.pass_context
 def demo(
     context: click.Context,
-    folder: str | None,
+    folder: str,
     num_prompts: int,
     max_tokens: int,
     out: Path,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Serve a small DeepSeek-V3 on a virtual supernode, and compare its tokens with a reference.
+    """Let a small DeepSeek-V3 write Python on a virtual supernode, and compare its tokens with a reference.
 
     Prompts are prefilled on EP32 instances, their KV is handed over to the decode instance, and EP320 generates.
     """
@@ -76,43 +89,159 @@ def demo(
     from cmjax.model import load
     from cmjax.serve import Engine, SamplingParams
 
-    reference = Reference.read(find_model(folder))
-    prompts = reference.prompts(num_prompts)
+    path = find_model(folder)
+    reference = Reference.read(path)
+    tokenizer = find_tokenizer(path)
     pools = carve_from(options)
-    model = load(reference.folder, dtype=options["dtype"])
-    settings = settings_from(options, model.config, prompts, max_tokens, pools)
+    model = load(path, dtype=options["dtype"])
+    reference.check_vocabulary(model.config.vocab_size)
+    expected = reference.take(num_prompts, max_tokens)
+    prompts = [one.prompt_ids for one in expected]
+    sampling = [SamplingParams(max_tokens=len(one.token_ids)) for one in expected]
+    settings = settings_from(options, model.config, prompts, max(one.max_tokens for one in sampling), pools)
     load_s = time.perf_counter() - begin
     stdout, stderr = Console(file=sys.stdout), Console(stderr=True)
     with memory_errors(settings), progress_bar(stderr) as progress:
         engine = Engine(model, pools, settings=settings)
         if not as_json:
             _show_machine(engine, stdout)
-        result = engine.generate(prompts, SamplingParams(max_tokens=max_tokens), progress=progress)
+        result = engine.generate(prompts, sampling, progress=progress)
     traffic = fabric.books.snapshot()
-    report = collect(engine, result, traffic)
-    comparison = reference.compare(result)
+    report = collect(engine, result, traffic, tokenizer)
+    comparison = compare(expected, [output.token_ids for output in result.outputs])
     picture = draw(engine, result, traffic, out)
     report["timings"] |= {"load_s": load_s, "total_s": time.perf_counter() - begin}
-    report |= {"reference": dataclasses.asdict(comparison), "picture": picture and str(picture)}
+    report["reference"] = {"source": reference.source, **dataclasses.asdict(comparison)}
+    report["picture"] = picture and str(picture)
     if as_json:
         click.echo(json.dumps(report))
     else:
-        for table in result_tables(report, OUTPUTS_SHOWN):
-            stdout.print(table)
-        stdout.print(comparison.sentence(), highlight=False, soft_wrap=True)
-        drawn = f"Picture: {picture}" if picture else "No picture: matplotlib is missing (pip install 'cmjax[plot]')"
-        stdout.print(f"{drawn}. {report['timings']['total_s']:.0f} s in all.", highlight=False, soft_wrap=True)
+        _show_result(report, comparison, stdout)
     if not comparison.is_equal:
         context.exit(EXIT_DIFFERENT)
 
 
-def find_model(folder: str | None) -> Path:
-    """The folder asked for, or the bundled one, which only a clone has."""
-    path = Path(folder) if folder else BUNDLED_MODEL
-    if not (path / "reference.npz").is_file():
-        advice = "" if folder else " (the bundled model is part of a clone of the repository); give --model"
-        raise UserError(f"{path}: no reference.npz there{advice}")
-    return path
+# -- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A prompt and its greedy continuation; `margins` tell how far each token led the second best, in logits."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    margins: list[float]
+
+    @property
+    def num_clear(self) -> int:
+        """Tokens before the first close call: from there on another continuation may be right too."""
+        return next((i for i, margin in enumerate(self.margins) if margin < CLEAR_MARGIN), len(self.margins))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Generated tokens against the reference's.
+
+    Attributes:
+        num_sequences: all of them.
+        num_tokens: those of the sequences that were compared.
+        num_equal: those of them that are the reference's.
+        num_unclear: those not compared, for they follow a close call of the reference or are one.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_equal: int
+    num_unclear: int
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every token that was compared is the reference's; nothing compared is no proof."""
+        return self.num_equal == self.num_tokens > 0
+
+    def sentence(self) -> str:
+        """What came out, for people."""
+        verdict = "The generated tokens equal the reference's" if self.is_equal else "DIFFERENT from the reference"
+        counts = f"{self.num_equal:,} of {self.num_tokens:,} tokens of {self.num_sequences} sequences"
+        unclear = f" ({self.num_unclear:,} more come after a close call)" if self.num_unclear else ""
+        return f"{verdict}: {counts}{unclear}."
+
+
+def compare(expected: Sequence[Completion], generated: Sequence[Sequence[int]]) -> Comparison:
+    """Compare sequences token for token, each up to the reference's first close call."""
+    num_tokens = num_equal = num_unclear = 0
+    for one, token_ids in zip(expected, generated, strict=True):
+        clear = one.num_clear
+        num_tokens += clear
+        num_equal += sum(a == b for a, b in zip(one.token_ids[:clear], token_ids, strict=False))
+        num_unclear += len(one.token_ids) - clear
+    return Comparison(len(expected), num_tokens, num_equal, num_unclear)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What an independent implementation, `source`, generated greedily from the checkpoint beside it."""
+
+    path: Path
+    source: str
+    completions: list[Completion]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Reference":
+        """Read `reference.json`; a UserError tells what is wrong with it."""
+        from cmjax.model.safetensors import read_json
+
+        path = folder / REFERENCE
+        if not path.is_file():
+            raise UserError(f"{folder}: no {REFERENCE} there to compare with")
+        values = read_json(path)
+        source, entries = values.get("source"), values.get("completions")
+        if not isinstance(source, str):
+            raise UserError(f"{path}: source must be a text")
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path}: completions must be a list of at least one")
+        return cls(path, source, [_completion(entry, f"{path}: completion {i}") for i, entry in enumerate(entries)])
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have."""
+        for index, one in enumerate(self.completions):
+            for token in (*one.prompt_ids, *one.token_ids):
+                if token >= vocab_size:
+                    raise UserError(
+                        f"{self.path}: completion {index}: token id {token} is outside the model's vocabulary "
+                        f"(0 to {vocab_size - 1})"
+                    )
+
+    def take(self, count: int, max_tokens: int) -> list[Completion]:
+        """The first `count`, from the beginning again where there are fewer, of at most `max_tokens` tokens each."""
+        chosen = (self.completions[index % len(self.completions)] for index in range(count))
+        return [Completion(one.prompt_ids, one.token_ids[:max_tokens], one.margins[:max_tokens]) for one in chosen]
+
+
+def _completion(entry: Any, where: str) -> Completion:
+    """An entry of the file, checked."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    for name in ("prompt_ids", "token_ids", "margins"):
+        what, is_right = ("numbers from 0", _is_margin) if name == "margins" else ("token ids", _is_token_id)
+        if name not in entry:
+            raise UserError(f"{where}: {name} is missing")
+        if not isinstance(entry[name], list) or not entry[name] or not all(map(is_right, entry[name])):
+            raise UserError(f"{where}: {name} must be a list of {what}, at least one")
+    if len(entry["token_ids"]) != len(entry["margins"]):
+        raise UserError(f"{where}: {len(entry['token_ids'])} token_ids, but {len(entry['margins'])} margins")
+    return Completion(entry["prompt_ids"], entry["token_ids"], entry["margins"])
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_margin(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def _show_machine(engine: Any, console: Any) -> None:
@@ -127,102 +256,37 @@ def _show_machine(engine: Any, console: Any) -> None:
         console.print(table)
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Generated tokens against the reference's, counting only those whose margin is clear.
-
-    Attributes:
-        num_sequences: reference prompts, compared over all their tokens.
-        num_tokens, num_equal: of those.
-        num_first, num_first_equal: the other prompts, of which the reference knows the first token.
-    """
-
-    num_sequences: int
-    num_tokens: int
-    num_equal: int
-    num_first: int
-    num_first_equal: int
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether every token that was compared is the reference's."""
-        return self.num_equal == self.num_tokens > 0 and self.num_first_equal == self.num_first
-
-    def sentence(self) -> str:
-        """What came out, for people."""
-        verdict = "The generated tokens equal the reference's" if self.is_equal else "DIFFERENT from the reference"
-        return (
-            f"{verdict}: {self.num_equal} of {self.num_tokens} tokens of {self.num_sequences} reference sequences, and "
-            f"{self.num_first_equal} of {self.num_first} first tokens of the other prompts."
-        )
+def _show_result(report: dict[str, Any], comparison: Comparison, console: Any) -> None:
+    outputs = report["outputs"]
+    if "text" in outputs[0]:
+        for line in completion_lines(outputs):
+            console.print(line, soft_wrap=True)
+    else:
+        console.print(outputs_table(outputs, OUTPUTS_SHOWN))
+    for table in result_tables(report):
+        console.print(table)
+    picture = report["picture"]
+    drawn = f"Picture: {picture}" if picture else "No picture: matplotlib is missing (pip install 'cmjax[plot]')"
+    source = f"Reference: {report['reference']['source']}."
+    for text in (comparison.sentence(), source, f"{drawn}. {report['timings']['total_s']:.0f} s in all."):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What an independent implementation computed from the checkpoint in `folder` (see tests/data/parity/README.md)."""
+def completion_lines(outputs: Sequence[dict[str, Any]]) -> "Iterator[Text]":
+    """The first completions as text: the prompt dimmed behind a bar, what was generated bright behind an angle."""
+    from rich.text import Text
 
-    folder: Path
-    input_ids: "np.ndarray"  # int32[B, S]
-    logits: "np.ndarray"  # float32[B, S, V], of one forward over input_ids
-    prompt: "np.ndarray"  # int32[B, P]
-    generated: "np.ndarray"  # int32[B, N], greedy
-    margin: "np.ndarray"  # float32[B, N], top logit minus the second
-
-    @classmethod
-    def read(cls, folder: Path) -> "Reference":
-        """Read `reference.npz`."""
-        import zipfile
-
-        import numpy as np
-
-        names = [field.name for field in dataclasses.fields(cls)][1:]
-        path = folder / "reference.npz"
-        try:
-            with np.load(path) as stored:
-                missing = [name for name in names if name not in stored]
-                if missing:
-                    raise UserError(f"{path}: {missing[0]} is missing")
-                return cls(folder, **{name: stored[name] for name in names})
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: cannot be read: {error}") from error
-
-    def _prefix(self, index: int) -> tuple[int, int]:
-        """Row and length of a prompt beyond the reference's own: beginnings of `input_ids`, of many lengths."""
-        rows, length = self.input_ids.shape
-        # 7 has no divisor in common with most lengths, so that successive prompts differ and the shortest come early.
-        return index % rows, 1 + (index // rows * 7) % length
-
-    def prompts(self, count: int) -> list[list[int]]:
-        """The reference's prompts, and beginnings of its sequences up to `count` in all."""
-        own = [row.tolist() for row in self.prompt[:count]]
-        prefixes = (self._prefix(index) for index in range(count - len(own)))
-        return own + [self.input_ids[row, :length].tolist() for row, length in prefixes]
-
-    def compare(self, result: "GenerateResult") -> Comparison:
-        """Compare all tokens of the reference's prompts, and the first of the others, where the margin is clear.
-
-        The reference's own tokens are compared up to its first close call: beyond it a row may rightly differ.
-        """
-        import numpy as np
-
-        outputs = [output.token_ids for output in result.outputs]
-        own = min(len(self.prompt), len(outputs))
-        num_tokens = num_equal = 0
-        for row in range(own):
-            close = np.flatnonzero(self.margin[row] < CLEAR_MARGIN)
-            stop = min(int(close[0]) if len(close) else self.margin.shape[1], len(outputs[row]))
-            num_tokens += stop
-            num_equal += int(np.sum(self.generated[row, :stop] == outputs[row][:stop]))
-        num_first = num_first_equal = 0
-        for index, output in enumerate(outputs[own:]):
-            row, length = self._prefix(index)
-            second, best = np.sort(self.logits[row, length - 1])[-2:]
-            if best - second >= CLEAR_MARGIN:
-                num_first += 1
-                num_first_equal += output[0] == int(self.logits[row, length - 1].argmax())
-        return Comparison(own, num_tokens, num_equal, num_first, num_first_equal)
+    shown = outputs[:OUTPUTS_SHOWN]
+    yield Text(f"Generated: {len(shown)} of {len(outputs)} completions, | prompt, > continuation", style="italic")
+    for output in shown:
+        yield Text()
+        prompt, continuation = readable(output["prompt"]), readable(output["text"])
+        prompt.stylize("dim")
+        continuation.stylize("bold green")
+        num_prompt_lines = prompt.plain.count("\n") + 1
+        for index, line in enumerate((prompt + continuation).split("\n")):
+            yield Text("  | ", style="dim") + line if index < num_prompt_lines else Text("  > ", style="green") + line
+    yield Text()
 
 
 def draw(engine: Any, result: "GenerateResult", traffic: Any, folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""`cmjax generate`: prompts of token ids in, greedy continuations out, over prefill and decode instances."""
+"""`cmjax generate`: prompts in, greedy continuations out, over prefill and decode instances."""
 
 import dataclasses
 import json
@@ -6,26 +6,29 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmjax.cli_options import engine_options, instance_options, json_option
+from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from cmjax.mesh import Pools
     from cmjax.mesh.fabric import TrafficSnapshot
-    from cmjax.model import ModelConfig
+    from cmjax.model import ModelConfig, Tokenizer
     from cmjax.serve import Engine, EngineSettings, GenerateResult
     from cmjax.serve.engine import Progress
 
 MAX_DEFAULT_SEQS = 8
 MAX_TOKEN_ID = 2**31 - 1
 IDS_SHOWN = 12
+CHARACTERS_SHOWN = 400
 PHASES = {"compile": "compiling", "prefill": "prefill", "decode": "decode"}
 
 
@@ -51,15 +54,16 @@ class TokenIds(click.ParamType):
 @click.command(
     epilog="""\b
     Examples:
-      cmjax generate --model DIR --prompt-ids 1,2,3 --max-tokens 24
+      cmjax generate --prompt "def mean(values):" --max-tokens 32 --ep 8
       cmjax generate --model DIR --prompt-ids 1,2,3 --prompt-ids 7,8 --ep 64 --json
       cmjax generate --model DIR --prompt-ids 1,2,3 --dispatch-dtype int8 --stop-token-ids 257
     \b
     Decoding is greedy. The model's own eos_token_id ends nothing unless --stop-token-ids names it."""
 )
-@click.option("--model", "folder", required=True, metavar="DIR", help="Hugging Face folder or cmjax checkpoint.")
+@model_option
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; give it several times.")
 @click.option(
-    "--prompt-ids", "prompts", type=TokenIds(), multiple=True, required=True, help="A prompt; give it several times."
+    "--prompt-ids", "ids", type=TokenIds(), multiple=True, help="One of token ids; those of --prompt come before it."
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens to generate.")
 @click.option("--stop-token-ids", type=TokenIds(), default=(), help="A generated token among these ends the request.")
@@ -68,14 +72,17 @@ class TokenIds(click.ParamType):
 @json_option
 def generate(
     folder: str,
-    prompts: tuple[tuple[int, ...], ...],
+    texts: tuple[str, ...],
+    ids: tuple[tuple[int, ...], ...],
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue prompts of token ids, through prefill instances and an expert-parallel decode instance."""
+    """Continue prompts, through prefill instances and an expert-parallel decode instance."""
     begin = time.perf_counter()
+    if not texts and not ids:
+        raise UserError("no prompt: give --prompt TEXT or --prompt-ids 1,2,3")
     from rich.console import Console
 
     from cmjax.mesh import fabric
@@ -83,14 +90,17 @@ def generate(
     from cmjax.serve import Engine, SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+    path = find_model(folder)
+    tokenizer = find_tokenizer(path, must_exist=bool(texts))
+    prompts = [*map(tokenizer.encode, texts), *ids] if tokenizer else ids
     pools = carve_from(options)
-    model = load(folder, dtype=options["dtype"])
+    model = load(path, dtype=options["dtype"])
     settings = settings_from(options, model.config, prompts, max_tokens, pools)
     load_s = time.perf_counter() - begin
     with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:
         engine = Engine(model, pools, settings=settings)
         result = engine.generate(prompts, sampling, progress=progress)
-    report = collect(engine, result, fabric.books.snapshot())
+    report = collect(engine, result, fabric.books.snapshot(), tokenizer)
     report["timings"] |= {"load_s": load_s, "total_s": time.perf_counter() - begin}
     if as_json:
         click.echo(json.dumps(report))
@@ -99,6 +109,15 @@ def generate(
 
 
 # -- running an engine: `cmjax demo` runs its own the same way --------------------------------------------------------
+
+
+def find_tokenizer(folder: Path, must_exist: bool = False) -> "Tokenizer | None":
+    """The tokenizer of a model folder; None where there is none, or a UserError if it `must_exist`."""
+    from cmjax.model import Tokenizer
+
+    if not must_exist and not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_folder(folder)
 
 
 def carve_from(options: dict[str, Any]) -> "Pools":
@@ -188,8 +207,10 @@ def progress_bar(console: "Console") -> Iterator["Progress"]:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def collect(engine: "Engine", result: "GenerateResult", traffic: "TrafficSnapshot") -> dict[str, Any]:
-    """All that `cmjax generate` says, as JSON-ready values."""
+def collect(
+    engine: "Engine", result: "GenerateResult", traffic: "TrafficSnapshot", tokenizer: "Tokenizer | None"
+) -> dict[str, Any]:
+    """All that `cmjax generate` says, as JSON-ready values; outputs have text where there is a tokenizer."""
     from cmjax.cli_info import collect as collect_info
 
     machine = collect_info(engine.pools)
@@ -197,8 +218,12 @@ def collect(engine: "Engine", result: "GenerateResult", traffic: "TrafficSnapsho
     config = engine.model.config
     settings = dataclasses.asdict(engine.settings)
     settings["exchange"] = engine.settings.exchange.__name__
+    outputs = [dataclasses.asdict(output) for output in result.outputs]
+    if tokenizer is not None:
+        for output in outputs:
+            output |= {"prompt": tokenizer.decode(output["prompt_ids"]), "text": tokenizer.decode(output["token_ids"])}
     return {
-        "outputs": [dataclasses.asdict(output) for output in result.outputs],
+        "outputs": outputs,
         "timings": timings(result),
         "traffic": traffic_by_plane(traffic),
         "expert_load": {
@@ -251,15 +276,13 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(file=sys.stdout)
-    console.print(placement_table(report))
-    for table in result_tables(report):
+    for table in (placement_table(report), outputs_table(report["outputs"]), *result_tables(report)):
         console.print(table)
 
 
-def result_tables(report: dict[str, Any], max_outputs: int | None = None) -> "tuple[Table, ...]":
-    """What was generated, how fast, what travelled, and how evenly the experts were used."""
+def result_tables(report: dict[str, Any]) -> "tuple[Table, ...]":
+    """How fast it was, what travelled, and how evenly the experts were used."""
     return (
-        outputs_table(report["outputs"], max_outputs),
         timings_table(report["timings"]),
         traffic_table(report["traffic"]),
         load_table(report["expert_load"]),
@@ -291,14 +314,35 @@ def placement_table(report: dict[str, Any]) -> "Table":
 
 
 def outputs_table(outputs: Sequence[dict[str, Any]], max_outputs: int | None = None) -> "Table":
-    """Prompts and what follows them; at most `max_outputs` of them."""
-    table = new_table("Generated", "prompt", "tokens", "token ids", "ended by")
+    """Prompts and what follows them, as text where there is text; at most `max_outputs` of them."""
+    from rich.text import Text
+
+    has_text = any("text" in output for output in outputs)
+    table = new_table("Generated", "prompt", "tokens", "continuation" if has_text else "token ids", "ended by")
     for output in outputs[:max_outputs]:
-        ids = " ".join(str(token) for token in output["token_ids"])
-        table.add_row(_shortened(output["prompt_ids"]), str(len(output["token_ids"])), ids, output["finish_reason"])
+        if has_text:
+            before, after = readable(output["prompt"], CHARACTERS_SHOWN), readable(output["text"])
+        else:
+            before = Text(_shortened(output["prompt_ids"]))
+            after = Text(" ".join(str(token) for token in output["token_ids"]))
+        # Text of several lines needs a gap below it.
+        table.add_row(before, str(len(output["token_ids"])), after, output["finish_reason"], end_section=has_text)
     if max_outputs is not None and len(outputs) > max_outputs:
         table.caption = f"and {len(outputs) - max_outputs} more"
     return table
+
+
+def readable(text: str, max_characters: int | None = None) -> "Text":
+    """Text for the terminal as it is: no markup, and what would control the terminal as an escape sequence.
+
+    Of a text longer than `max_characters`, its end.
+    """
+    from rich.text import Text
+
+    if max_characters is not None and len(text) > max_characters:
+        text = f"... {text[-max_characters:]}"
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return Text("".join(shown))
 
 
 def _shortened(ids: Sequence[int]) -> str:

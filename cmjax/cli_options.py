@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
+from cmjax.errors import UserError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # In a clone, where the package is installed editable, the demonstration model and its held-out text lie beside it.
@@ -24,6 +26,14 @@ def model_option(function: Function) -> Function:
         metavar="DIR",
         help="Hugging Face folder or cmjax checkpoint.  [default: the demonstration model of a clone]",
     )(function)
+
+
+def find_model(folder: str) -> Path:
+    """What `--model` names; a UserError where it is the bundled one, and this is no clone."""
+    path = Path(folder)
+    if path == BUNDLED_MODEL and not path.is_dir():
+        raise UserError(f"{path}: the bundled model is part of a clone of the repository; give --model")
+    return path
 
 
 def instance_options(function: Function) -> Function:

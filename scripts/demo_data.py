@@ -12,6 +12,7 @@ particular interpreter; training needs the one whose files are on the list (CPyt
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import sys
@@ -19,6 +20,14 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cmjax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "models" / "data"
@@ -57,8 +66,8 @@ AREAS = {
     "collections": "collections/* collections _collections_abc *dict* list* set* tuple range slice heapq bisect array "
     "deque *iter* *itertools enumerate functools operator *seq* mapping* sort* *weak* copy graphlib user* memoryview "
     "*buffer contains richcmp compare zip defaultdict ordered* generator*  genexps sortperf",
-    "modules": "importlib/* import/* import* pkg* *runpy* zipimport* site* sysconfig* venv/* ensurepip/* *venv* module* "
-    "compileall py_compile frozen* distutils* __*__ relimport getpath package*",
+    "modules": "importlib/* import/* import* pkg* *runpy* zipimport* site* sysconfig* venv/* ensurepip/* *venv* "
+    "module* compileall py_compile frozen* distutils* __*__ relimport getpath package*",
     "language": "lib2to3/* peg_generator/* *ast* *token* symtable dis* inspect/* inspect typing* *type* dataclasses/* "
     "dataclasses enum abc _py_abc descr* syntax grammar *compile* code* *opcode* *scope* exception* class* metaclass "
     "super property *func* *annot* keyword* except* pyclbr* *syntax* patma unpack* decorat* named_expr* raise "
@@ -126,24 +135,56 @@ def sources(folder: Path) -> Iterator[Source]:
         yield Source(name, text, sha256)
 
 
-def read_training_texts(folder: Path | None = None) -> list[str]:
-    """The training files of the committed list, in its order; a ValueError names the first that this interpreter lacks.
+def read_training_texts(list_path: Path, folder: Path) -> list[str]:
+    """The training files of a list, in its order; a UserError names the first that `folder` has not, or not as listed.
 
     Args:
-        folder: the standard library to read, this interpreter's by default.
+        list_path: `LIST`, or another in its format.
+        folder: where the files are, `stdlib()` for those of `LIST`.
     """
-    folder = folder or stdlib()
     texts = []
-    for line in LIST.read_text().splitlines()[1:]:
+    for line in list_path.read_text().splitlines()[1:]:
         name, sha256, split, _ = line.split("\t")
         if split != "train":
             continue
-        raw = (folder / name).read_bytes() if (folder / name).is_file() else b""
-        if hashlib.sha256(raw).hexdigest() != sha256:
-            what = "differs from the list's" if raw else "is missing"
-            raise ValueError(f"{folder / name} {what}; {LIST.name} was made with CPython 3.12.1, its tests included")
+        raw = (folder / name).read_bytes() if (folder / name).is_file() else None
+        if raw is None or hashlib.sha256(raw).hexdigest() != sha256:
+            what = "is missing" if raw is None else "differs from the list's"
+            raise UserError(f"{folder / name} {what}; {LIST.name} was made with CPython 3.12.1, its tests included")
         texts.append(raw.decode())
     return texts
+
+
+class TokenStream:
+    """Texts as sequences of tokens in random order, epoch after epoch.
+
+    Attributes:
+        num_tokens: of one epoch.
+        bytes_per_token: the mean, not counting the tokens that begin and end a text.
+    """
+
+    def __init__(self, texts: list[str], tokenizer: "tokenizers.Tokenizer", seed: int) -> None:
+        bos, eos = (tokenizer.token_to_id(token) for token in (BOS, EOS))
+        # One by one: the library's record of a token takes a hundred bytes.
+        ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+        self.files = [np.array([bos, *file_ids, eos], np.int32) for file_ids in ids]
+        self.num_tokens = sum(map(len, self.files))
+        self.bytes_per_token = sum(len(text.encode()) for text in texts) / (self.num_tokens - 2 * len(texts))
+        self.seed = seed
+        self._epoch_rows = functools.lru_cache(maxsize=2)(self._cut_epoch)
+
+    def _cut_epoch(self, phase: int, length: int, epoch: int) -> np.ndarray:
+        """`int32[sequences, length]`: the files in one random order, end to end, the pieces in another."""
+        rng = np.random.default_rng((self.seed, phase, epoch))
+        stream = np.concatenate([self.files[i] for i in rng.permutation(len(self.files))])
+        # What does not fill a sequence is left out, a different piece in every epoch.
+        rows = stream[len(stream) % length :].reshape(-1, length)
+        return rows[rng.permutation(len(rows))]
+
+    def batch(self, phase: int, length: int, indices: range) -> np.ndarray:
+        """`int32[len(indices), length]`: sequences of a phase by number, counted through its epochs."""
+        per_epoch = self.num_tokens // length
+        return np.stack([self._epoch_rows(phase, length, i // per_epoch)[i % per_epoch] for i in indices])
 
 
 def train_tokenizer(texts: list[str]) -> None:
@@ -204,7 +245,9 @@ def write(files: list[Source]) -> None:
     for f in files:
         sizes[f.split][f.area] += len(f.text.encode())
     for area in AREAS:
-        print(f"  {area:12} train {sizes['train'][area] / 1e3:8.0f} KB, held-out {sizes['heldout'][area] / 1e3:6.0f} KB")
+        print(
+            f"  {area:12} train {sizes['train'][area] / 1e3:8.0f} KB, held-out {sizes['heldout'][area] / 1e3:6.0f} KB"
+        )
 
 
 def main() -> int:
@@ -215,8 +258,8 @@ def main() -> int:
         write(list(sources(stdlib())))
         return 0
     try:
-        texts = read_training_texts()
-    except ValueError as error:
+        texts = read_training_texts(LIST, stdlib())
+    except UserError as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{len(texts)} training files, as on the list")

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import cmjax
 from cmjax.mesh import Supernode, fabric
+from cmjax.model import Tokenizer
 from cmjax.serve import Engine, EngineSettings, SamplingParams
 
-BUNDLED = Path(__file__).parents[1] / "tests" / "data" / "parity" / "v3-ep320"
+BUNDLED = Path(__file__).parents[1] / "models" / "demo"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=BUNDLED, help="Hugging Face folder or Orbax checkpoint")
+    parser.add_argument("model", nargs="?", default=BUNDLED, help="Hugging Face folder with a tokenizer")
     parser.add_argument("--ep", type=int, default=320, help="ranks of the decode instance")
     arguments = parser.parse_args()
 
-    model = cmjax.load(arguments.model)
+    model, tokenizer = cmjax.load(arguments.model), Tokenizer.from_folder(arguments.model)
     engine = Engine(
         model,
         Supernode.preset("cloudmatrix384"),
@@ -32,10 +33,10 @@ def main() -> None:
     for instance in engine.pools.instances:
         print(f"{instance.name}: EP{instance.ep_size}, ranks {instance.ranks.start} to {instance.ranks.stop - 1}")
 
-    prompts = [[1, 2, 3], [17, 4, 99, 23, 5], [200]]
-    result = engine.generate(prompts, SamplingParams(max_tokens=8))
-    for output in result.outputs:
-        print(output.prompt_ids, "->", output.token_ids)
+    prompts = ["import os", "class Point:\n    def __init__(self, x, y):\n", "def test_"]
+    result = engine.generate([tokenizer.encode(prompt) for prompt in prompts], SamplingParams(max_tokens=16))
+    for prompt, output in zip(prompts, result.outputs, strict=True):
+        print(repr(prompt), "->", repr(tokenizer.decode(output.token_ids)))
 
     traffic = fabric.books.snapshot()
     for entry in traffic.entries:

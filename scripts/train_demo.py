@@ -5,7 +5,8 @@
     python scripts/train_demo.py --out DIR --recipe recipe.json      another model, size or length
 
 The text is the standard library of the interpreter that runs this (see scripts/demo_data.py). Killed at any time, the
-same command goes on from the last checkpoint in --work. Equal recipes give equal weights on equal machines.
+same command goes on from the last checkpoint in --work. Equal recipes give equal weights on equal machines. Beside the
+package, it needs matplotlib and tokenizers.
 """
 
 import argparse
@@ -14,16 +15,17 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if "hugetlb" not in os.environ.get("GLIBC_TUNABLES", "") and sys.platform == "linux":
+if __name__ == "__main__" and sys.platform == "linux" and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
     # A step touches gigabytes of fresh memory; with huge pages it spends a quarter less time in page faults. The C
     # library reads this once, when the process starts.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.environ["GLIBC_TUNABLES"] = f"{os.environ.get('GLIBC_TUNABLES', '')}:glibc.malloc.hugetlb=1".lstrip(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import demo_data
 import flax.struct
@@ -32,12 +34,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tokenizers import Tokenizer
 
+from cmjax.errors import UserError
 from cmjax.model import ModelConfig, Params, init_params, named_leaves, num_params, save_hf
 from cmjax.model.training import cross_entropy, training_pass
 
+try:
+    import demo_log
+    from tokenizers import Tokenizer
+except ModuleNotFoundError as error:
+    sys.exit(f"train_demo.py: error: {error}; pip install matplotlib tokenizers")
+
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,11 +112,31 @@ class Recipe:
         }
         return ModelConfig(**sizes | self.model)
 
-    def phase(self, step: int) -> tuple[int, int]:
-        """The phase that `step` is in, and its first step."""
+    def check(self) -> None:
+        """Raise UserError where this is not a model, or not a schedule, that the script can train."""
+        config = self.config
+        is_whole = config.moe_layer_ids and config.num_mtp_layers and config.is_moe_layer(config.num_hidden_layers)
+        if not is_whole or config.topk_method != "noaux_tc" or config.vocab_size < demo_data.VOCAB_SIZE:
+            raise UserError(f"model must be deepseek_v3, with experts, MTP module and {demo_data.VOCAB_SIZE} tokens")
+        if self.steps < 1:
+            raise UserError("steps must be at least 1")
+        begins = [begin for begin, _ in self.phases]
+        if not begins or begins[0] != 0 or begins != sorted(begins):
+            raise UserError("the first of the phases must begin at 0, and each after the one before it")
+        for _, length in self.phases:
+            if not 3 <= length <= config.max_position_embeddings or self.tokens_per_step % length:
+                raise UserError(
+                    f"length {length} of a phase must be 3 to {config.max_position_embeddings} and divide "
+                    f"tokens_per_step ({self.tokens_per_step})"
+                )
+
+    def sequences(self, step: int) -> tuple[int, int, range]:
+        """What a step learns from: the phase, the length of its sequences, and which of them."""
         firsts = [math.ceil(begin * self.steps) for begin, _ in self.phases]
         phase = max(index for index, first in enumerate(firsts) if first <= step)
-        return phase, firsts[phase]
+        length = self.phases[phase][1]
+        count = self.tokens_per_step // length
+        return phase, length, range((step - firsts[phase]) * count, (step + 1 - firsts[phase]) * count)
 
     def schedule(self) -> optax.Schedule:
         """The learning rate by step."""
@@ -123,37 +152,6 @@ class State:
     params: Params
     opt_state: Any
     step: jax.Array
-
-
-class TokenStream:
-    """The training text as sequences in random order, epoch after epoch."""
-
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> None:
-        bos, eos = (tokenizer.token_to_id(token) for token in (demo_data.BOS, demo_data.EOS))
-        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-        self.files = [np.array([bos, *e.ids, eos], np.int32) for e in encoded]
-        self.epoch_tokens = sum(map(len, self.files))
-        self.recipe = recipe
-        self._epoch_rows = functools.lru_cache(maxsize=2)(self._cut_epoch)
-
-    def _cut_epoch(self, phase: int, epoch: int) -> np.ndarray:
-        """`int32[sequences, length]`: the files in one random order, end to end, the pieces in another."""
-        rng = np.random.default_rng((self.recipe.seed, phase, epoch))
-        length = self.recipe.phases[phase][1]
-        stream = np.concatenate([self.files[i] for i in rng.permutation(len(self.files))])
-        # What does not fill a sequence is left out, a different piece in every epoch.
-        rows = stream[len(stream) % length :].reshape(-1, length)
-        return rows[rng.permutation(len(rows))]
-
-    def batch(self, step: int) -> np.ndarray:
-        """`int32[sequences, length]`, the tokens of one step."""
-        recipe = self.recipe
-        phase, first_step = recipe.phase(step)
-        length = recipe.phases[phase][1]
-        count = recipe.tokens_per_step // length
-        per_epoch = self.epoch_tokens // length
-        index = np.arange(count) + (step - first_step) * count
-        return np.stack([self._epoch_rows(phase, int(i // per_epoch))[i % per_epoch] for i in index])
 
 
 def initial_params(config: ModelConfig, seed: int) -> Params:
@@ -205,194 +203,137 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def balance(bias: jax.Array, load: jax.Array, rate: jax.Array) -> jax.Array:
-    """Loss-free balancing (DeepSeek-V3 report, section 2.1.2): raise the bias of experts below the mean load."""
-    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+def balance(params: Params, load: jax.Array, rate: jax.Array) -> Params:
+    """Loss-free balancing (DeepSeek-V3 report, section 2.1.2): raise the router's bias of experts below the mean load.
+
+    `load` is `float32[MoE layers, experts]`, the MTP layer's last.
+    """
+    moves = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+    leaves = named_leaves(params)
+    leaves["moe.mlp.router_bias"] += moves[:-1]
+    leaves["mtp.layer.mlp.router_bias"] += moves[-1:]
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
 
 
-@functools.partial(jax.jit, static_argnames=("recipe_key", "config"), donate_argnums=0)
-def train_step(
-    state: State, token_ids: jax.Array, *, recipe_key: "RecipeKey", config: ModelConfig
-) -> tuple[State, dict[str, jax.Array]]:
+def make_train_step(recipe: Recipe) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """One optimizer step on `token_ids int32[sequences, length]`: the new state, and what to report."""
-    recipe = recipe_key.recipe
+    config, optimizer, schedule = recipe.config, make_optimizer(recipe), recipe.schedule()
 
-    def loss_of(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-        output = training_pass(params, token_ids, config, rows_per_block=32)
-        loss = cross_entropy(output.logits, token_ids, 1)
-        mtp_loss = cross_entropy(output.mtp_logits, token_ids, 2)
-        return loss + recipe.mtp_weight * mtp_loss, (loss, mtp_loss, output.expert_load)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, token_ids: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        def loss_of(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            output = training_pass(params, token_ids, config, rows_per_block=32)
+            loss = cross_entropy(output.logits, token_ids, 1)
+            mtp_loss = cross_entropy(output.mtp_logits, token_ids, 2)
+            return loss + recipe.mtp_weight * mtp_loss, (loss, mtp_loss, output.expert_load)
 
-    gradient, (loss, mtp_loss, load) = jax.grad(loss_of, has_aux=True)(state.params)
-    updates, opt_state = make_optimizer(recipe).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    load = load.astype(jnp.float32)
-    rate = recipe.bias_rate * recipe.schedule()(state.step) / recipe.learning_rate
-    moe, mtp = params.moe, params.mtp
-    num_moe = moe.mlp.router_bias.shape[0]
-    moe_bias = balance(moe.mlp.router_bias, load[:num_moe], rate)
-    mtp_bias = balance(mtp.layer.mlp.router_bias, load[num_moe:], rate)
-    params = dataclasses.replace(
-        params,
-        moe=dataclasses.replace(moe, mlp=dataclasses.replace(moe.mlp, router_bias=moe_bias)),
-        mtp=dataclasses.replace(
-            mtp,
-            layer=dataclasses.replace(mtp.layer, mlp=dataclasses.replace(mtp.layer.mlp, router_bias=mtp_bias)),
-        ),
-    )
-    report = {
-        "loss": loss,
-        "mtp_loss": mtp_loss,
-        "gradient_norm": optax.global_norm(gradient),
-        "busiest": (load.max(-1) / load.mean(-1)).max(),
+        gradient, (loss, mtp_loss, load) = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        load = load.astype(jnp.float32)
+        params = balance(params, load, recipe.bias_rate * schedule(state.step) / recipe.learning_rate)
+        report = {
+            "loss": loss,
+            "mtp_loss": mtp_loss,
+            "gradient_norm": optax.global_norm(gradient),
+            "busiest": (load.max(-1) / load.mean(-1)).max(),
+        }
+        return State(params, opt_state, state.step + 1), report
+
+    return train_step
+
+
+def read_recipe(text: str) -> Recipe:
+    """A recipe from a JSON object with the fields to change; a UserError says what is wrong with it."""
+    try:
+        values = json.loads(text)
+        phases = tuple((float(begin), int(length)) for begin, length in values.get("phases", Recipe.phases))
+        for what, given, known in (("", values, Recipe), ("model: ", values.get("model", {}), ModelConfig)):
+            unknown = set(given) - {field.name for field in dataclasses.fields(known)}
+            if unknown:
+                raise UserError(f"{what}unknown field {min(unknown)!r}")
+        for name in set(values) - {"model", "phases"}:
+            if not isinstance(values[name], int | float):
+                raise UserError(f"{name} must be a number")
+        recipe = Recipe(**values | {"phases": phases})
+        recipe.check()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"recipe: {error}") from error
+    return recipe
+
+
+def export(state: State, recipe: Recipe, rows: list[dict[str, float]], out: Path) -> None:
+    """Write checkpoint (bfloat16, Hugging Face layout), tokenizer, recipe and curve to `out`, over what is there.
+
+    The weights are taken away first and come last: a folder that has them is whole.
+    """
+    leaves = {
+        name: np.asarray(leaf if name.endswith("router_bias") else leaf.astype(jnp.bfloat16))
+        for name, leaf in named_leaves(state.params).items()
     }
-    return State(params, opt_state, state.step + 1), report
-
-
-@dataclasses.dataclass(frozen=True)
-class RecipeKey:
-    """A recipe as a static argument: hashed by its JSON."""
-
-    json: str
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return read_recipe(json.loads(self.json))
-
-
-def read_recipe(values: dict[str, Any]) -> Recipe:
-    """A recipe from its JSON object; a ValueError names a field that there is not."""
-    unknown = set(values) - {field.name for field in dataclasses.fields(Recipe)}
-    if unknown:
-        raise ValueError(f"recipe: unknown field {sorted(unknown)[0]!r}")
-    phases = values.get("phases", Recipe.phases)
-    return Recipe(**values | {"phases": tuple((float(begin), int(length)) for begin, length in phases)})
-
-
-def bytes_per_token(tokenizer: Tokenizer, stream: TokenStream, texts: list[str]) -> float:
-    """Mean bytes of a token of the training text, for bits per byte."""
-    return sum(len(text.encode()) for text in texts) / (stream.epoch_tokens - 2 * len(texts))
-
-
-class Log:
-    """The curve: one JSON object a line, and the same for people on standard output."""
-
-    def __init__(self, path: Path, recipe: Recipe, bytes_per_token: float, first_step: int) -> None:
-        self.path, self.recipe, self.bytes_per_token = path, recipe, bytes_per_token
-        kept = [row for row in self.rows() if row["step"] <= first_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self.begin = self.window = time.perf_counter()
-        self.window_step = first_step
-        self.reports: list[dict[str, jax.Array]] = []
-
-    def rows(self) -> list[dict[str, float]]:
-        """Every row so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-
-    def add(self, step: int, report: dict[str, jax.Array]) -> None:
-        """Take in what step number `step` reported."""
-        self.step = step
-        self.reports.append(report)
-
-    def write(self) -> None:
-        """Report the means since the last time."""
-        values = {name: float(np.mean([float(r[name]) for r in self.reports])) for name in self.reports[0]}
-        self.reports, step = [], self.step
-        now = time.perf_counter()
-        rate = (step - self.window_step) * self.recipe.tokens_per_step / (now - self.window)
-        self.window, self.window_step = now, step
-        values["bits_per_byte"] = values["loss"] / math.log(2) / self.bytes_per_token
-        row = {"step": step, **values, "tokens_per_s": rate, "seconds": self.seconds_before + now - self.begin}
-        with self.path.open("a") as out:
-            out.write(json.dumps({name: round(value, 5) for name, value in row.items()}) + "\n")
-        left = (self.recipe.steps - step) * self.recipe.tokens_per_step / rate
-        print(
-            f"step {step}/{self.recipe.steps}  loss {values['loss']:.3f}  {values['bits_per_byte']:.3f} bits/byte  "
-            f"mtp {values['mtp_loss']:.3f}  busiest expert {values['busiest']:.1f}x  {rate:.0f} tokens/s  "
-            f"{left / 60:.0f} min left",
-            flush=True,
-        )
-
-
-def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
-    """Loss and balance over the steps, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    steps = [row["step"] for row in rows]
-    top.plot(steps, [row["bits_per_byte"] for row in rows], label="next token, bits per byte of training text")
-    top.plot(steps, [row["mtp_loss"] / row["loss"] for row in rows], label="MTP module's loss over the model's")
-    top.set_ylim(0.5, 3.0)
-    top.legend()
-    bottom.plot(steps, [row["busiest"] for row in rows], color="tab:red", label="busiest expert over the mean, a step")
-    bottom.set_ylim(0, 10)
-    bottom.legend()
-    bottom.set_xlabel("step")
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def export(state: State, config: ModelConfig, recipe: Recipe, log: Log, out: Path) -> None:
-    """Write the checkpoint (bfloat16, Hugging Face layout), the recipe and the curve beside the tokenizer in `out`."""
-
-    def to_bfloat16(name: str, leaf: jax.Array) -> np.ndarray:
-        return np.asarray(leaf if name.endswith("router_bias") else leaf.astype(jnp.bfloat16))
-
-    leaves = [to_bfloat16(name, leaf) for name, leaf in named_leaves(state.params).items()]
-    params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
-    fresh = out / ".new"
-    save_hf(fresh, config, params)
-    for name in ("config.json", "model.safetensors"):
-        os.replace(fresh / name, out / name)
-    fresh.rmdir()
-    rows = log.rows()
+    unfinished = out / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+    fresh = unfinished / "model"
+    save_hf(fresh, recipe.config, jax.tree.unflatten(jax.tree.structure(state.params), list(leaves.values())))
     training = {"recipe": dataclasses.asdict(recipe), "parameters": num_params(state.params), "curve": rows}
-    (out / "training.json").write_text(json.dumps(training) + "\n")
-    draw_curve(rows, out / "curve.png")
+    (fresh / "training.json").write_text(json.dumps(training) + "\n")
+    demo_log.draw_curve(rows, fresh / "curve.png")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_data.MODEL / name, fresh / name)
+    (out / WEIGHTS).unlink(missing_ok=True)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == WEIGHTS):
+        os.replace(path, out / path.name)
+    shutil.rmtree(unfinished)
 
 
-def train(recipe: Recipe, out: Path, work: Path, *, save_every: int, log_every: int) -> None:
-    """Train from the last checkpoint in `work`, or from the start, and export to `out`."""
+def claim(path: Path, text: str, what: str) -> None:
+    """Write down what the checkpoints beside `path` come from; a UserError where they come from something else."""
+    if path.exists() and path.read_text() != text:
+        raise UserError(f"{path.parent} holds checkpoints of another {what}; give another --work, or remove it")
+    demo_log.write_whole(path, text)
+
+
+def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Train from the last checkpoint in `--work`, or from the start, and export to `--out`."""
+    work, out = arguments.work, arguments.out
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    texts = demo_data.read_training_texts(arguments.list, arguments.stdlib)
+    claim(work / "recipe.json", json.dumps(dataclasses.asdict(recipe), sort_keys=True), "recipe")
+    claim(work / "files.tsv", arguments.list.read_text(), "list of files")
     tokenizer = Tokenizer.from_file(str(demo_data.MODEL / "tokenizer.json"))
-    texts = demo_data.read_training_texts()
-    stream = TokenStream(texts, tokenizer, recipe)
-    config = recipe.config
-    params = initial_params(config, recipe.seed)
+    stream = demo_data.TokenStream(texts, tokenizer, recipe.seed)
+    if stream.num_tokens < max(length for _, length in recipe.phases):
+        raise UserError(f"the text has {stream.num_tokens} tokens, fewer than the longest sequence")
+    params = initial_params(recipe.config, recipe.seed)
     state = State(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
     tokens = recipe.steps * recipe.tokens_per_step
     print(
-        f"{num_params(params) / 1e6:.2f} M parameters, {stream.epoch_tokens / 1e6:.2f} M tokens of text, "
-        f"{tokens / 1e6:.1f} M to train on ({tokens / stream.epoch_tokens:.1f} epochs)"
+        f"{num_params(params) / 1e6:.2f} M parameters, {stream.num_tokens / 1e6:.2f} M tokens of text, "
+        f"{tokens / 1e6:.1f} M to train on ({tokens / stream.num_tokens:.1f} epochs)",
+        flush=True,
     )
-    work.mkdir(parents=True, exist_ok=True)
-    key = RecipeKey(json.dumps(dataclasses.asdict(recipe), sort_keys=True))
-    owner = work / "recipe.json"
-    if owner.exists() and owner.read_text() != key.json:
-        raise ValueError(f"{work} holds checkpoints of another recipe; give another --work, or remove it")
-    owner.write_text(key.json)
+    train_step = make_train_step(recipe)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(work.absolute() / "checkpoints", options=options) as manager:
         latest = manager.latest_step()
         if latest is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
-            print(f"going on from step {latest}")
+            print(f"going on from step {latest}", flush=True)
         first = int(state.step)
-        log = Log(work / "log.jsonl", recipe, bytes_per_token(tokenizer, stream, texts), first)
+        log = demo_log.Log(work / "log.jsonl", recipe.steps, recipe.tokens_per_step, stream.bytes_per_token, first)
         for step in range(first, recipe.steps):
-            state, report = train_step(state, jnp.asarray(stream.batch(step)), recipe_key=key, config=config)
+            state, report = train_step(state, jnp.asarray(stream.batch(*recipe.sequences(step))))
+            log.add(report)
             done = step + 1
-            log.add(done, report)
-            if done % log_every == 0 or done == recipe.steps:
+            is_saved = done % arguments.save_every == 0 or done == recipe.steps
+            # Whoever goes on from a checkpoint finds the steps before it in the log.
+            if is_saved or done % arguments.log_every == 0:
                 log.write()
-            if done % save_every == 0 or done == recipe.steps:
+            if is_saved:
                 manager.save(done, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-    out.mkdir(parents=True, exist_ok=True)
-    export(state, config, recipe, log, out)
+    export(state, recipe, log.rows(), out)
     print(f"wrote {out}")
 
 
@@ -401,19 +342,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=demo_data.MODEL, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "train_demo", help="folder of checkpoints and log")
     parser.add_argument("--recipe", type=Path, help="JSON object with the fields of Recipe to change")
+    parser.add_argument("--list", type=Path, default=demo_data.LIST, help="the files to learn from, see demo_data.py")
+    parser.add_argument("--stdlib", type=Path, default=demo_data.stdlib(), help="folder that they are in")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=10, help="steps between reports")
     arguments = parser.parse_args()
+    if min(arguments.save_every, arguments.log_every) < 1:
+        parser.error("--save-every and --log-every must be at least 1")
     try:
-        recipe = read_recipe(json.loads(arguments.recipe.read_text()) if arguments.recipe else {})
-        train(
-            recipe,
-            arguments.out,
-            arguments.work,
-            save_every=arguments.save_every,
-            log_every=arguments.log_every,
-        )
-    except (ValueError, OSError) as error:
+        train(read_recipe(arguments.recipe.read_text() if arguments.recipe else "{}"), arguments)
+    except (UserError, OSError) as error:
         print(f"train_demo.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -31,6 +31,17 @@ def test_decode_at_a_small_size(capsys):
     assert report["results"][0]["first_tokens_equal_to_one_device"] == 8
 
 
+def test_the_forms_of_a_training_step(capsys):
+    # The command itself checks that all forms give the same values and gradients.
+    status, out, err = run(capsys, "training", "--tokens", 64, "--rounds", 1, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    forms = {row["form"]: row["times_best"] for row in report["results"]}
+    assert len(forms) == 6
+    assert min(forms.values()) == 1
+    assert "lax.ragged_dot" in forms
+
+
 def test_contenders_take_turns():
     order: list[str] = []
     seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)

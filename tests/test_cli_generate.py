@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cmjax import cli_options
 from cmjax.cli import main
-from cmjax.cli_generate import memory_errors
+from cmjax.cli_generate import memory_errors, readable
+from cmjax.cli_options import BUNDLED_MODEL
 from cmjax.errors import UserError
+from cmjax.model import Tokenizer, save_hf
 from cmjax.serve import EngineSettings
 from tests.conftest import ROOT
+from tests.helpers import tiny_model
 from tests.parity import FOLDER, load_case
 
 EP320, SMALL = "v3-ep320", "v3-small"
@@ -131,6 +135,77 @@ def test_more_prompts_than_places_wait(capsys):
     )
     assert [output["prompt_ids"] for output in report["outputs"]] == prompts.tolist()
     assert all(len(output["token_ids"]) == 3 for output in report["outputs"])
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """A folder with the tokenizer of the bundled model and random weights."""
+    path = tmp_path_factory.mktemp("text") / "model"
+    model = tiny_model(seed=1, vocab_size=2048)
+    save_hf(path, model.config, model.params)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED_MODEL / name, path)
+    return path
+
+
+def test_text_prompts_come_before_those_of_ids(text_model, capsys):
+    tokenizer = Tokenizer.from_folder(text_model)
+    texts = ["def mean(values):\n    return", "üλ🙂"]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert all(prompt[0] == tokenizer.bos_token_id for prompt in ids)
+    options = ("--model", text_model, "--max-tokens", 5, "--ep", 2)
+    report = generate(capsys, *options, "--prompt", texts[0], "--prompt-ids", "7,8", "--prompt", texts[1])
+    outputs = report["outputs"]
+    assert [output["prompt_ids"] for output in outputs] == [*ids, [7, 8]]
+    assert [output["prompt"] for output in outputs] == [*texts, tokenizer.decode([7, 8])]
+    assert all(output["text"] == tokenizer.decode(output["token_ids"]) for output in outputs)
+    # The same tokens as ids alone.
+    alone = generate(capsys, *options, *prompt_options([*ids, [7, 8]]))
+    assert alone["outputs"] == outputs
+
+
+def test_the_table_shows_text_as_it_is(text_model, capsys):
+    text = "def f(a):\n    # [bold]not markup[/bold] [/]\n    return a[0"
+    status, out, err = run(capsys, "generate", "--model", text_model, "--prompt", text, "--max-tokens", 3, "--ep", 2)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "continuation" in line)
+    assert lines[start + 2].startswith("  def f(a):")
+    assert lines[start + 3].startswith("      # [bold]not markup[/bold] [/]")
+    assert lines[start + 4].startswith("      return a[0")
+    assert "token ids" not in out
+
+
+def test_readable_text():
+    assert readable("a\tb\n[red]\x1b[31m\x00\r").plain == "a\tb\n[red]\\x1b[31m\\x00\\r"
+    assert readable("[red]x[/red]").spans == []
+    assert readable("x" * 9 + "yz", 3).plain == "... xyz"
+
+
+def test_text_without_a_tokenizer(capsys):
+    status, out, err = run(capsys, "generate", "--model", FOLDER / SMALL, "--prompt", "x", "--ep", 2)
+    assert_one_line(status, out, err, "tokenizer.json: not found; text needs the model's tokenizer")
+    report = generate(capsys, "--model", FOLDER / SMALL, "--prompt-ids", "1,2", "--max-tokens", 2, "--ep", 2)
+    assert report["outputs"][0].keys() == {"prompt_ids", "token_ids", "finish_reason"}
+
+
+def test_a_prompt_must_be_given(capsys):
+    status, out, err = run(capsys, "generate")
+    assert_one_line(status, out, err, "no prompt: give --prompt TEXT or --prompt-ids 1,2,3")
+
+
+def test_bytes_that_are_no_text(text_model, capsys):
+    status, out, err = run(capsys, "generate", "--model", text_model, "--prompt", "ab\udcff")
+    assert_one_line(status, out, err, "is not Unicode text: surrogates not allowed at character 2")
+
+
+def test_outside_a_clone_the_model_must_be_given(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_options, "BUNDLED_MODEL", tmp_path / "nothing")
+    status, out, err = run(capsys, "generate", "--model", tmp_path / "nothing", "--prompt", "x")
+    assert_one_line(status, out, err, "the bundled model is part of a clone of the repository; give --model")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -3,17 +3,17 @@
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cmjax import cli_demo
+from cmjax import cli_options
 from cmjax.cli import main
-from cmjax.cli_demo import Reference
+from cmjax.cli_demo import Comparison, Completion, Reference, compare, completion_lines
+from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.model import Tokenizer
 from tests.parity import FOLDER, load_case
 
-MODEL = FOLDER / "v3-ep320"
 PNG = b"\x89PNG\r\n"
 SMALL = ("--ep", "8", "--prompts", "6", "--max-tokens", "4")
 
@@ -25,17 +25,37 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
     return status, captured.out, captured.err
 
 
+def completions() -> list[dict]:
+    """The greedy continuations that the parity case holds, as `reference.json` has them."""
+    case = load_case("v3-ep320")
+    arrays = zip(case.prompt, case.generated, case.margin, strict=True)
+    names = ("prompt_ids", "token_ids", "margins")
+    return [dict(zip(names, map(np.ndarray.tolist, row), strict=True)) for row in arrays]
+
+
+def write_reference(folder: object, entries: object, source: object = "a test") -> None:
+    (folder / "reference.json").write_text(json.dumps({"source": source, "completions": entries}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model without a tokenizer, and its reference."""
+    path = tmp_path / "model"
+    shutil.copytree(FOLDER / "v3-ep320", path)
+    write_reference(path, completions())
+    return path
+
+
 def test_the_demo_at_ep320(capsys, tmp_path):
     status, out, err = run(capsys, "--json", "--out", tmp_path)
     assert (status, err) == (0, "")
     report = json.loads(out)
-    assert report["reference"] == {
-        "num_sequences": 3,
-        "num_tokens": 72,
-        "num_equal": 72,
-        "num_first": 317,
-        "num_first_equal": 317,
-    }
+    compared = report["reference"]
+    assert "transformers" in compared["source"]
+    assert compared["num_sequences"] == len(report["outputs"]) == 320
+    assert compared["num_equal"] == compared["num_tokens"]
+    assert compared["num_tokens"] + compared["num_unclear"] == 320 * 32
+    assert compared["num_tokens"] > compared["num_unclear"]
     assert [one["ep_size"] for one in report["instances"]] == [32, 32, 320]
     assert report["instances"][2]["placement"] == {
         "num_routed_experts": 256,
@@ -43,123 +63,152 @@ def test_the_demo_at_ep320(capsys, tmp_path):
         "num_shared_replicas": 32,
         "num_experts_per_rank": 1,
     }
-    assert len(report["outputs"]) == 320
+    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
+    for output in report["outputs"]:
+        assert len(output["token_ids"]) == 32
+        assert output["text"] == tokenizer.decode(output["token_ids"])
+        assert tokenizer.encode(output["prompt"]) == output["prompt_ids"]
     assert report["traffic"]["rdma"]["kv_handoff"]["calls"] == 320
     assert report["traffic"]["ub"]["ragged_all_to_all"]["bytes"] > 1e6
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
 
 
-def test_tables_and_the_verdict(capsys, tmp_path):
-    status, out, err = run(capsys, *SMALL, "--out", tmp_path / "new" / "folder")
+def test_tables_and_the_verdict(folder, capsys, tmp_path):
+    status, out, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path / "new" / "folder")
     assert (status, err) == (0, "")
-    for title in ("Supernode", "Instances", "Planes", "Expert placement", "Generated", "Phases", "Traffic", "Load of"):
-        assert title in out
-    flat = " ".join(out.split())
-    assert "The generated tokens equal the reference's: 12 of 12 tokens of 3 reference sequences" in flat
+    titles = ("Supernode", "Instances", "Planes", "Expert placement", "token ids", "Phases", "Traffic", "Load of")
+    positions = [out.index(title) for title in titles]
+    assert positions == sorted(positions)
+    assert "The generated tokens equal the reference's: 24 of 24 tokens of 6 sequences.\nReference: a test.\n" in out
     assert (tmp_path / "new" / "folder" / "demo.png").read_bytes().startswith(PNG)
 
 
-def copy_with(folder: object, **changes: np.ndarray) -> None:
-    """A copy of the model whose reference says something else."""
-    shutil.copytree(MODEL, folder)
-    with np.load(MODEL / "reference.npz") as stored:
-        arrays = dict(stored)
-    np.savez(folder / "reference.npz", **(arrays | changes))
+def test_with_a_tokenizer_completions_are_text(folder, capsys, tmp_path):
+    shutil.copy(BUNDLED_MODEL / "tokenizer.json", folder)
+    status, out, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path)
+    assert (status, err) == (0, "")
+    assert "token ids" not in out
+    decode = Tokenizer.from_folder(folder).decode
+    outputs = [{"prompt": decode(one["prompt_ids"]), "text": decode(one["token_ids"][:4])} for one in completions()]
+    # Without the spaces, for a tab becomes some of them.
+    expected = "".join("".join(line.plain for line in completion_lines(outputs[:3])).split()[5:])
+    assert expected in "".join(out.split())
+    assert "Generated: 3 of 6 completions" in out
 
 
-def test_a_different_token_is_status_1(capsys, tmp_path):
-    generated = load_case("v3-ep320").generated.copy()
-    generated[1, 3] += 1
-    copy_with(tmp_path / "model", generated=generated)
-    status, out, _ = run(capsys, *SMALL, "--model", tmp_path / "model", "--out", tmp_path)
+def test_prompts_come_again_and_tokens_end_with_the_reference(folder, capsys, tmp_path):
+    entries = completions()
+    entries[1] = entries[1] | {"token_ids": entries[1]["token_ids"][:5], "margins": entries[1]["margins"][:5]}
+    write_reference(folder, entries)
+    options = ("--model", folder, "--ep", 8, "--prompts", 5, "--max-tokens", 100, "--out", tmp_path, "--json")
+    status, out, _ = run(capsys, *options)
+    report = json.loads(out)
+    assert status == 0
+    assert [len(output["token_ids"]) for output in report["outputs"]] == [24, 5, 24, 24, 5]
+    assert report["outputs"][3:] == report["outputs"][:2]
+    expected = {"source": "a test", "num_sequences": 5, "num_tokens": 82, "num_equal": 82, "num_unclear": 0}
+    assert report["reference"] == expected
+
+
+def test_a_different_token_is_status_1(folder, capsys, tmp_path):
+    entries = completions()
+    entries[1]["token_ids"][3] += 1
+    write_reference(folder, entries)
+    status, out, _ = run(capsys, *SMALL, "--model", folder, "--out", tmp_path)
     assert status == 1
-    assert "DIFFERENT from the reference: 11 of 12 tokens" in " ".join(out.split())
+    assert "DIFFERENT from the reference: 22 of 24 tokens of 6 sequences.\n" in out
 
 
-def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_no_picture(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "cmjax.cli_picture", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, out, _ = run(capsys, *SMALL, "--out", tmp_path)
+    status, out, _ = run(capsys, *SMALL, "--model", folder, "--out", tmp_path)
     assert status == 0
     assert "No picture: matplotlib is missing" in out
     assert not (tmp_path / "demo.png").exists()
 
 
-def answers(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
-    """What a right engine answers: the reference's tokens, and the best first token of every other prompt."""
-    answered = [row.tolist() for row in reference.generated]
-    for prompt in prompts[len(answered) :]:
-        row = next(r for r, ids in enumerate(reference.input_ids) if ids[: len(prompt)].tolist() == prompt)
-        answered.append([int(reference.logits[row, len(prompt) - 1].argmax()), 0])
-    return answered
-
-
-def compare(reference: Reference, token_ids: list[list[int]]) -> cli_demo.Comparison:
-    return reference.compare(SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids) for ids in token_ids]))
-
-
-def test_comparison_counts_every_prompt_and_only_clear_margins():
-    reference = Reference.read(MODEL)
-    prompts = reference.prompts(100)
-    assert len({tuple(prompt) for prompt in prompts[3:]}) == 97
-    right = answers(reference, prompts)
-    assert compare(reference, right).is_equal
-
-    # One wrong first token is enough.
-    wrong = [ids.copy() for ids in right]
-    wrong[50][0] += 1
-    assert not compare(reference, wrong).is_equal
-
-    # From a close call on, a row may differ; before it, not.
-    close = Reference(
-        reference.folder,
-        reference.input_ids,
-        reference.logits,
-        reference.prompt,
-        reference.generated,
-        reference.margin.copy(),
+def test_comparison_stops_at_a_close_call():
+    right = [[1, 2, 3, 4], [5, 6]]
+    expected = [Completion([0], right[0], [1.0, 1.0, 9e-4, 1.0]), Completion([0], right[1], [1e-3, 2.0])]
+    assert compare(expected, right) == Comparison(num_sequences=2, num_tokens=4, num_equal=4, num_unclear=2)
+    # From a close call on, a sequence may differ; before it, not.
+    assert compare(expected, [[1, 2, 0, 0], [5, 6]]).is_equal
+    different = compare(expected, [[1, 0, 3, 4], [5, 6]])
+    assert not different.is_equal
+    assert different.sentence() == (
+        "DIFFERENT from the reference: 3 of 4 tokens of 2 sequences (2 more come after a close call)."
     )
-    close.margin[0, 5] = 9e-4
-    wrong = [ids.copy() for ids in right]
-    wrong[0][5:] = [0] * len(wrong[0][5:])
-    assert compare(close, wrong).is_equal
-    assert compare(close, wrong).num_tokens == 5 + 24 + 24
-    wrong[0][4] += 1
-    assert not compare(close, wrong).is_equal
-
     # Nothing compared is no proof.
-    close.margin[:] = 0
-    assert not compare(close, right[:3]).is_equal
+    assert not compare([Completion([0], [1], [0.0])], [[1]]).is_equal
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (lambda folder: (folder / "reference.npz").unlink(), "no reference.npz there"),
-        (lambda folder: (folder / "reference.npz").write_bytes(b"no zip"), "reference.npz: cannot be read"),
-        (lambda folder: np.savez(folder / "reference.npz", prompt=[1]), "reference.npz: input_ids is missing"),
-    ],
-)
-def test_a_bad_reference_is_one_line_and_status_2(change, part, capsys, tmp_path):
-    shutil.copytree(MODEL, tmp_path / "model")
-    change(tmp_path / "model")
-    status, out, err = run(capsys, "--model", tmp_path / "model")
+def test_completion_lines_tell_prompt_from_continuation():
+    outputs = [{"prompt": "x = 1\n\ndef f(a):", "text": "\n    return a[bold]\x1b"}] * 5
+    lines = [line.plain for line in completion_lines(outputs)]
+    one = ["", "  | x = 1", "  | ", "  | def f(a):", "  >     return a[bold]\\x1b"]
+    assert lines == [lines[0], *one, *one, *one, ""]
+    assert lines[0].startswith("Generated: 3 of 5 completions")
+
+
+# -- bad references ---------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt_ids": [1, 2], "token_ids": [3, 4], "margins": [0.5, 1]}
+BAD_COMPLETIONS = {
+    "no object": ([1], "must be a JSON object"),
+    "no prompt": ({"token_ids": [3], "margins": [1]}, "prompt_ids is missing"),
+    "no margins": ({"prompt_ids": [1], "token_ids": [3]}, "margins is missing"),
+    "no list": (GOOD | {"token_ids": 3}, "token_ids must be a list of token ids"),
+    "empty prompt": (GOOD | {"prompt_ids": []}, "prompt_ids must be a list of token ids, at least one"),
+    "negative token id": (GOOD | {"token_ids": [3, -4]}, "token_ids must be a list of token ids"),
+    "no integer": (GOOD | {"prompt_ids": [1.5]}, "prompt_ids must be a list of token ids"),
+    "no number": (GOOD | {"margins": [0.5, None]}, "margins must be a list of numbers from 0"),
+    "not a number": (GOOD | {"margins": [0.5, float("nan")]}, "margins must be a list of numbers from 0"),
+    "unequal lengths": (GOOD | {"margins": [0.5]}, "2 token_ids, but 1 margins"),
+    "token outside": (GOOD | {"token_ids": [3, 260]}, "token id 260 is outside the model's vocabulary (0 to 259)"),
+    "prompt outside": (GOOD | {"prompt_ids": [999]}, "token id 999 is outside the model's vocabulary (0 to 259)"),
+}
+BAD_FILES = {
+    "no file": (lambda folder: (folder / "reference.json").unlink(), "model: no reference.json there to compare with"),
+    "no JSON": (lambda folder: (folder / "reference.json").write_text("{"), "reference.json: not valid JSON"),
+    "a list": (lambda folder: (folder / "reference.json").write_text("[]"), "reference.json: expected a JSON object"),
+    "no source": (lambda folder: write_reference(folder, [GOOD], None), "reference.json: source must be a text"),
+    "no completions": (lambda folder: write_reference(folder, []), "completions must be a list of at least one"),
+    "completions no list": (lambda folder: write_reference(folder, GOOD), "completions must be a list of at least one"),
+}
+for name, (entry, part) in BAD_COMPLETIONS.items():
+    BAD_FILES[name] = (lambda folder, entry=entry: write_reference(folder, [GOOD, entry]), f"completion 1: {part}")
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_reference_is_one_line_and_status_2(case, folder, capsys):
+    change, part = BAD_FILES[case]
+    change(folder)
+    status, out, err = run(capsys, "--model", folder, "--ep", 8)
     assert (status, out) == (2, "")
+    assert err.startswith("cmjax demo: error: ")
     assert part in err
     assert err.count("\n") == 1
 
 
+def test_a_good_reference_is_read(folder):
+    write_reference(folder, [GOOD | {"prompt": "text for people"}])
+    reference = Reference.read(folder)
+    assert (reference.source, reference.completions) == ("a test", [Completion(**GOOD)])
+    reference.check_vocabulary(5)
+
+
 def test_outside_a_clone_the_model_must_be_given(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_demo, "BUNDLED_MODEL", tmp_path / "nothing")
-    status, _, err = run(capsys)
+    monkeypatch.setattr(cli_options, "BUNDLED_MODEL", tmp_path / "nothing")
+    status, _, err = run(capsys, "--model", tmp_path / "nothing")
     assert status == 2
     assert "give --model" in err
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(capsys, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    status, _, err = run(capsys, *SMALL, "--out", tmp_path / "file")
+    status, _, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path / "file")
     assert status == 2
     assert err.startswith("cmjax demo: error: --out ")

@@ -9,8 +9,10 @@ import click
 import pytest
 
 from cmjax.cli import command_group
+from cmjax.cli_demo import Reference
+from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.model import Tokenizer
 from tests.conftest import ROOT
-from tests.parity import load_case
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,9 +97,10 @@ def test_the_first_examples_run(monkeypatch):
 
 def test_the_transcript_is_the_references():
     (transcript,) = blocks(README, "text")
-    generated = load_case("v3-ep320").generated
-    assert " ".join(map(str, generated[0, :6])) in transcript
-    assert "The generated tokens equal the reference's: 72 of 72" in transcript
+    reference, tokenizer = Reference.read(BUNDLED_MODEL), Tokenizer.from_folder(BUNDLED_MODEL)
+    first_line = tokenizer.decode(reference.completions[0].token_ids[:32]).strip().splitlines()[0]
+    assert f"  >     {first_line}" in transcript
+    assert "The generated tokens equal the reference's" in transcript
 
 
 def test_life_of_a_token_names_every_room():

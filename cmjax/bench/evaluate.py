@@ -1,4 +1,4 @@
-"""Held-out text: bits per byte beside a compressor's, next-token accuracy, the MTP module's agreement, expert balance."""
+"""Held-out text: bits per byte beside a compressor's, next-token accuracy, MTP agreement, balance of the experts."""
 
 import dataclasses
 import json
@@ -171,7 +171,7 @@ def evaluate(
         )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise UserError("tokenizer_config.json names neither bos_token nor eos_token; the first token needs one before it")
+        raise UserError("tokenizer_config.json names neither bos_token nor eos_token for the first token to follow")
     encoded = [tokenizer.encode_with_ends(file.text) for file in files]
     scorer = ScoringInstance(model, instance, context=context, stride=stride, settings=settings)
     total, done = sum(len(ids) for ids, _ in encoded), 0

@@ -72,16 +72,28 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, bos first where the model wants it."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, bos first where the model wants it.
+
+        Raises:
+            UserError: half of a surrogate pair, which is what bytes of a command line become that are not UTF-8.
+        """
+        ids: list[int] = self._encoding(text).ids
         if self.add_bos_token and self.bos_token_id is not None:
             return [self.bos_token_id, *ids]
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text without bos, and where each ends in it, in characters."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
+        """Token ids of a text without bos, and where each ends in it, in characters; raises as `encode` does."""
+        encoded = self._encoding(text)
         return encoded.ids, [end for _, end in encoded.offsets]
+
+    def _encoding(self, text: str) -> "tokenizers.Encoding":
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            raise UserError(f"{shown!r} is not Unicode text: {error.reason} at character {error.start}") from error
+        return self.backend.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""

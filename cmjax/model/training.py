@@ -4,7 +4,6 @@ The layers are those of the served passes; attention and experts, whose loops ha
 take the forms of static shape that are handed to the layers here.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.struct

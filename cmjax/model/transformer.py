@@ -19,7 +19,7 @@ from cmjax.mesh import fabric
 from cmjax.model.cache import slots_of, write_rows
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import LocalSequences, attend_absorbed, attend_expanded, mla_prolog, rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, Leaf, MlpParams, MoeParams, MtpParams, Params
+from cmjax.model.params import AttentionParams, LayerParams, Leaf, MoeParams, MtpParams, Params
 from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
 from cmjax.quant import linear
 

@@ -19,7 +19,7 @@ from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
 from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
-from cmjax.moe.training import block_layout, moe_ffn_blocks
+from cmjax.moe.training import block_layout, expert_ffn_blocks, moe_ffn_blocks
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "dispatch_start",
     "dynamic_loop",
     "expert_ffn",
+    "expert_ffn_blocks",
     "max_tokens",
     "message_bytes",
     "moe_ffn",

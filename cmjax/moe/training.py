@@ -70,7 +70,7 @@ def _to_rows(x: jax.Array, layout: BlockLayout) -> jax.Array:
 @jax.custom_vjp
 def _sum_rows(rows: jax.Array, layout: BlockLayout) -> jax.Array:
     """`rows[rows, width]` -> `[tokens, width]`, the sum over each token's choices."""
-    return sum(jnp.take(rows, index, axis=0, mode="clip") for index in layout.choice_row.T)
+    return functools.reduce(jnp.add, (jnp.take(rows, index, axis=0, mode="clip") for index in layout.choice_row.T))
 
 
 _to_rows.defvjp(lambda x, layout: (_to_rows(x, layout), layout), lambda layout, ct: (_sum_rows(ct, layout), None))
