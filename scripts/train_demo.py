@@ -5,8 +5,8 @@
     python scripts/train_demo.py --out DIR --recipe recipe.json      another model, size or length
 
 The text is the standard library of the interpreter that runs this (see scripts/demo_data.py). Killed at any time, the
-same command goes on from the last checkpoint in --work. Equal recipes give equal weights on equal machines. Beside the
-package, it needs matplotlib and tokenizers.
+same command goes on from the last checkpoint in --work. Equal recipes give equal weights on equal machines. Needs
+matplotlib, for the curve.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from tokenizers import Tokenizer
 
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig, Params, init_params, named_leaves, num_params, save_hf
@@ -41,9 +42,8 @@ from cmjax.model.training import cross_entropy, training_pass
 
 try:
     import demo_log
-    from tokenizers import Tokenizer
 except ModuleNotFoundError as error:
-    sys.exit(f"train_demo.py: error: {error}; pip install matplotlib tokenizers")
+    sys.exit(f"train_demo.py: error: {error}; pip install matplotlib")
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "model.safetensors"

@@ -51,8 +51,6 @@ class Tokenizer:
         backend.no_truncation()
         config_path = Path(folder) / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
-        if not isinstance(config, dict):
-            raise UserError(f"{config_path}: must be a JSON object")
         return cls(backend, config, config_path)
 
     def _special(self, config: dict[str, Any], name: str, where: Path) -> tuple[str | None, int | None]:

@@ -63,7 +63,7 @@ def test_saved_padding_and_truncation_do_not_count(folder):
     [
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: "),
         ("tokenizer.json", "\x00", "tokenizer.json: not a tokenizer: "),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: must be a JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, found list"),
         ("tokenizer_config.json", '{"eos_token": "<none>"}', 'eos_token "<none>" is not in the vocabulary'),
         ("tokenizer_config.json", '{"eos_token": 7}', "eos_token 7 is not in the vocabulary"),
     ],
