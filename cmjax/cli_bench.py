@@ -103,8 +103,8 @@ def peer(context: click.Context, dtype: str | None, peer_python: str | None, rou
         context.exit(EXIT_DIFFERENT)
 
 
-@bench.command(epilog="\b\nExamples:\n  cmjax bench training\n  cmjax bench training --tokens 8192 --json")
-@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of a step.")
+@bench.command(epilog="\b\nExamples:\n  cmjax bench training\n  cmjax bench training --tokens 4096 --json")
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a step.")
 @rounds_option
 @json_option
 def training(tokens: int, rounds: int, as_json: bool) -> None:

@@ -53,7 +53,7 @@ def _dense(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: 
 
 def run(
     *,
-    tokens: int = 4096,
+    tokens: int = 1024,
     hidden: int = 160,
     width: int = 12,
     num_experts: int = 256,
