@@ -8,6 +8,7 @@ import pytest
 from cmjax.bench import peer as bench_peer
 from cmjax.bench.report import in_turn
 from cmjax.cli import main
+from tests.parity import FOLDER
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -18,7 +19,20 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
 
 
 def test_decode_at_a_small_size(capsys):
-    options = ("--ep", 4, "--seqs-per-rank", 2, "--cache", 8, "--steps", 2, "--rounds", 2)
+    options = (
+        "--ep",
+        4,
+        "--seqs-per-rank",
+        2,
+        "--cache",
+        8,
+        "--steps",
+        2,
+        "--rounds",
+        2,
+        "--model",
+        FOLDER / "v3-small",
+    )
     status, out, err = run(capsys, "decode", *options, "--json")
     assert (status, err) == (0, "")
     report = json.loads(out)

@@ -15,8 +15,8 @@ from cmjax.serve import EngineSettings, ScoringInstance, plan_windows
 from tests.helpers import tiny_model
 
 CONTEXT, STRIDE = 24, 9
-# Around the context, around a window more, longer than a step, and the shortest there is.
-LENGTHS = (2, 3, 23, 24, 25, 33, 34, 70)
+# The shortest there is, one window, two, and many with a short one at the end; every length of window is a compilation.
+LENGTHS = (2, 24, 33, 70, 24, 33)
 
 
 @given(st.lists(st.integers(2, 90), max_size=5), st.integers(2, 40), st.data())
