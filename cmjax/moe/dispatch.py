@@ -93,8 +93,10 @@ def _exclusive_cumsum(x: jax.Array, axis: int = 0) -> jax.Array:
     return jnp.cumsum(x, axis=axis) - x
 
 
-def _pack(slot_idx: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def pack_choices(slot_idx: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sort the choices by slot: `(token of each packed row [rows], choice_pos, offsets [slots], counts [slots])`."""
+    if (num_slots + 1) * slot_idx.size >= 2**31:
+        raise ValueError(f"{slot_idx.size} choices over {num_slots} slots overflow the 32-bit sort key")
     tokens, num_topk = slot_idx.shape
     num_rows = tokens * num_topk
     slots = jnp.where(slot_idx < 0, num_slots, slot_idx).reshape(-1)
@@ -119,10 +121,8 @@ def dispatch_start(
     """Exchange the counts and publish the rows; see `dispatch`."""
     ep_size = lax.axis_size(axis_name)
     num_slots = ep_size * num_local_experts
-    if (num_slots + 1) * slot_idx.size >= 2**31:
-        raise ValueError(f"{slot_idx.size} choices over {num_slots} slots overflow the 32-bit sort key")
     shape = (ep_size, num_local_experts)
-    token_of_row, choice_pos, offsets, counts = _pack(slot_idx, num_slots)
+    token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, num_slots)
     packed = jnp.take(pack_rows(x, dispatch_dtype), token_of_row, axis=0)
     send_offsets, send_counts = offsets.reshape(shape), counts.reshape(shape)
     if ep_size == 1:

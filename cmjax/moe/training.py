@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from cmjax.moe.dispatch import pack_choices
 from cmjax.moe.experts import ExpertParams
 from cmjax.moe.router import RouterConfig, route
 from cmjax.quant import einsum_f32
@@ -41,20 +42,17 @@ def block_layout(topk_idx: jax.Array, num_experts: int, rows_per_block: int) -> 
     num_choices = tokens * num_topk
     # Each expert leaves at most one block unfinished.
     num_blocks = num_choices // rows_per_block + min(num_experts, num_choices)
-    keys = lax.sort(topk_idx.reshape(-1) * num_choices + jnp.arange(num_choices, dtype=jnp.int32))
-    order, expert = keys % num_choices, keys // num_choices
-    bounds = jnp.searchsorted(expert, jnp.arange(num_experts + 1)).astype(jnp.int32)
-    counts = bounds[1:] - bounds[:-1]
+    _, choice_pos, offsets, counts = pack_choices(topk_idx, num_experts)
     last_block = jnp.cumsum(-(-counts // rows_per_block))
     first_row = (last_block + (counts // -rows_per_block)) * rows_per_block
-    row = first_row[expert] + jnp.arange(num_choices, dtype=jnp.int32) - bounds[expert]
+    choice_row = choice_pos + (first_row - offsets)[topk_idx]
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], topk_idx.shape)
     row_token = jnp.full(num_blocks * rows_per_block, tokens, jnp.int32)
-    row_token = row_token.at[row].set(order // num_topk, unique_indices=True)
-    choice_row = jnp.zeros(num_choices, jnp.int32).at[order].set(row, unique_indices=True)
+    row_token = row_token.at[choice_row].set(token, unique_indices=True)
     block_expert = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right").astype(jnp.int32)
     return BlockLayout(
         row_token=row_token,
-        choice_row=choice_row.reshape(tokens, num_topk),
+        choice_row=choice_row,
         block_expert=jnp.minimum(block_expert, num_experts - 1),
         num_tokens_per_expert=counts,
     )
