@@ -254,8 +254,9 @@ def traffic_by_plane(traffic: "TrafficSnapshot") -> dict[str, dict[str, dict[str
 
 def load_by_layer(config: "ModelConfig", load: Any) -> dict[str, list[int]]:
     """Rows by routed expert for each MoE layer; the MTP module's layer is "mtp"."""
-    names = [str(layer_id) for layer_id in config.moe_layer_ids]
-    names += ["mtp"] * (len(load) - len(names))
+    from cmjax.model import placed_layer_names
+
+    names = placed_layer_names(config)
     return {name: row.tolist() for name, row in zip(names, load, strict=True)}
 
 

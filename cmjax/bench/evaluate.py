@@ -12,7 +12,7 @@ import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
-from cmjax.model import Model, Tokenizer
+from cmjax.model import Model, Tokenizer, placed_layer_names
 from cmjax.serve import EngineSettings, ScoringInstance, TextScores
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.
@@ -212,6 +212,5 @@ def _mean(values: Sequence[float | int | None]) -> float | None:
 
 
 def _balance(load: np.ndarray, model: Model) -> dict[str, float]:
-    names = [str(layer) for layer in model.config.moe_layer_ids]
-    names += ["mtp"] * (len(load) - len(names))
+    names = placed_layer_names(model.config)
     return {name: float(rows.max() / max(rows.mean(), 1e-9)) for name, rows in zip(names, load, strict=True)}

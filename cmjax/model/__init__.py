@@ -19,7 +19,7 @@ from cmjax.model.params import (
     num_params,
     params_digest,
 )
-from cmjax.model.placed import num_placed_layers, param_specs, place_params, plan_placement
+from cmjax.model.placed import num_placed_layers, param_specs, place_params, placed_layer_names, plan_placement
 from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     DecodeBatch,
@@ -69,6 +69,7 @@ __all__ = [
     "param_specs",
     "params_digest",
     "place_params",
+    "placed_layer_names",
     "plan_placement",
     "prefill_pass",
     "restore",

@@ -12,10 +12,15 @@ from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params
 from cmjax.moe import ExpertPlacement
 
 
-def num_placed_layers(config: ModelConfig) -> int:
-    """MoE layers a placement covers: the model's, then the MTP module's."""
+def placed_layer_names(config: ModelConfig) -> list[str]:
+    """The MoE layers a placement covers: the model's by number, then "mtp" for the MTP module's."""
     mtp_is_moe = config.num_mtp_layers and config.is_moe_layer(config.num_hidden_layers)
-    return len(config.moe_layer_ids) + int(mtp_is_moe)
+    return [*map(str, config.moe_layer_ids), *(["mtp"] if mtp_is_moe else [])]
+
+
+def num_placed_layers(config: ModelConfig) -> int:
+    """How many layers `placed_layer_names` names."""
+    return len(placed_layer_names(config))
 
 
 def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> ExpertPlacement | None:
