@@ -35,11 +35,11 @@ def bucket(value: int, multiple: int) -> int:
     return multiple << max(0, (-(-value // multiple) - 1).bit_length())
 
 
-def check_finite(request: Request, token_ids: np.ndarray) -> None:
+def check_finite(token_ids: np.ndarray, where: str) -> None:
     """Raise `UserError` where a step found logits that are not finite: no token follows from them."""
     if (token_ids == NOT_FINITE).any():
         raise UserError(
-            f"prompt {request.request_id}: its logits are not finite: the checkpoint holds NaN or infinite weights, or "
+            f"{where}: its logits are not finite: the checkpoint holds NaN or infinite weights, or "
             "overflows in this dtype"
         )
 
@@ -148,7 +148,7 @@ class PrefillInstance(PlacedModel):
             output = self.step(self.pack(requests, tables, chunks))
             token_ids = np.asarray(output.token_ids)
             for row, chunk in enumerate(chunks):
-                check_finite(requests[chunk.index], token_ids[row : row + 1])
+                check_finite(token_ids[row : row + 1], f"prompt {requests[chunk.index].request_id}")
             ended = [
                 Prefilled(requests[c.index], tables[c.index], row, output.last_hidden, int(token_ids[row]))
                 for row, c in enumerate(chunks)
@@ -299,7 +299,7 @@ class DecodeInstance(PlacedModel):
         taken = 0
         for request in self.running():
             column = token_ids[:, request.decode_rank * places + request.decode_place]
-            check_finite(request, column)
+            check_finite(column, f"prompt {request.request_id}")
             taken += request.append(column[column >= 0].tolist())
         return taken
 

@@ -9,10 +9,10 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import PrefillInstance
+from cmjax.serve.instance import PrefillInstance, check_finite
 from cmjax.serve.request import Request, SamplingParams, plan_chunks
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import NOT_FINITE, score
+from cmjax.serve.steps import score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ScoringInstance(PrefillInstance):
             begin = 0
             for chunk in chunks:
                 end = begin + chunk.stop - chunk.start
-                self._check_finite(arrays[0][begin:end])
+                check_finite(arrays[0][begin:end], f"text {windows[chunk.index].request_id}")
                 parts[chunk.index].append(tuple(array[begin:end] for array in arrays))
                 begin = end
         for table in tables:
@@ -151,9 +151,3 @@ class ScoringInstance(PrefillInstance):
         for part in parts:
             token_ids, logprobs, *drafts = (np.concatenate(arrays) for arrays in zip(*part, strict=True))
             yield token_ids, logprobs, drafts[0] if drafts else None
-
-    def _check_finite(self, token_ids: np.ndarray) -> None:
-        if (token_ids == NOT_FINITE).any():
-            raise UserError(
-                "the logits are not finite: the checkpoint holds NaN or infinite weights, or overflows in this dtype"
-            )
