@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmjax.cli_options import HELDOUT, find_model, json_option, model_option
+from cmjax.cli_options import HELDOUT, find_model, format_options, json_option, model_option
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 @click.command(
@@ -40,11 +38,7 @@ FLOATS = ("float32", "bfloat16", "float16")
     help="JSON lines with path, area and text.  [default: held-out files of the Python standard library]",
 )
 @click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True, help="Devices to spread the model on.")
-@click.option(
-    "--dtype", type=click.Choice(FLOATS), default="float32", show_default=True, help="Of weights and activations."
-)
-@click.option("--dispatch-dtype", type=click.Choice((*FLOATS, "int8")), help="What a row is on its way to the experts.")
-@click.option("--combine-dtype", type=click.Choice(FLOATS), help="What a row is on its way back.")
+@format_options
 @click.option(
     "--context",
     type=click.IntRange(min=2),

@@ -59,10 +59,9 @@ def instance_options(function: Function) -> Function:
     return function
 
 
-def engine_options(function: Function) -> Function:
-    """The settings of `cmjax.serve.EngineSettings`; an option that is not given keeps the command's default."""
+def format_options(function: Function) -> Function:
+    """`--dtype`, `--dispatch-dtype`, `--combine-dtype`."""
     floats = ("float32", "bfloat16", "float16")
-    positive = click.IntRange(min=1)
     options = (
         click.option(
             "--dtype",
@@ -81,6 +80,17 @@ def engine_options(function: Function) -> Function:
             type=click.Choice(floats),
             help="What a row is on its way back.  [default: that of the activations]",
         ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def engine_options(function: Function) -> Function:
+    """The settings of `cmjax.serve.EngineSettings`; an option that is not given keeps the command's default."""
+    positive = click.IntRange(min=1)
+    options = (
+        format_options,
         click.option(
             "--max-model-len",
             type=positive,
