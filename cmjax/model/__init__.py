@@ -13,13 +13,22 @@ from cmjax.model.params import (
     Params,
     abstract_params,
     aligned_empty,
+    convert_params,
     init_params,
     named_leaves,
     num_bytes,
     num_params,
     params_digest,
+    quant_mode,
 )
-from cmjax.model.placed import num_placed_layers, param_specs, place_params, placed_layer_names, plan_placement
+from cmjax.model.placed import (
+    default_wires,
+    num_placed_layers,
+    param_specs,
+    place_params,
+    placed_layer_names,
+    plan_placement,
+)
 from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     DecodeBatch,
@@ -54,7 +63,9 @@ __all__ = [
     "abstract_params",
     "aligned_empty",
     "check_token_ids",
+    "convert_params",
     "decode_pass",
+    "default_wires",
     "expert_maps",
     "init_params",
     "lm_head",
@@ -72,6 +83,7 @@ __all__ = [
     "placed_layer_names",
     "plan_placement",
     "prefill_pass",
+    "quant_mode",
     "restore",
     "save",
     "save_hf",

@@ -20,8 +20,9 @@ import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import Params, abstract_params, aligned_empty, named_leaves, params_digest
+from cmjax.model.params import Params, abstract_params, aligned_empty, named_leaves, params_digest, quant_mode
 from cmjax.model.safetensors import read_json
+from cmjax.quant import QuantMode
 
 _MANIFEST, _PARAMS = "cmjax.json", "params"
 _FORMAT = 1
@@ -78,7 +79,7 @@ def save(path: str | Path, config: ModelConfig, params: Params) -> str:
 
 def _check_fit(config: ModelConfig, params: Params) -> None:
     found = named_leaves(params)
-    wanted = named_leaves(abstract_params(config, params.embed.dtype, **_own(found)))
+    wanted = named_leaves(abstract_params(config, params.embed.dtype, quant=quant_mode(params), **_own(found)))
     odd = sorted(wanted.keys() ^ found.keys())
     if odd:
         raise UserError(f"parameter {odd[0]} is {'missing' if odd[0] in wanted else 'not one of the config'}")
@@ -127,10 +128,11 @@ def restore(
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / _PARAMS).item_metadata.tree
-        abstract = abstract_params(config, stored["embed"].dtype, **_own(stored))
+        quant: QuantMode | None = "int8" if any(name.endswith(".qvalue") for name in stored) else None
+        abstract = abstract_params(config, stored["embed"].dtype, quant=quant, **_own(stored))
         args = _restore_args(ocp, abstract, sharding)
         values = checkpointer.restore(folder / _PARAMS, restore_args=args)
-    target = abstract if dtype is None else abstract_params(config, dtype, **_own(stored))
+    target = abstract if dtype is None else abstract_params(config, dtype, quant=quant, **_own(stored))
     # Each leaf is popped: beside the result there is one leaf as it came.
     leaves = [_placed(values.pop(name), like.dtype) for name, like in named_leaves(target).items()]
     params = jax.tree.unflatten(jax.tree.structure(target), leaves)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from jax.sharding import Mesh, PartitionSpec
 from cmjax.errors import UserError
 from cmjax.mesh import fabric
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import Params
-from cmjax.model.placed import param_specs, place_params, plan_placement
+from cmjax.model.params import Params, quant_mode
+from cmjax.model.placed import default_wires, param_specs, place_params, plan_placement
 from cmjax.model.transformer import PrefillBatch, RankSpec, lm_head, mtp_head, prefill_pass
 from cmjax.model.weights import load_checkpoint
 from cmjax.moe import ExpertPlacement, FabricExchange
+from cmjax.quant import QUANT_MODES, QuantMode
 
 _AXIS = "ep"
 _BLOCK_SIZE = 16
@@ -68,11 +69,22 @@ class Model:
         """dtype of the weights and activations."""
         return np.dtype(self.params.embed.dtype)
 
+    @property
+    def quant(self) -> QuantMode | None:
+        """How the large matrices are multiplied: "int8", "fake", or None where they are floats."""
+        return quant_mode(self.params)
+
     @functools.cached_property
     def _on_one_device(self) -> tuple[Params, np.ndarray, Mesh, RankSpec]:
         mesh = Mesh(np.array(jax.devices()[:1]), (_AXIS,))
         placement = plan_placement(self.config, 1)
-        exchange = FabricExchange(axis_name=_AXIS, num_local_experts=max(self.config.num_routed_experts, 1))
+        dispatch_dtype, combine_dtype = default_wires(self.params)
+        exchange = FabricExchange(
+            axis_name=_AXIS,
+            num_local_experts=max(self.config.num_routed_experts, 1),
+            dispatch_dtype=dispatch_dtype,
+            combine_dtype=combine_dtype,
+        )
         spec = RankSpec(
             config=self.config, axis_name=_AXIS, block_size=_BLOCK_SIZE, exchange=exchange, num_dispatched_shared=0
         )
@@ -145,15 +157,23 @@ def _whole_sequences(ids: np.ndarray) -> PrefillBatch:
     )
 
 
-def load(path: str | os.PathLike[str], dtype: Any = jnp.float32) -> Model:
+def load(
+    path: str | os.PathLike[str], dtype: Any = jnp.float32, quant: QuantMode | Literal["none"] | None = None
+) -> Model:
     """Load a model from a Hugging Face folder (`config.json` and `*.safetensors`) or an Orbax checkpoint.
 
     Args:
         path: the folder.
         dtype: of weights and activations: float32 (the default, whatever the config names), bfloat16 or float16.
+        quant: "int8" multiplies the large matrices of attention and FFN in int8, weights with a scale a channel and
+            activations with one a token (paper section 4.5); "fake" the same values as floats; "none" as floats. By
+            default a checkpoint of int8 weights is multiplied in int8, any other in floats. Weights that are stored as
+            floats are rounded to the nearest; `cmjax quantize` does better.
 
     Raises:
         UserError: what is missing, truncated, misshapen or not supported, by name.
     """
-    config, params, digest = load_checkpoint(os.fspath(path), dtype=dtype)
+    if quant not in (None, "none", *QUANT_MODES):
+        raise UserError(f"quant {quant!r} is not supported; supported: {', '.join(QUANT_MODES)}, none")
+    config, params, digest = load_checkpoint(os.fspath(path), dtype=dtype, quant=quant)
     return Model(config, params, digest)

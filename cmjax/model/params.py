@@ -19,9 +19,11 @@ import flax.struct
 import jax
 import numpy as np
 
+from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
+from cmjax.quant import QuantArray, QuantMode, dequantize_host, quantize
 
-# An array, or what stands for one: numpy's on the host, a ShapeDtypeStruct, a PartitionSpec in a tree of specs.
+# An array, or what stands for one: numpy's on the host, a QuantArray, a ShapeDtypeStruct, a PartitionSpec in specs.
 Leaf = Any
 MakeLeaf = Callable[[tuple[int, ...], Any], Leaf]  # (shape, dtype) -> array
 
@@ -30,32 +32,32 @@ MakeLeaf = Callable[[tuple[int, ...], Any], Leaf]  # (shape, dtype) -> array
 class AttentionParams:
     """MLA's projections."""
 
-    q_a: jax.Array | None  # [L, q_lora, H]; None: queries are projected directly
-    q_a_bias: jax.Array | None  # [L, q_lora]
-    q_a_norm: jax.Array | None  # [L, q_lora]
-    q_b: jax.Array  # [L, heads, nope + rope, q_lora, or H without q_a]
-    kv_a: jax.Array  # [L, kv_lora + rope, H]
-    kv_a_bias: jax.Array | None  # [L, kv_lora + rope]
-    kv_a_norm: jax.Array  # [L, kv_lora]
-    kv_b: jax.Array  # [L, heads, nope + v, kv_lora]
-    o: jax.Array  # [L, H, heads * v]
-    o_bias: jax.Array | None  # [L, H]
+    q_a: Leaf | None  # [L, q_lora, H]; None: queries are projected directly
+    q_a_bias: Leaf | None  # [L, q_lora]
+    q_a_norm: Leaf | None  # [L, q_lora]
+    q_b: Leaf  # [L, heads, nope + rope, q_lora, or H without q_a]
+    kv_a: Leaf  # [L, kv_lora + rope, H]
+    kv_a_bias: Leaf | None  # [L, kv_lora + rope]
+    kv_a_norm: Leaf  # [L, kv_lora]
+    kv_b: Leaf  # [L, heads, nope + v, kv_lora]
+    o: Leaf  # [L, H, heads * v]
+    o_bias: Leaf | None  # [L, H]
 
 
 @flax.struct.dataclass
 class MlpParams:
     """A gated MLP, or (with an axis E after L) one per expert."""
 
-    w13: jax.Array  # [L, 2F, H]: the gate's rows, then the up projection's
-    w2: jax.Array  # [L, H, F]
+    w13: Leaf  # [L, 2F, H]: the gate's rows, then the up projection's
+    w2: Leaf  # [L, H, F]
 
 
 @flax.struct.dataclass
 class MoeParams:
     """Router, routed experts and the shared experts, which are one MLP n experts wide."""
 
-    router: jax.Array  # [L, E, H] float32
-    router_bias: jax.Array | None  # [L, E] float32, where topk_method is noaux_tc
+    router: Leaf  # [L, E, H] float32
+    router_bias: Leaf | None  # [L, E] float32, where topk_method is noaux_tc
     experts: MlpParams  # w13 [L, E, 2f, H], w2 [L, E, H, f]
     shared: MlpParams | None  # w13 [L, 2nf, H], w2 [L, H, nf]
 
@@ -64,9 +66,9 @@ class MoeParams:
 class LayerParams:
     """Decoder layers of one kind, stacked."""
 
-    input_norm: jax.Array  # [L, H]
+    input_norm: Leaf  # [L, H]
     attn: AttentionParams
-    post_attn_norm: jax.Array  # [L, H]
+    post_attn_norm: Leaf  # [L, H]
     mlp: MlpParams | MoeParams
 
 
@@ -74,34 +76,63 @@ class LayerParams:
 class MtpParams:
     """The multi-token prediction module."""
 
-    enorm: jax.Array  # [H], for the embedding
-    hnorm: jax.Array  # [H], for the hidden state
-    eh_proj: jax.Array  # [H, 2H]: embedding's columns first
+    enorm: Leaf  # [H], for the embedding
+    hnorm: Leaf  # [H], for the hidden state
+    eh_proj: Leaf  # [H, 2H]: embedding's columns first
     layer: LayerParams  # L = 1
-    norm: jax.Array  # [H]
-    head: jax.Array | None  # [V, H]; None: the model's
-    embed: jax.Array | None  # [V, H]; None: the model's
+    norm: Leaf  # [H]
+    head: Leaf | None  # [V, H]; None: the model's
+    embed: Leaf | None  # [V, H]; None: the model's
 
 
 @flax.struct.dataclass
 class Params:
     """All weights of a model."""
 
-    embed: jax.Array  # [V, H]
+    embed: Leaf  # [V, H]
     dense: LayerParams | None
     moe: LayerParams | None
-    norm: jax.Array  # [H]
-    head: jax.Array | None  # [V, H]; None: tied to embed
+    norm: Leaf  # [H]
+    head: Leaf | None  # [V, H]; None: tied to embed
     mtp: MtpParams | None
 
 
+# The large products of attention and FFN, which quantization puts in int8 (paper section 4.5). Norms, router, embedding
+# and head stay floats, and so does kv_b, which decode absorbs into queries and outputs, where its output channels are
+# summed over and could have no scales of their own.
+QUANTIZED = frozenset({"q_a", "q_b", "kv_a", "o", "w13", "w2", "eh_proj"})
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the leaf with this name (see `named_leaves`) is one of those that quantization puts in int8."""
+    return name.rsplit(".", 1)[-1] in QUANTIZED
+
+
 def build_params(
-    config: ModelConfig, dtype: Any, leaf: MakeLeaf, *, mtp_head: bool = True, mtp_embed: bool = True
+    config: ModelConfig,
+    dtype: Any,
+    leaf: MakeLeaf,
+    *,
+    mtp_head: bool = True,
+    mtp_embed: bool = True,
+    quant: QuantMode | None = None,
 ) -> Params:
     """The tree for `config`, each leaf made by `leaf(shape, dtype)`.
 
     `mtp_head` and `mtp_embed` say whether the MTP module has its own head and embedding, which `config` does not know.
+    With `quant`, the matrices that `is_quantized` names are `QuantArray`s.
     """
+    shapes = _float_params(config, dtype, jax.ShapeDtypeStruct, mtp_head=mtp_head, mtp_embed=mtp_embed)
+
+    def make(path: tuple, like: Any) -> Any:
+        if quant is not None and path[-1].name in QUANTIZED:
+            return QuantArray(leaf(like.shape, np.dtype(np.int8)), leaf(like.shape[:-1], np.dtype(np.float32)), quant)
+        return leaf(like.shape, like.dtype)
+
+    return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def _float_params(config: ModelConfig, dtype: Any, leaf: MakeLeaf, *, mtp_head: bool, mtp_embed: bool) -> Params:
     dtype = np.dtype(dtype)
     hidden, vocab = config.hidden_size, config.vocab_size
     num_dense, num_moe = len(config.dense_layer_ids), len(config.moe_layer_ids)
@@ -111,22 +142,23 @@ def build_params(
             enorm=leaf((hidden,), np.float32),
             hnorm=leaf((hidden,), np.float32),
             eh_proj=leaf((hidden, 2 * hidden), dtype),
-            layer=_layers(config, 1, config.is_moe_layer(config.num_hidden_layers), dtype, leaf),
+            layer=build_layers(config, 1, config.is_moe_layer(config.num_hidden_layers), dtype, leaf),
             norm=leaf((hidden,), np.float32),
             head=leaf((vocab, hidden), dtype) if mtp_head else None,
             embed=leaf((vocab, hidden), dtype) if mtp_embed else None,
         )
     return Params(
         embed=leaf((vocab, hidden), dtype),
-        dense=_layers(config, num_dense, False, dtype, leaf) if num_dense else None,
-        moe=_layers(config, num_moe, True, dtype, leaf) if num_moe else None,
+        dense=build_layers(config, num_dense, False, dtype, leaf) if num_dense else None,
+        moe=build_layers(config, num_moe, True, dtype, leaf) if num_moe else None,
         norm=leaf((hidden,), np.float32),
         head=None if config.tie_word_embeddings else leaf((vocab, hidden), dtype),
         mtp=mtp,
     )
 
 
-def _layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: MakeLeaf) -> LayerParams:
+def build_layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: MakeLeaf) -> LayerParams:
+    """`num` decoder layers of one kind, each leaf made by `leaf(shape, dtype)`."""
     hidden, experts, width = config.hidden_size, config.num_routed_experts, config.moe_intermediate_size
     shared = config.num_shared_experts * width
     mlp: MlpParams | MoeParams
@@ -172,11 +204,41 @@ def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: MakeLeaf) -
     )
 
 
-def abstract_params(
-    config: ModelConfig, dtype: Any = np.float32, *, mtp_head: bool = True, mtp_embed: bool = True
-) -> Params:
-    """Shapes and dtypes of the parameters, no memory taken: for tracing, sharding, and memory totals of any size."""
-    return build_params(config, dtype, jax.ShapeDtypeStruct, mtp_head=mtp_head, mtp_embed=mtp_embed)
+def abstract_params(config: ModelConfig, dtype: Any = np.float32, **options: Any) -> Params:
+    """Shapes and dtypes of the parameters, no memory taken: for tracing, sharding, and memory totals of any size.
+
+    `options`: see `build_params`.
+    """
+    return build_params(config, dtype, jax.ShapeDtypeStruct, **options)
+
+
+def quant_mode(params: Params) -> QuantMode | None:
+    """How quantized parameters are multiplied; None for floats."""
+    modes = {leaf.mode for leaf in jax.tree.leaves(params, is_leaf=_is_quant_array) if _is_quant_array(leaf)}
+    return modes.pop() if modes else None
+
+
+def convert_params(params: Params, quant: QuantMode | None, dtype: Any) -> Params:
+    """Host parameters in another format: rounded to the nearest int8 (`quant`), or as floats of `dtype` (None).
+
+    Quantized ones keep their values in the other mode; a NaN or an infinity is a UserError that names the matrix.
+    """
+
+    def convert(path: tuple, leaf: Any) -> Any:
+        if _is_quant_array(leaf):
+            return dequantize_host(leaf, dtype) if quant is None else leaf.replace(mode=quant)
+        if quant is None or path[-1].name not in QUANTIZED:
+            return leaf
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            name = ".".join(key.name for key in path)
+            raise UserError(f"{name}: holds NaN or infinite weights, which cannot be quantized")
+        return quantize(leaf, quant)
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=_is_quant_array)
+
+
+def _is_quant_array(leaf: Any) -> bool:
+    return isinstance(leaf, QuantArray)
 
 
 def num_params(params: Params) -> int:
@@ -229,6 +291,8 @@ def params_digest(config: ModelConfig, params: Params) -> str:
     It does not depend on where the values were loaded from, or on which devices they are.
     """
     whole = hashlib.sha256(config.digest.encode())
+    if mode := quant_mode(params):
+        whole.update(f"quant {mode}".encode())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, leaf in named_leaves(params).items():
             # Slice by slice, so that the threads share the work of the one large leaf that the experts are.

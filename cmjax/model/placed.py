@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params
-from cmjax.moe import ExpertPlacement
+from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params, quant_mode
+from cmjax.moe import ExpertPlacement, WireDtype
+from cmjax.quant import Matrix, split_inputs
 
 
 def placed_layer_names(config: ModelConfig) -> list[str]:
@@ -36,6 +37,16 @@ def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> E
     )
 
 
+def default_wires(params: Params) -> tuple[WireDtype | None, WireDtype | None]:
+    """How rows of a model travel where nothing else is asked for: `(dispatch, combine)`, None as they are.
+
+    Those of a quantized model are quantized before they are sent (early quantization) and come back as bfloat16.
+    """
+    if quant_mode(params) is None:
+        return None, None
+    return "int8", None if np.dtype(params.embed.dtype) == np.float16 else "bfloat16"
+
+
 def param_specs(params: Params, axis_name: str) -> Any:
     """The tree of `PartitionSpec`s of placed params: experts cut by slot, the rest replicated."""
 
@@ -46,12 +57,15 @@ def param_specs(params: Params, axis_name: str) -> Any:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def _split_shared(shared: MlpParams, num_shared: int) -> tuple[np.ndarray, np.ndarray]:
+def _split_shared(shared: MlpParams, num_shared: int) -> tuple[Matrix, Matrix]:
     """Cut the shared MLP, `w13[L, 2nf, H]` and `w2[L, H, nf]`, into n experts: `[L, n, 2f, H]` and `[L, n, H, f]`."""
-    layers, _, hidden = shared.w13.shape
-    w13 = np.asarray(shared.w13).reshape(layers, 2, num_shared, -1, hidden)
-    w2 = np.asarray(shared.w2).reshape(layers, hidden, num_shared, -1)
-    return w13.transpose(0, 2, 1, 3, 4).reshape(layers, num_shared, -1, hidden), w2.transpose(0, 2, 1, 3)
+
+    def split_w13(leaf: np.ndarray) -> np.ndarray:  # [L, 2nf, ...]
+        layers, _, *rest = leaf.shape
+        parts = np.asarray(leaf).reshape(layers, 2, num_shared, -1, *rest)
+        return np.moveaxis(parts, 2, 1).reshape(layers, num_shared, -1, *rest)
+
+    return jax.tree.map(split_w13, shared.w13), split_inputs(shared.w2, num_shared)
 
 
 def _place_experts(
@@ -81,15 +95,21 @@ def _place_layers(layers: LayerParams, logical_of_slot: np.ndarray, placement: A
     mlp = layers.mlp
     if not isinstance(mlp, MoeParams):
         return jax.device_put(layers, replicated)
-    shared: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    shared: tuple[Matrix | None, Matrix | None] = (None, None)
     if mlp.shared is not None and placement.num_shared_replicas:
         shared = _split_shared(mlp.shared, placement.num_shared_experts)
         mlp = dataclasses.replace(mlp, shared=None)
     by_slot = NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names))
-    experts = MlpParams(
-        w13=_place_experts(np.asarray(mlp.experts.w13), shared[0], logical_of_slot, by_slot),
-        w2=_place_experts(np.asarray(mlp.experts.w2), shared[1], logical_of_slot, by_slot),
-    )
+
+    def place(routed: Any, shared: Any) -> Any:
+        """Values and scales of quantized experts go the same way."""
+
+        def leaf(routed: Any, shared: Any = None) -> jax.Array:
+            return _place_experts(np.asarray(routed), shared, logical_of_slot, by_slot)
+
+        return jax.tree.map(leaf, routed) if shared is None else jax.tree.map(leaf, routed, shared)
+
+    experts = MlpParams(w13=place(mlp.experts.w13, shared[0]), w2=place(mlp.experts.w2, shared[1]))
     nothing: Any = None
     rest = dataclasses.replace(layers, mlp=dataclasses.replace(mlp, experts=nothing))
     placed: Any = jax.device_put(rest, replicated)

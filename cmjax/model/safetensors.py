@@ -172,6 +172,11 @@ def _entry(file: Path, size: int, data_start: int, name: str, fields: Any) -> _E
     return _Entry(file, dtype, shape, data_start + begin)
 
 
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors of one file; UserError where it is not whole."""
+    return list(_read_header(file))
+
+
 def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` to one file, in their order and dtypes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -33,7 +33,8 @@ def _causal(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     return jnp.concatenate(outputs, axis=2)
 
 
-def _attend_whole(config: ModelConfig, batch: int, length: int) -> Attend:
+def attend_whole(config: ModelConfig, batch: int, length: int) -> Attend:
+    """Attention of `batch` whole sequences of equal length, without a cache."""
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
 
     def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
@@ -95,7 +96,7 @@ def training_pass(
         )
 
     context = PassContext(
-        config=config, channel="train", attend=_attend_whole(config, batch, length), moe=moe, unroll=True
+        config=config, channel="train", attend=attend_whole(config, batch, length), moe=moe, unroll=True
     )
     no_cache = jnp.zeros((0,))
     hidden, _, loads = main_pass(params, token_ids.reshape(-1), no_cache, context)

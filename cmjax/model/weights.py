@@ -8,9 +8,9 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import ml_dtypes
@@ -19,6 +19,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.model import checkpoint
 from cmjax.model.config import ModelConfig
+from cmjax.model.formats import Floats, Int8Channels, compressed_config, fill, stored_format, stored_tensors
 from cmjax.model.params import (
     AttentionParams,
     LayerParams,
@@ -28,21 +29,20 @@ from cmjax.model.params import (
     Params,
     aligned_empty,
     build_params,
+    convert_params,
     params_digest,
+    quant_mode,
 )
 from cmjax.model.safetensors import SafetensorsFolder, read_json, write_safetensors
+from cmjax.quant import QuantMode
 
 _log = logging.getLogger(__name__)
 
-_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FP8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
-_STORED = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)}
-_STORED |= {_FP8}
 _TARGETS = {np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)}
 Slots = Iterator[tuple[str, Any]]  # (name in the checkpoint, numpy view of its place)
 
-_SCALE = "_scale_inv"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_SCALE = re.compile(r"_scale(_inv)?$")
 # Rotary frequencies that old exports hold, which follow from the config.
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -61,13 +61,17 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> tuple[ModelConfig, Params, str]:
+def load_checkpoint(
+    path: str | Path, dtype: Any = np.float32, quant: QuantMode | Literal["none"] | None = None
+) -> tuple[ModelConfig, Params, str]:
     """Config, parameters (numpy, 64-byte aligned) and digest of the checkpoint in folder `path`.
 
     The folder is a Hugging Face one (`config.json` and `*.safetensors`) or one that `save` of `cmjax.model` wrote.
     Norms and the router are float32, everything else has `dtype`: FP8 weights are multiplied by their block scales in
-    float32 first. The digest is `params_digest`: the same values give the same one from either kind of folder. Raises
-    UserError naming the file, the tensor or the field that is missing, malformed or not supported.
+    float32 first. With `quant` "int8" or "fake" the large matrices are int8 (`QuantArray`), rounded to the nearest
+    where they are stored as floats; with "none" they are floats; by default they are what is stored. The digest is
+    `params_digest`: the same values give the same one from either kind of folder. Raises UserError naming the
+    file, the tensor or the field that is missing, malformed or not supported.
     """
     folder, target = Path(path), _target_dtype(dtype)
     try:
@@ -77,31 +81,31 @@ def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> tuple[ModelCon
     except OSError as error:
         raise UserError(f"{folder}: cannot read this folder: {error.strerror}") from error
     if is_ours:
-        return checkpoint.restore(folder, dtype=target)
+        config, params, digest = checkpoint.restore(folder, dtype=target)
+        if quant is None or (quant_mode(params) or "none") == quant:
+            return config, params, digest
+        params = convert_params(params, None if quant == "none" else quant, target)
+        return config, params, params_digest(config, params)
     if not has_config:
         raise UserError(f"{folder}: config.json is missing: not a Hugging Face checkpoint, nor one that cmjax saved")
     hf = read_json(folder / "config.json")
     config = ModelConfig.from_hf(hf)
-    config, params = load_params(SafetensorsFolder(folder), config, target, fp8_block_size(hf))
+    stored = stored_format(hf)
+    if quant is None and isinstance(stored, Int8Channels):
+        quant = "int8"
+    config, params = load_params(
+        SafetensorsFolder(folder), config, target, stored, quant=None if quant == "none" else quant
+    )
     return config, params, params_digest(config, params)
 
 
-def fp8_block_size(hf: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) of a block with one scale, from a parsed `config.json`; None where weights are not quantized."""
-    quantization = hf.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
-        raise UserError(f"config: quantization_config.quant_method {method!r} is not supported; supported: fp8")
-    block = quantization.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
-        raise UserError(f"config: quantization_config.weight_block_size must be [rows, columns], got {block!r}")
-    return block[0], block[1]
-
-
 def load_params(
-    source: TensorSource, config: ModelConfig, dtype: Any = np.float32, fp8_block: tuple[int, int] | None = None
+    source: TensorSource,
+    config: ModelConfig,
+    dtype: Any = np.float32,
+    stored: Floats | None = None,
+    *,
+    quant: QuantMode | None = None,
 ) -> tuple[ModelConfig, Params]:
     """The parameters of `config` from `source`, and `config` as `source` bears it out.
 
@@ -109,7 +113,7 @@ def load_params(
     both are logged, as are layers beyond those of `config`, which are left out. Raises UserError, before any memory is
     taken, where a tensor is missing, unknown, misshapen or of a wrong dtype.
     """
-    target = _target_dtype(dtype)
+    target, stored = _target_dtype(dtype), stored or Floats()
     names = frozenset(source.names())
     mtp = f"model.layers.{config.num_hidden_layers}."
     if config.num_mtp_layers and not any(name.startswith(mtp) for name in names):
@@ -121,16 +125,18 @@ def load_params(
     own = {"mtp_head": mtp + "shared_head.head.weight" in names, "mtp_embed": mtp + "embed_tokens.weight" in names}
 
     # The plan has the real tree's views, over one zero: every check comes before the memory is taken.
-    plan = build_params(config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), **own)
+    plan = build_params(
+        config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), quant=quant, **own
+    )
     expected = {name: view.shape for name, view in tensor_slots(config, plan, names)}
     _check_names(source, config, names, expected.keys())
     for name, shape in expected.items():
-        _check_tensor(source, name, shape, names, fp8_block)
+        _check_shape(source, name, shape)
+        stored.check(source, name, shape, names)
 
-    params = build_params(config, target, aligned_empty, **own)
+    params = build_params(config, target, aligned_empty, quant=quant, **own)
     for name, view in tensor_slots(config, params, names):
-        scale = source.read(name + _SCALE) if name + _SCALE in names else None
-        _fill(view, source.read(name), scale, fp8_block)
+        fill(view, stored.read(source, name, names), f"{source.where}: tensor {name}")
     return config, params
 
 
@@ -160,7 +166,7 @@ def _check_names(source: TensorSource, config: ModelConfig, names: Set[str], exp
     unknown, beyond = [], set()
     for name in names:
         layer = _LAYER.match(name)
-        if name in expected or name.removesuffix(_SCALE) in expected or _HARMLESS.search(name):
+        if name in expected or _SCALE.sub("", name) in expected or _HARMLESS.search(name):
             continue
         if layer and int(layer[1]) >= num_layers:
             beyond.add(int(layer[1]))
@@ -177,45 +183,10 @@ def _listed(names: list[str]) -> str:
     return ("s " if len(names) > 1 else " ") + ", ".join(names[:3]) + more
 
 
-def _check_tensor(
-    source: TensorSource,
-    name: str,
-    shape: tuple[int, ...],
-    names: Container[str],
-    fp8_block: tuple[int, int] | None,
-) -> None:
-    found, dtype, scale = source.shape(name), source.dtype(name), name + _SCALE
+def _check_shape(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
+    found = source.shape(name)
     if found != shape:
         raise UserError(f"{source.where}: tensor {name} has shape {list(found)}; the config wants {list(shape)}")
-    if dtype not in _STORED:
-        raise UserError(f"{source.where}: tensor {name} has dtype {dtype.name}; weights must be floating-point")
-    if scale not in names:
-        return
-    if fp8_block is None:
-        raise UserError(f"{source.where}: {scale} needs quantization_config.weight_block_size in config.json")
-    if dtype != _FP8 or len(shape) != 2:
-        raise UserError(f"{source.where}: tensor {name} has a {_SCALE} and must be an e4m3 matrix, found {dtype.name}")
-    blocks = [-(-size // block) for size, block in zip(shape, fp8_block, strict=True)]
-    if list(source.shape(scale)) != blocks:
-        raise UserError(
-            f"{source.where}: tensor {scale} has shape {list(source.shape(scale))}; {list(shape)} in blocks of "
-            f"{list(fp8_block)} wants {blocks}"
-        )
-    if source.dtype(scale) not in _STORED | {_FP8_SCALE}:
-        raise UserError(f"{source.where}: tensor {scale} has dtype {source.dtype(scale).name}; scales must be floats")
-
-
-def _fill(view: np.ndarray, stored: np.ndarray, scale: np.ndarray | None, fp8_block: tuple[int, int] | None) -> None:
-    """Write a stored tensor into its place, in the place's dtype."""
-    if scale is None or fp8_block is None:
-        view[...] = stored.astype(np.float32) if stored.dtype.itemsize == 1 else stored
-        return
-    rows, columns = fp8_block
-    # One row of blocks at a time; the last block of a row or a column may be partial.
-    wide = np.repeat(scale.astype(np.float32), columns, axis=1)[:, : view.shape[1]]
-    for block, factor in enumerate(wide):
-        part = slice(block * rows, (block + 1) * rows)
-        view[part] = stored[part].astype(np.float32) * factor
 
 
 def tensor_slots(config: ModelConfig, params: Params, names: Container[str] = ()) -> Slots:
@@ -229,7 +200,7 @@ def tensor_slots(config: ModelConfig, params: Params, names: Container[str] = ()
         stack = params.moe if sparse else params.dense
         assert stack is not None  # the tree was built for this config
         idx = (config.moe_layer_ids if sparse else config.dense_layer_ids).index(layer_id)
-        yield from _layer_slots(f"model.layers.{layer_id}.", stack, idx, names)
+        yield from layer_slots(f"model.layers.{layer_id}.", stack, idx, names)
     yield "model.norm.weight", params.norm
     if params.head is not None:
         yield "lm_head.weight", params.head
@@ -243,13 +214,13 @@ def _mtp_slots(prefix: str, mtp: MtpParams, names: Container[str]) -> Slots:
     yield prefix + "eh_proj.weight", mtp.eh_proj
     if mtp.embed is not None:
         yield prefix + "embed_tokens.weight", mtp.embed
-    yield from _layer_slots(prefix, mtp.layer, 0, names)
+    yield from layer_slots(prefix, mtp.layer, 0, names)
     yield prefix + "shared_head.norm.weight", mtp.norm
     if mtp.head is not None:
         yield prefix + "shared_head.head.weight", mtp.head
 
 
-def _layer_slots(prefix: str, layer: LayerParams, idx: int, names: Container[str]) -> Slots:
+def layer_slots(prefix: str, layer: LayerParams, idx: int, names: Container[str]) -> Slots:
     yield prefix + "input_layernorm.weight", layer.input_norm[idx]
     yield from _attention_slots(prefix + "self_attn.", layer.attn, idx)
     yield prefix + "post_attention_layernorm.weight", layer.post_attn_norm[idx]
@@ -304,10 +275,16 @@ def _mlp_slots(prefix: str, w13: Any, w2: Any) -> Slots:
 def save_hf(path: str | Path, config: ModelConfig, params: Params) -> None:
     """Write a Hugging Face folder (`config.json` in the published style, `model.safetensors`), whole or not at all.
 
-    Tensors have the dtypes of `params`. Raises UserError where `path` already holds something.
+    Tensors have the dtypes of `params`; quantized ones the `compressed-tensors` layout. Raises UserError where `path`
+    already holds something.
     """
     host = jax.tree.map(np.asarray, params)
+    tensors: dict[str, np.ndarray] = {}
+    for name, view in tensor_slots(config, host):
+        tensors |= stored_tensors(name, view)
+    hf = config.to_hf() | {"torch_dtype": host.embed.dtype.name}
+    if quant_mode(params):
+        hf["quantization_config"] = compressed_config(tensors)
     with checkpoint.new_folder(path) as folder:
-        write_safetensors(folder / "model.safetensors", dict(tensor_slots(config, host)))
-        hf = config.to_hf() | {"torch_dtype": host.embed.dtype.name}
+        write_safetensors(folder / "model.safetensors", tensors)
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

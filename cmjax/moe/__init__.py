@@ -20,7 +20,7 @@ from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
 from cmjax.moe.training import block_layout, expert_ffn_blocks, moe_ffn_blocks
-from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_rows
+from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_int8, unpack_rows
 
 __all__ = [
     "CombineInFlight",
@@ -55,5 +55,6 @@ __all__ = [
     "route",
     "routed_choices",
     "swiglu",
+    "unpack_int8",
     "unpack_rows",
 ]

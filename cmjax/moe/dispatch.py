@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import fabric
-from cmjax.moe.wire import WireDtype, pack_rows, unpack_rows
+from cmjax.moe.wire import WireDtype, pack_rows, unpack_int8, unpack_rows
+from cmjax.quant import QuantizedRows
 
 
 def max_tokens(local_batch: int, num_topk: int, num_local_experts: int) -> int:
@@ -64,9 +65,13 @@ class ReceivedRows:
     num_tokens_per_expert: jax.Array
     wire: WireDtype | None = flax.struct.field(pytree_node=False, default=None)
 
-    def unpack(self, messages: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def unpack(self, messages: jax.Array, hidden: int, dtype: jnp.dtype) -> jax.Array:
         """Turn some of the messages into activations `[rows, hidden]`."""
-        return unpack_rows(messages, self.wire, dtype)
+        return unpack_rows(messages, self.wire, hidden, dtype)
+
+    def unpack_int8(self, messages: jax.Array, hidden: int, dtype: jnp.dtype) -> QuantizedRows:
+        """Turn some of the messages into int8 rows `[rows, hidden]`, whose products have `dtype`."""
+        return unpack_int8(messages, self.wire, hidden, dtype)
 
 
 @flax.struct.dataclass

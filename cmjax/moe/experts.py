@@ -1,5 +1,7 @@
 """The expert FFN over the rows that were really received."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jax import lax
 from cmjax.mesh import fabric
 from cmjax.moe.dispatch import ReceivedRows
 from cmjax.moe.loops import dynamic_loop
-from cmjax.quant import linear
+from cmjax.quant import Matrix, QuantArray, QuantizedRows, linear, matrix_at
 
 
 @flax.struct.dataclass
@@ -16,11 +18,11 @@ class ExpertParams:
     """SwiGLU experts by slot, stacked over layers: `w13[layers, slots, 2f, hidden]` (gate rows, then up rows) and
     `w2[layers, slots, hidden, f]`."""
 
-    w13: jax.Array
-    w2: jax.Array
+    w13: Any  # Matrix
+    w2: Any
 
 
-def swiglu(x: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+def swiglu(x: jax.Array | QuantizedRows, w13: Matrix, w2: Matrix) -> jax.Array:
     """Return `w2 (silu(gate) * up)`, `[rows, hidden]`, for `x[rows, hidden]`, `w13[2f, hidden]`, `w2[hidden, f]`."""
     gate, up = jnp.split(linear(x, w13), 2, axis=-1)
     return linear(jax.nn.silu(gate) * up, w2)
@@ -110,9 +112,10 @@ def _run_blocks(
         begin = jnp.minimum(start, capacity - rows)
         row = begin + jnp.arange(rows)
         is_mine = (row >= start) & (row < starts[expert] + counts[expert])
-        x = received.unpack(lax.dynamic_slice(messages, (begin, 0), (rows, width)), out.dtype)
-        w13 = lax.dynamic_slice(params.w13, (layer, expert, 0, 0), (1, 1, *params.w13.shape[2:]))[0, 0]
-        w2 = lax.dynamic_slice(params.w2, (layer, expert, 0, 0), (1, 1, *params.w2.shape[2:]))[0, 0]
+        part = lax.dynamic_slice(messages, (begin, 0), (rows, width))
+        unpack = received.unpack_int8 if isinstance(params.w13, QuantArray) else received.unpack
+        x = unpack(part, hidden, out.dtype)
+        w13, w2 = matrix_at(params.w13, layer, expert), matrix_at(params.w2, layer, expert)
         before = lax.dynamic_slice(out, (begin, 0), (rows, hidden))
         y = jnp.where(is_mine[:, None], swiglu(x, w13, w2), before)
         return lax.dynamic_update_slice(out, y, (begin, 0))

@@ -1,6 +1,33 @@
-"""Number formats: the one matrix product of the layers, and the int8 rows that travel between ranks."""
+"""Number formats: the one matrix product of the layers, int8 matrices, and the int8 rows that travel between ranks."""
 
+from cmjax.quant.array import (
+    QUANT_MODES,
+    Matrix,
+    QuantArray,
+    QuantizedRows,
+    QuantMode,
+    dequantize,
+    dequantize_host,
+    matrix_at,
+    quantize,
+    split_inputs,
+)
 from cmjax.quant.matmul import einsum_f32, linear
 from cmjax.quant.rows import dequantize_rows, quantize_rows
 
-__all__ = ["dequantize_rows", "einsum_f32", "linear", "quantize_rows"]
+__all__ = [
+    "QUANT_MODES",
+    "Matrix",
+    "QuantArray",
+    "QuantMode",
+    "QuantizedRows",
+    "dequantize",
+    "dequantize_host",
+    "dequantize_rows",
+    "einsum_f32",
+    "linear",
+    "matrix_at",
+    "quantize",
+    "quantize_rows",
+    "split_inputs",
+]

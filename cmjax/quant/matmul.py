@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.quant.array import Matrix, QuantArray, QuantizedRows, dequantize
+from cmjax.quant.rows import dequantize_rows, quantize_rows
+
 
 def _precision(*operands: jax.Array) -> lax.Precision:
     """float32 is multiplied as true float32 on every platform: an accelerator's default (TF32, bfloat16 passes) is
@@ -12,17 +15,43 @@ def _precision(*operands: jax.Array) -> lax.Precision:
     return lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array | QuantizedRows, weight: Matrix, bias: jax.Array | None = None) -> jax.Array:
     """Return `x @ weight.T (+ bias)` in `x.dtype`.
 
     Args:
-        x: `[..., in]`, the activations.
-        weight: `[out, in]` (the orientation of published checkpoints), same dtype as `x`.
+        x: `[..., in]`, the activations; or `[rows, in]` already quantized.
+        weight: `[out, in]` (the orientation of published checkpoints), of the dtype of `x`; or quantized: then each
+            row of `x` is quantized first, if it is not yet (per token, dynamic; paper section 4.5).
         bias: `[out]` or None.
     """
-    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    y = lax.dot_general(x, weight, dimensions, precision=_precision(x, weight))
+    if isinstance(weight, QuantArray):
+        y = _quantized_product(x, weight)
+    else:
+        if isinstance(x, QuantizedRows):
+            x = dequantize_rows(x.qvalue, x.scale, x.dtype)
+        y = _product(x, weight)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, dimensions, precision=_precision(x, weight))
+
+
+def _quantized_product(x: jax.Array | QuantizedRows, weight: QuantArray) -> jax.Array:
+    """An int8 product with 32-bit sums, rescaled; or, in mode "fake", the float product of the same values."""
+    if isinstance(x, QuantizedRows):
+        rows, lead = x, x.qvalue.shape[:-1]
+    else:
+        lead = x.shape[:-1]
+        rows = QuantizedRows(*quantize_rows(x.reshape(-1, x.shape[-1])), x.dtype)
+    if weight.mode == "fake":
+        y = _product(dequantize_rows(rows.qvalue, rows.scale, jnp.dtype(jnp.float32)), dequantize(weight))
+    else:
+        dimensions = (((1,), (1,)), ((), ()))
+        sums = lax.dot_general(rows.qvalue, weight.qvalue, dimensions, preferred_element_type=jnp.int32)
+        y = sums.astype(jnp.float32) * rows.scale[:, None] * weight.scale
+    return y.astype(rows.dtype).reshape(*lead, -1)
 
 
 def einsum_f32(spec: str, *operands: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-_INT8_MAX = 127.0
+from cmjax.quant.array import INT8_MAX
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -12,9 +12,9 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     A row of zeros has scale 0 and stays zero.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX
+    scale = jnp.max(jnp.abs(x), axis=-1) / INT8_MAX
     inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    qvalue = jnp.clip(jnp.round(x * inverse[:, None]), -_INT8_MAX, _INT8_MAX).astype(jnp.int8)
+    qvalue = jnp.clip(jnp.round(x * inverse[:, None]), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return qvalue, scale
 
 

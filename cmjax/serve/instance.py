@@ -14,6 +14,7 @@ from cmjax.model import (
     Model,
     PrefillBatch,
     RankSpec,
+    default_wires,
     expert_maps,
     place_params,
     plan_placement,
@@ -57,11 +58,12 @@ class PlacedModel:
         self.placement: ExpertPlacement | None = plan_placement(model.config, instance.ep_size, **expert_counts)
         check_exchange_fits(model.config, self.placement, settings, setting, model.dtype)
         mesh = instance.mesh
+        dispatch_dtype, combine_dtype = default_wires(model.params)
         exchange = settings.exchange(
             axis_name=EP_AXIS,
             num_local_experts=self.placement.num_local_experts if self.placement else 1,
-            dispatch_dtype=settings.dispatch_dtype,
-            combine_dtype=settings.combine_dtype,
+            dispatch_dtype=settings.dispatch_dtype or dispatch_dtype,
+            combine_dtype=settings.combine_dtype or combine_dtype,
         )
         rank = RankSpec(
             config=model.config,

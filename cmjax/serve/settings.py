@@ -23,8 +23,10 @@ class EngineSettings:
         max_num_batched_tokens: tokens of one prefill step over all the ranks of an instance; longer prompts are
             prefilled in several steps.
         steps_per_call: decode steps in one call of the compiled program.
-        dispatch_dtype: what a row is on its way to the experts: as it is (None), a float dtype, or "int8".
-        combine_dtype: what a row is on its way back: as it is (None), or a float dtype.
+        dispatch_dtype: what a row is on its way to the experts: a float dtype, or "int8"; None: "int8" where the model
+            is quantized, else as it is.
+        combine_dtype: what a row is on its way back: a float dtype; None: bfloat16 where the model is quantized, else
+            as it is.
         num_redundant_experts, num_shared_replicas: of the decode instance; None: see `ExpertPlacement.plan`.
         exchange: replaces dispatch and combine (`cmjax.moe.Exchange`).
     """

@@ -52,7 +52,7 @@ def echo(mesh, num_local=NUM_LOCAL, wire=None, combine_dtype=None, halves=False)
         ends = jnp.cumsum(counts)
         local = jnp.searchsorted(ends, jnp.arange(received.messages.shape[0]), side="right")
         slot = jax.lax.axis_index("ep") * num_local + local
-        rows = received.unpack(received.messages, x.dtype) * (slot + 1)[:, None].astype(x.dtype)
+        rows = received.unpack(received.messages, x.shape[-1], x.dtype) * (slot + 1)[:, None].astype(x.dtype)
         if halves:
             sent = combine_start(rows, weights, handle, axis_name="ep", combine_dtype=combine_dtype)
             y = combine_done(sent, hide_behind=jnp.cos(behind))

@@ -1,0 +1,113 @@
+"""Quantized values: matrices with a static scale an output channel, rows with a dynamic scale a token (section 4.5)."""
+
+from typing import Any, Literal, TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# int8: a real int8 product, rescaled. fake: the same values as floats, multiplied as floats.
+QuantMode = Literal["int8", "fake"]
+QUANT_MODES: tuple[QuantMode, ...] = ("int8", "fake")
+INT8_MAX = 127
+
+
+@flax.struct.dataclass
+class QuantArray:
+    """Matrices `[..., out, in]` in int8, each output channel with a scale: `qvalue * scale[..., None]`.
+
+    It takes the place of the array in a tree of parameters: leading axes are indexed, scanned and sharded alike.
+
+    Attributes:
+        qvalue: `int8[..., out, in]`, -127 to 127.
+        scale: `float32[..., out]`; 0 for a channel of zeros.
+        mode: how `linear` multiplies by it.
+    """
+
+    qvalue: Any
+    scale: Any
+    mode: QuantMode = flax.struct.field(pytree_node=False, default="int8")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices."""
+        return tuple(self.qvalue.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the matrices."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> "QuantArray":
+        """Index leading axes or output channels, the last axis never."""
+        return QuantArray(self.qvalue[index], self.scale[index], self.mode)
+
+    def reshape(self, *shape: int) -> "QuantArray":
+        """Merge or split leading axes and output channels; the last axis stays."""
+        if shape[-1] != self.shape[-1]:
+            raise ValueError(f"the input axis stays {self.shape[-1]}, not {shape[-1]}")
+        return QuantArray(self.qvalue.reshape(shape), self.scale.reshape(shape[:-1]), self.mode)
+
+
+Matrix: TypeAlias = jax.Array | QuantArray
+
+
+@flax.struct.dataclass
+class QuantizedRows:
+    """Activations `[rows, width]` in int8, each row with a scale, and the dtype that they had.
+
+    Attributes:
+        qvalue: `int8[rows, width]`.
+        scale: `float32[rows]`.
+        dtype: of what a product with them returns.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
+
+
+def quantize(weight: Any, mode: QuantMode = "int8") -> QuantArray:
+    """Round `weight[..., out, in]` to the nearest, each output channel by its largest value (numpy, on the host)."""
+    values = np.asarray(weight, np.float32)
+    scale = np.abs(values).max(-1) / np.float32(INT8_MAX)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    qvalue = np.clip(np.rint(values * inverse[..., None]), -INT8_MAX, INT8_MAX).astype(np.int8)
+    return QuantArray(qvalue, scale, mode)
+
+
+def dequantize(weight: QuantArray, dtype: Any = jnp.float32) -> jax.Array:
+    """The matrices as floats."""
+    return (weight.qvalue.astype(jnp.float32) * weight.scale[..., None]).astype(dtype)
+
+
+def dequantize_host(weight: QuantArray, dtype: Any) -> np.ndarray:
+    """The matrices as floats of `dtype` (numpy, on the host)."""
+    return (np.asarray(weight.qvalue, np.float32) * np.asarray(weight.scale)[..., None]).astype(dtype)
+
+
+def split_inputs(weight: Any, count: int) -> Any:
+    """Cut `[lead, out, in]`, quantized or not, into `count` matrices that take a part of the inputs each:
+    `[lead, count, out, in / count]` (numpy, on the host)."""
+    if isinstance(weight, QuantArray):
+        # Every part keeps the whole's scales: their products are summed.
+        scale = np.repeat(np.asarray(weight.scale)[:, None], count, axis=1)
+        return QuantArray(split_inputs(weight.qvalue, count), scale, weight.mode)
+    lead, out, _ = weight.shape
+    return np.asarray(weight).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
+
+
+def matrix_at(weight: Matrix, *index: jax.Array | int) -> Matrix:
+    """`weight[index]` for indices known at run time."""
+
+    def take(leaf: jax.Array) -> jax.Array:
+        rest = leaf.shape[len(index) :]
+        part = lax.dynamic_slice(leaf, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest))
+        return part.reshape(rest)
+
+    return jax.tree.map(take, weight)
