@@ -10,7 +10,7 @@ import click
 
 from cmjax.cli import Commands
 from cmjax.cli_generate import new_table
-from cmjax.cli_options import find_model, json_option, model_option
+from cmjax.cli_options import find_model, json_option, model_option, quant_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,9 +52,12 @@ def fabric(rounds: int, as_json: bool) -> None:
 @click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
 @click.option("--cache", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens cached of each.")
 @click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Decode steps a call.")
+@quant_option
 @rounds_option
 @json_option
-def decode(folder: str, ep: int, seqs_per_rank: int, cache: int, steps: int, rounds: int, as_json: bool) -> None:
+def decode(
+    folder: str, ep: int, seqs_per_rank: int, cache: int, steps: int, quant: Any, rounds: int, as_json: bool
+) -> None:
     """A decode step over hundreds of devices: launch, exchange and math, and the same tokens on one device."""
     from cmjax.bench import decode as bench_decode
     from cmjax.mesh import bring_up
@@ -62,7 +65,7 @@ def decode(folder: str, ep: int, seqs_per_rank: int, cache: int, steps: int, rou
 
     path = find_model(folder)
     bring_up(ep)
-    model = load(path)
+    model = load(path, quant=quant)
     report = bench_decode.run(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, num_steps=steps, rounds=rounds
     )

@@ -93,7 +93,7 @@ def demo(
     reference = Reference.read(path)
     tokenizer = find_tokenizer(path)
     pools = carve_from(options)
-    model = load(path, dtype=options["dtype"])
+    model = load(path, dtype=options["dtype"], quant=options["quant"])
     reference.check_vocabulary(model.config.vocab_size)
     expected = reference.take(num_prompts, max_tokens)
     prompts = [one.prompt_ids for one in expected]

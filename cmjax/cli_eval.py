@@ -61,6 +61,7 @@ def evaluate_command(
     data: Path,
     ep: int,
     dtype: str,
+    quant: Any,
     context: int | None,
     stride: int | None,
     max_files: int | None,
@@ -86,7 +87,7 @@ def evaluate_command(
     path = find_model(folder)
     tokenizer = Tokenizer.from_folder(path)
     pools = carve(Supernode.preset("cloudmatrix384"), ep_size=ep, num_prefill_instances=0)
-    model = load(path, dtype=dtype)
+    model = load(path, dtype=dtype, quant=quant)
     context = context or min(model.config.max_position_embeddings, 2048)
     stride = stride or max(1, context // 2)
     with progress_bar(Console(stderr=True)) as progress:
@@ -100,7 +101,14 @@ def evaluate_command(
             settings=EngineSettings(**options),
             progress=progress,
         )
-    report = {"model": str(folder), "data": str(data), "ep_size": ep, "dtype": dtype, "context": context} | report
+    report = {
+        "model": str(folder),
+        "data": str(data),
+        "ep_size": ep,
+        "dtype": dtype,
+        "quant": model.quant,
+        "context": context,
+    } | report
     report |= {"stride": stride, "seconds": time.perf_counter() - begin}
     if as_json:
         click.echo(json.dumps(report))

@@ -94,7 +94,7 @@ def generate(
     tokenizer = find_tokenizer(path, must_exist=bool(texts))
     prompts = [*map(tokenizer.encode, texts), *ids] if tokenizer else ids
     pools = carve_from(options)
-    model = load(path, dtype=options["dtype"])
+    model = load(path, dtype=options["dtype"], quant=options["quant"])
     settings = settings_from(options, model.config, prompts, max_tokens, pools)
     load_s = time.perf_counter() - begin
     with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:

@@ -59,8 +59,18 @@ def instance_options(function: Function) -> Function:
     return function
 
 
+def quant_option(function: Function) -> Function:
+    """`--quant`, None by default: as the checkpoint is stored."""
+    return click.option(
+        "--quant",
+        type=click.Choice(("int8", "fake", "none")),
+        help="The large products of attention and FFN: int8, the same values as floats (fake), or floats (none).  "
+        "[default: what is stored]",
+    )(function)
+
+
 def format_options(function: Function) -> Function:
-    """`--dtype`, `--dispatch-dtype`, `--combine-dtype`."""
+    """`--dtype`, `--quant`, `--dispatch-dtype`, `--combine-dtype`."""
     floats = ("float32", "bfloat16", "float16")
     options = (
         click.option(
@@ -70,15 +80,16 @@ def format_options(function: Function) -> Function:
             show_default=True,
             help="Of weights and activations.",
         ),
+        quant_option,
         click.option(
             "--dispatch-dtype",
             type=click.Choice((*floats, "int8")),
-            help="What a row is on its way to the experts.  [default: that of the activations]",
+            help="What a row is on its way to the experts.  [default: int8 for a model in int8, else as it is]",
         ),
         click.option(
             "--combine-dtype",
             type=click.Choice(floats),
-            help="What a row is on its way back.  [default: that of the activations]",
+            help="What a row is on its way back.  [default: bfloat16 for a model in int8, else as it is]",
         ),
     )
     for option in reversed(options):
