@@ -2,11 +2,13 @@
 """The text that the demonstration model learns from: the Python source of this interpreter's standard library.
 
     python scripts/demo_data.py             write the list of files, the held-out text and the tokenizer
+    python scripts/demo_data.py --calibration   write the calibration text alone
     python scripts/demo_data.py --check     say whether this interpreter's files are those of the list
 
 The list (models/data/files.tsv) names every file with its SHA-256, its split and its subject area; the split follows
 from a hash of the path. The held-out text itself is in models/data/heldout.jsonl, so that an evaluation needs no
-particular interpreter; training needs the one whose files are on the list (CPython 3.12.1, its tests included).
+particular interpreter, and so is a sample of the training text, by which `cmjax quantize` calibrates
+(models/data/calibration.jsonl); training needs the one whose files are on the list (CPython 3.12.1, with its tests).
 """
 
 import argparse
@@ -33,11 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "models" / "data"
 LIST = DATA / "files.tsv"
 HELDOUT = DATA / "heldout.jsonl"
+CALIBRATION = DATA / "calibration.jsonl"
 MODEL = ROOT / "models" / "demo"
 HELDOUT_PERCENT = 8
 # Some of the largest files are a third of their area: this salt of the hash is one of few that hold at least a
 # twentieth of every area out, and less than 3 MB in all.
 SPLIT_SALT = "2938"
+# Of each area: so many pieces of so many characters.
+CALIBRATION_PIECES, CALIBRATION_CHARACTERS = 12, 2048
 VOCAB_SIZE = 2048
 BOS, EOS, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 
@@ -228,6 +233,21 @@ def train_tokenizer(texts: list[str]) -> None:
     (MODEL / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def write_calibration(files: list[Source]) -> None:
+    """Write pieces of training files, as many of each area, from the beginning of a line each."""
+    rng = np.random.default_rng(0)
+    with CALIBRATION.open("w") as out:
+        for area in AREAS:
+            texts = [f for f in files if f.split == "train" and f.area == area]
+            long = [f for f in texts if len(f.text) >= 2 * CALIBRATION_CHARACTERS]
+            for index in rng.choice(len(long), CALIBRATION_PIECES, replace=len(long) < CALIBRATION_PIECES):
+                file = long[index]
+                begin = int(rng.integers(len(file.text) - CALIBRATION_CHARACTERS))
+                begin = file.text.rfind("\n", 0, begin + 1) + 1
+                text = file.text[begin : begin + CALIBRATION_CHARACTERS]
+                out.write(json.dumps({"path": file.path, "area": area, "text": text}) + "\n")
+
+
 def write(files: list[Source]) -> None:
     """Write list, held-out text and tokenizer."""
     DATA.mkdir(parents=True, exist_ok=True)
@@ -237,6 +257,7 @@ def write(files: list[Source]) -> None:
     with HELDOUT.open("w") as out:
         for f in heldout:
             out.write(json.dumps({"path": f.path, "area": f.area, "text": f.text}) + "\n")
+    write_calibration(files)
     train_tokenizer([f.text for f in files if f.split == "train"])
     for split in ("train", "heldout"):
         chosen = [f for f in files if f.split == split]
@@ -253,7 +274,11 @@ def write(files: list[Source]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare this interpreter's files with the list")
+    parser.add_argument("--calibration", action="store_true", help="only write the calibration text")
     arguments = parser.parse_args()
+    if arguments.calibration:
+        write_calibration(list(sources(stdlib())))
+        return 0
     if not arguments.check:
         write(list(sources(stdlib())))
         return 0

@@ -1,10 +1,11 @@
-"""Held-out text: bits per byte beside a compressor's, next-token accuracy, MTP agreement, balance of the experts."""
+"""Held-out text: bits per byte beside a compressor's, next-token accuracy, MTP agreement, balance of the experts, KL
+divergence from another model."""
 
 import dataclasses
 import json
 import lzma
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model, Tokenizer, placed_layer_names
-from cmjax.serve import EngineSettings, ScoringInstance, TextScores
+from cmjax.serve import EngineSettings, ScoringInstance, TextScores, score_together
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.
 MIN_COMPARED_BYTES = 4096
@@ -70,6 +71,7 @@ class Tally:
     compared_bytes: int = 0
     compared_nats: float = 0.0
     compared_files: int = 0
+    kl_nats: float = 0.0
 
     def __add__(self, other: "Tally") -> "Tally":
         names = [field.name for field in dataclasses.fields(self)]
@@ -91,6 +93,7 @@ class Tally:
             "bits_per_byte": share(self.nats * bits_per_nat, self.num_bytes),
             "top1": share(self.top1, self.tokens),
             "mtp_agreement": share(self.draft_agrees, self.drafts) if has_mtp else None,
+            "kl_divergence": share(self.kl_nats, self.tokens),
             "compared_files": self.compared_files,
             "compared_bytes": self.compared_bytes,
             "compared_bits_per_byte": ours,
@@ -134,6 +137,7 @@ def _tally(text: str, ends: Sequence[int], scores: TextScores, has_drafts: bool)
         compared_bytes=len(compared),
         compared_nats=-float(scores.logprobs[:count].sum(dtype=np.float64)),
         compared_files=int(count > 0),
+        kl_nats=float(scores.kl_divergence.sum(dtype=np.float64)),
     )
 
 
@@ -148,10 +152,35 @@ def evaluate(
     settings: EngineSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Score held-out files on an instance, teacher-forced, at every token of every file.
+    """Score held-out files with one model: `evaluate_together` of it alone."""
+    return evaluate_together(
+        {"": model},
+        tokenizer,
+        files,
+        instance,
+        context=context,
+        stride=stride,
+        settings=settings,
+        progress=progress,
+    )[""]
+
+
+def evaluate_together(
+    models: Mapping[str, Model],
+    tokenizer: Tokenizer,
+    files: Sequence[HeldoutFile],
+    instance: Instance,
+    *,
+    context: int,
+    stride: int,
+    settings: EngineSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score held-out files on an instance, teacher-forced, at every token of every file, with each model.
 
     Args:
-        model, tokenizer: of one folder.
+        models: by name; the first is the reference of the others' KL divergence.
+        tokenizer: of them all.
         files: what to score.
         instance: devices of any number.
         context, stride: see `ScoringInstance`.
@@ -159,21 +188,25 @@ def evaluate(
         progress: called with (tokens done, tokens in all).
 
     Returns:
-        `areas` (by name), `all` (every token alike), `area_mean` (every area alike), each with the fields of
-        `Tally.report`, and `expert_balance`: the busiest expert's rows over the mean, for each MoE layer.
+        For each model: `areas` (by name), `all` (every token alike), `area_mean` (every area alike), each with the
+        fields of `Tally.report`, and `expert_balance`: the busiest expert's rows over the mean, for each MoE layer.
 
     Raises:
-        UserError: a tokenizer that is not the model's, a context the model cannot take.
+        UserError: a tokenizer that is not the models', a context they cannot take.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}"
-        )
+    for model in models.values():
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}"
+            )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise UserError("tokenizer_config.json names neither bos_token nor eos_token for the first token to follow")
     encoded = [tokenizer.encode_with_ends(file.text) for file in files]
-    scorer = ScoringInstance(model, instance, context=context, stride=stride, settings=settings)
+    scorers = {
+        name: ScoringInstance(model, instance, context=context, stride=stride, settings=settings)
+        for name, model in models.items()
+    }
     total, done = sum(len(ids) for ids, _ in encoded), 0
 
     def notify(count: int) -> None:
@@ -182,17 +215,31 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    scores = scorer.score_texts([[bos, *ids] for ids, _ in encoded], notify)
+    scores = score_together(list(scorers.values()), [[bos, *ids] for ids, _ in encoded], notify)
+    ends = [ends for _, ends in encoded]
+    return {
+        name: _report(models[name], files, ends, own, scorer.take_expert_load())
+        for (name, scorer), own in zip(scorers.items(), scores, strict=True)
+    }
+
+
+def _report(
+    model: Model,
+    files: Sequence[HeldoutFile],
+    ends: Sequence[Sequence[int]],
+    scores: Sequence[TextScores],
+    load: np.ndarray,
+) -> dict[str, Any]:
     has_mtp = model.params.mtp is not None
     areas: dict[str, Tally] = {}
-    for file, (_, ends), one in zip(files, encoded, scores, strict=True):
-        areas[file.area] = areas.get(file.area, Tally()) + _tally(file.text, ends, one, has_mtp)
+    for file, own_ends, one in zip(files, ends, scores, strict=True):
+        areas[file.area] = areas.get(file.area, Tally()) + _tally(file.text, own_ends, one, has_mtp)
     reports = {area: areas[area].report(has_mtp) for area in sorted(areas)}
     return {
         "areas": reports,
         "all": sum(areas.values(), Tally()).report(has_mtp),
         "area_mean": {name: _mean([report[name] for report in reports.values()]) for name in _AVERAGED},
-        "expert_balance": _balance(scorer.take_expert_load(), model),
+        "expert_balance": _balance(load, model),
     }
 
 
@@ -200,6 +247,7 @@ _AVERAGED = (
     "bits_per_byte",
     "top1",
     "mtp_agreement",
+    "kl_divergence",
     "compared_bits_per_byte",
     "lzma_bits_per_byte",
     "ratio_to_lzma",

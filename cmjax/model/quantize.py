@@ -17,16 +17,18 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import rms_norm
-from cmjax.model.params import LayerParams, MlpParams, MoeParams
+from cmjax.model.params import AttentionParams, LayerParams, MlpParams, MoeParams
 from cmjax.model.training import attend_whole
 from cmjax.moe import route
 from cmjax.quant import QuantArray, dequantize_host
 from cmjax.quant.calibrate import (
     blended_gram,
     orthogonal_matrix,
+    output_error,
     quantized_rows,
     round_compensated,
     round_to,
+    rounded,
     search_clip,
     search_scale,
 )
@@ -40,7 +42,7 @@ class Techniques:
 
     Attributes:
         scales: adaptive scale search (equation 3), absorbed into neighbouring weights.
-        rotations: orthogonal transforms of the query latent, the KV latent and the values of each head.
+        rotations: orthogonal transforms of the query latent and of the values of each head, where less is lost then.
         clipping: block-level clipping (equation 4).
         compensation: rounding errors made up for by the weights that are rounded later.
         block_channels: output channels of a block that clips alike.
@@ -130,34 +132,70 @@ def hidden_rows(rows: np.ndarray, w13: np.ndarray) -> np.ndarray:
 # -- rotations --------------------------------------------------------------------------------------------------------
 
 
-def rotate_layer(layer: LayerParams, config: ModelConfig, seed: int) -> LayerParams:
-    """Turn the query latent, the KV latent and each head's values, so that no channel stands out; the function stays.
+def rotate_queries(attn: AttentionParams, seed: int) -> AttentionParams:
+    """Turn the query latent; its norm is taken into q_b first, since a rotation passes only a norm without weights."""
+    if attn.q_a is None or attn.q_a_norm is None:
+        return attn
+    turn = orthogonal_matrix(len(attn.q_a), seed)
+    return dataclasses.replace(
+        attn,
+        q_a=turn.T @ attn.q_a,
+        q_a_bias=None if attn.q_a_bias is None else turn.T @ attn.q_a_bias,
+        q_a_norm=np.ones_like(attn.q_a_norm),
+        q_b=(attn.q_b * attn.q_a_norm) @ turn,
+    )
 
-    The norms of the latents are taken into the matrices behind them first, since a rotation passes only a norm without
-    weights. The residual stream is not turned: the MTP module's norm reads it behind the final norm's weights.
-    """
-    attn = layer.attn
-    nope, v_dim, rank = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    changed: dict[str, Any] = {}
-    if attn.q_a is not None and attn.q_a_norm is not None:
-        turn = orthogonal_matrix(len(attn.q_a), seed)
-        changed["q_a"] = turn.T @ attn.q_a
-        changed["q_b"] = (attn.q_b * attn.q_a_norm) @ turn
-        changed["q_a_norm"] = np.ones_like(attn.q_a_norm)
-        if attn.q_a_bias is not None:
-            changed["q_a_bias"] = turn.T @ attn.q_a_bias
-    turn = orthogonal_matrix(rank, seed + 1)
-    changed["kv_a"] = np.concatenate([turn.T @ attn.kv_a[:rank], attn.kv_a[rank:]])
-    if attn.kv_a_bias is not None:
-        changed["kv_a_bias"] = np.concatenate([turn.T @ attn.kv_a_bias[:rank], attn.kv_a_bias[rank:]])
-    kv_b = (attn.kv_b * attn.kv_a_norm) @ turn
-    changed["kv_a_norm"] = np.ones_like(attn.kv_a_norm)
-    turn = orthogonal_matrix(v_dim, seed + 2)
-    values = np.einsum("vw,hvl->hwl", turn, kv_b[:, nope:])
-    changed["kv_b"] = np.concatenate([kv_b[:, :nope], values], axis=1)
+
+def rotate_values(attn: AttentionParams, config: ModelConfig, seed: int) -> AttentionParams:
+    """Turn the values of each head, between kv_b and o."""
+    nope, v_dim = config.qk_nope_head_dim, config.v_head_dim
+    turn = orthogonal_matrix(v_dim, seed)
+    values = np.einsum("vw,hvl->hwl", turn, attn.kv_b[:, nope:])
     o = attn.o.reshape(len(attn.o), -1, v_dim) @ turn
-    changed["o"] = o.reshape(attn.o.shape)
-    return dataclasses.replace(layer, attn=_f32(dataclasses.replace(attn, **changed)))
+    return dataclasses.replace(
+        attn, kv_b=np.concatenate([attn.kv_b[:, :nope], values], axis=1), o=o.reshape(attn.o.shape)
+    )
+
+
+def rotate_layer(
+    layer: LayerParams, config: ModelConfig, x: np.ndarray, batch: int, trace: Trace, techniques: Techniques
+) -> tuple[LayerParams, Trace]:
+    """Turn the query latent and each head's values where less is lost then; the function stays the same.
+
+    A rotation spreads a channel that stands out over all. Where small channels meet large weights it would spread those
+    instead, hence the comparison. The residual stream is not turned: the MTP module's norm reads it behind the final
+    norm's weights.
+    """
+    seed = techniques.seed
+    found = layer.attn
+    for site, turned in (
+        ("q_b", rotate_queries(layer.attn, seed)),
+        ("o", rotate_values(layer.attn, config, seed + 1)),
+    ):
+        before = getattr(trace, site)
+        if before is None:
+            continue
+        other, _ = trace_layer(dataclasses.replace(layer, attn=_f32(turned)), config, x, batch)
+        after = getattr(other, site)
+        if _rounding_error(after, getattr(turned, site), techniques) < _rounding_error(
+            before, getattr(layer.attn, site), techniques
+        ):
+            names = ("q_a", "q_a_bias", "q_a_norm", "q_b") if site == "q_b" else ("kv_b", "o")
+            found = dataclasses.replace(found, **{name: getattr(turned, name) for name in names})
+            trace = dataclasses.replace(trace, **{site: after})
+    return dataclasses.replace(layer, attn=_f32(found)), trace
+
+
+def _some_rows(rows: np.ndarray, techniques: Techniques) -> np.ndarray:
+    """As many rows as the searches look at."""
+    if len(rows) <= techniques.search_rows:
+        return rows
+    return rows[np.random.default_rng(techniques.seed).choice(len(rows), techniques.search_rows, replace=False)]
+
+
+def _rounding_error(rows: np.ndarray, weight: np.ndarray, techniques: Techniques) -> float:
+    rows, flat = _some_rows(rows, techniques), weight.reshape(-1, weight.shape[-1])
+    return output_error(rows, flat, quantized_rows(rows), rounded(flat))
 
 
 # -- scales -----------------------------------------------------------------------------------------------------------
@@ -165,13 +203,7 @@ def rotate_layer(layer: LayerParams, config: ModelConfig, seed: int) -> LayerPar
 
 def scale_layer(layer: LayerParams, config: ModelConfig, trace: Trace, techniques: Techniques) -> LayerParams:
     """Search and absorb a scale for each shared input of a layer, and change `trace` to what is read then."""
-    rng = np.random.default_rng(techniques.seed)
-
-    def some(rows: np.ndarray) -> np.ndarray:
-        if len(rows) <= techniques.search_rows:
-            return rows
-        return rows[rng.choice(len(rows), techniques.search_rows, replace=False)]
-
+    some = functools.partial(_some_rows, techniques=techniques)
     attn = layer.attn
     first_q = "q_b" if attn.q_a is None else "q_a"
     q = getattr(attn, first_q)
@@ -320,14 +352,16 @@ def quantize_layer(
         The layer with its matrices as `QuantArray`s, and what it makes of `x`.
     """
     layer = _f32(layer)
-    if techniques.rotations:
-        layer = rotate_layer(layer, config, techniques.seed)
     trace, _ = trace_layer(layer, config, x, batch)
     for name, rows in vars(trace).items():
         if rows is not None and not np.isfinite(rows).all():
             raise UserError(f"{where}: calibration activations ({name}) hold NaN or infinity")
     if techniques.scales:
         layer = scale_layer(layer, config, trace, techniques)
+    if techniques.rotations:
+        layer, trace = rotate_layer(layer, config, x, batch, trace, techniques)
+        if techniques.scales:
+            layer = scale_layer(layer, config, trace, techniques)
     quantized = round_layer(layer, trace, techniques)
     return quantized, run_layer(quantized, config, x, batch)
 

@@ -14,8 +14,8 @@ from cmjax.quant.array import INT8_MAX, QuantArray, dequantize_host, quantize
 
 # Exponents of the scale search: 0 leaves the input as it is, 1 takes all of its unevenness into the weights.
 SCALE_GRID = tuple(i / 20 for i in range(21))
-# Shares of a block's largest value that it may be clipped to.
-CLIP_GRID = tuple(1 - i / 40 for i in range(21))
+# Shares of a block's largest value that it may be clipped to: closely below 1, and down to a lone outlier's.
+CLIP_GRID = (*(1 - i / 20 for i in range(6)), *(2 ** (-i / 2) for i in range(1, 17)))
 _DAMPING = 0.01
 _COLUMNS = 128
 

@@ -4,7 +4,7 @@ from cmjax.serve.block_pool import BlockPool
 from cmjax.serve.engine import Engine, GenerateResult, Timings
 from cmjax.serve.instance import DecodeInstance, PrefillInstance
 from cmjax.serve.request import RequestOutput, SamplingParams
-from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows
+from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill, score
 from cmjax.serve.transfer import hand_off, prefill_tp_rank
@@ -31,4 +31,5 @@ __all__ = [
     "prefill",
     "prefill_tp_rank",
     "score",
+    "score_together",
 ]

@@ -1,8 +1,9 @@
-"""Teacher-forced scoring: what a model expects at every token of given texts."""
+"""Teacher-forced scoring: what a model, or several side by side, expect at every token of given texts."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from cmjax.errors import UserError
@@ -12,7 +13,7 @@ from cmjax.serve.block_pool import blocks_for
 from cmjax.serve.instance import PrefillInstance, check_finite
 from cmjax.serve.request import Request, SamplingParams, plan_chunks
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import score
+from cmjax.serve.steps import ScoreOutput, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,18 @@ class TextScores:
         is_top1: whether it was the most probable.
         draft_agrees: whether the MTP module's greedy token there is the model's; at the second token of the text, which
             nothing drafts, and without an MTP module, False.
+        kl_divergence: float32, nats by which the distribution is off that of the first of several models; 0 for it.
     """
 
     logprobs: np.ndarray
     is_top1: np.ndarray
     draft_agrees: np.ndarray
+    kl_divergence: np.ndarray
+
+    @classmethod
+    def empty(cls, length: int) -> "TextScores":
+        """To be filled, for a text of `length` tokens."""
+        return cls(*(np.zeros(length - 1, dtype) for dtype in (np.float32, bool, bool, np.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,71 +91,108 @@ class ScoringInstance(PrefillInstance):
     def score_texts(
         self, texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
     ) -> list[TextScores]:
-        """Score texts of token ids, each of at least two tokens.
+        """Score texts of token ids: `score_together` of this instance alone."""
+        return score_together([self], texts, progress)[0]
 
-        Args:
-            texts: lists of token ids, the first of each being what the text begins with (bos).
-            progress: called with the number of tokens done.
-        """
-        windows = plan_windows([len(text) for text in texts], self.context, self.stride)
-        scores = [
-            TextScores(np.zeros(len(t) - 1, np.float32), np.zeros(len(t) - 1, bool), np.zeros(len(t) - 1, bool))
-            for t in texts
-        ]
-        waiting = [Request(w.text, list(texts[w.text][w.start : w.stop]), SamplingParams()) for w in windows]
+
+def score_together(
+    scorers: Sequence[ScoringInstance], texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
+) -> list[list[TextScores]]:
+    """Score texts of token ids, each of at least two tokens, with several models step by step.
+
+    Args:
+        scorers: on the same devices, with the same context, stride and settings; the others' distributions are compared
+            with the first one's.
+        texts: lists of token ids, the first of each being what the text begins with (bos).
+        progress: called with the number of tokens done.
+
+    Returns:
+        The scores of each scorer, text by text.
+    """
+    first = scorers[0]
+    windows = plan_windows([len(text) for text in texts], first.context, first.stride)
+    scores = [[TextScores.empty(len(text)) for text in texts] for _ in scorers]
+    waiting = [Request(w.text, list(texts[w.text][w.start : w.stop]), SamplingParams()) for w in windows]
+    begin = 0
+    while begin < len(waiting):
+        end = begin + 1
+        while end < len(waiting) and first.can_hold(waiting[begin : end + 1]):
+            end += 1
+        for window, found in zip(windows[begin:end], _expectations(scorers, waiting[begin:end]), strict=True):
+            for own, expectations in zip(scores, found, strict=True):
+                _enter(own[window.text], window, texts[window.text], expectations)
+            if progress is not None:
+                progress(window.stop - window.first_scored)
+        begin = end
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expectations:
+    """What one model makes of the tokens of a window, `[tokens]` each; see `ScoreOutput`."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    draft_ids: np.ndarray | None
+    kl_divergence: np.ndarray | None
+
+    @classmethod
+    def of(cls, output: ScoreOutput) -> "_Expectations":
+        """On the host."""
+        found = cls(output.token_ids, output.logprobs, output.draft_ids, output.kl_divergence)
+        return jax.tree.map(np.asarray, found)
+
+    def part(self, index: slice) -> "_Expectations":
+        """Some of the tokens."""
+        return jax.tree.map(lambda values: values[index], self)
+
+
+jax.tree_util.register_dataclass(_Expectations)
+
+
+def _enter(scores: TextScores, window: Window, text: Sequence[int], found: _Expectations) -> None:
+    """Write the scored part of a window; token t is expected at t - 1, and drafted at t - 2."""
+    first, stop, start = window.first_scored, window.stop, window.start
+    expected, known = slice(first - 1 - start, stop - 1 - start), slice(first - 1, stop - 1)
+    scores.logprobs[known] = found.logprobs[expected]
+    scores.is_top1[known] = found.token_ids[expected] == np.asarray(text[first:stop])
+    if found.kl_divergence is not None:
+        scores.kl_divergence[known] = found.kl_divergence[expected]
+    if found.draft_ids is not None:
+        begin = max(first, start + 2)  # nothing is drafted before two tokens have been seen
+        drafts = found.draft_ids[begin - 2 - start : stop - 2 - start]
+        scores.draft_agrees[begin - 1 : stop - 1] = drafts == found.token_ids[begin - 1 - start : stop - 1 - start]
+
+
+def _expectations(
+    scorers: Sequence[ScoringInstance], windows: Sequence[Request]
+) -> Iterator[tuple[_Expectations, ...]]:
+    """Run windows through as many steps as they need; yield what each scorer makes of each, in order."""
+    first = scorers[0]
+    tables = [
+        [one.pool.take(blocks_for(len(w.prompt_ids), one.settings.block_size)) for w in windows] for one in scorers
+    ]
+    parts: list[list[tuple[_Expectations, ...]]] = [[] for _ in windows]
+    for chunks in plan_chunks([len(w.prompt_ids) for w in windows], first.num_step_tokens, first.max_sequences):
+        found, reference = [], None
+        for one, own in zip(scorers, tables, strict=True):
+            batch = one.pack(windows, own, chunks)
+            output = score(one.params, one.expert_to_slot, one.cache, batch, reference, spec=one.spec)
+            one.cache = output.cache
+            one.record_load(output.slot_load)
+            if reference is None and len(scorers) > 1:
+                reference = output.hidden, one.params.embed if one.params.head is None else one.params.head
+            found.append(_Expectations.of(output))
         begin = 0
-        while begin < len(waiting):
-            end = begin + 1
-            while end < len(waiting) and self.can_hold(waiting[begin : end + 1]):
-                end += 1
-            group = waiting[begin:end]
-            for window, (token_ids, logprobs, drafts) in zip(
-                windows[begin:end], self._expectations(group), strict=True
-            ):
-                self._enter(scores[window.text], window, texts[window.text], token_ids, logprobs, drafts)
-                if progress is not None:
-                    progress(window.stop - window.first_scored)
+        for chunk in chunks:
+            end = begin + chunk.stop - chunk.start
+            here = tuple(expectations.part(slice(begin, end)) for expectations in found)
+            for expectations in here:
+                check_finite(expectations.token_ids, f"text {windows[chunk.index].request_id}")
+            parts[chunk.index].append(here)
             begin = end
-        return scores
-
-    def _enter(
-        self,
-        scores: TextScores,
-        window: Window,
-        text: Sequence[int],
-        token_ids: np.ndarray,
-        logprobs: np.ndarray,
-        drafts: np.ndarray | None,
-    ) -> None:
-        """Write the scored part of a window; token t is expected at t - 1, and drafted at t - 2."""
-        first, stop, start = window.first_scored, window.stop, window.start
-        scores.logprobs[first - 1 : stop - 1] = logprobs[first - 1 - start : stop - 1 - start]
-        expected = token_ids[first - 1 - start : stop - 1 - start]
-        scores.is_top1[first - 1 : stop - 1] = expected == np.asarray(text[first:stop])
-        if drafts is not None:
-            begin = max(first, start + 2)  # nothing is drafted before two tokens have been seen
-            agrees = drafts[begin - 2 - start : stop - 2 - start] == token_ids[begin - 1 - start : stop - 1 - start]
-            scores.draft_agrees[begin - 1 : stop - 1] = agrees
-
-    def _expectations(self, windows: Sequence[Request]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Run windows through as many steps as they need; yield each one's arrays `[tokens]`, in order."""
-        tables = [self.pool.take(blocks_for(len(w.prompt_ids), self.settings.block_size)) for w in windows]
-        parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in windows]
-        for chunks in plan_chunks([len(w.prompt_ids) for w in windows], self.num_step_tokens, self.max_sequences):
-            batch = self.pack(windows, tables, chunks)
-            output = score(self.params, self.expert_to_slot, self.cache, batch, spec=self.spec)
-            self.cache = output.cache
-            self.record_load(output.slot_load)
-            found = [output.token_ids, output.logprobs] + ([] if output.draft_ids is None else [output.draft_ids])
-            arrays = [np.asarray(array) for array in found]
-            begin = 0
-            for chunk in chunks:
-                end = begin + chunk.stop - chunk.start
-                check_finite(arrays[0][begin:end], f"text {windows[chunk.index].request_id}")
-                parts[chunk.index].append(tuple(array[begin:end] for array in arrays))
-                begin = end
-        for table in tables:
-            self.pool.free(table)
-        for part in parts:
-            token_ids, logprobs, *drafts = (np.concatenate(arrays) for arrays in zip(*part, strict=True))
-            yield token_ids, logprobs, drafts[0] if drafts else None
+    for one, own in zip(scorers, tables, strict=True):
+        for table in own:
+            one.pool.free(table)
+    for part in parts:
+        yield tuple(jax.tree.map(lambda *arrays: np.concatenate(arrays), *own) for own in zip(*part, strict=True))

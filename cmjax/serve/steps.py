@@ -29,6 +29,7 @@ from cmjax.model import (
     param_specs,
     prefill_pass,
 )
+from cmjax.quant import linear
 
 _EVERYWHERE = PartitionSpec()
 _BY_RANK = PartitionSpec(EP_AXIS)
@@ -104,6 +105,9 @@ class ScoreOutput:
             is -1.
         draft_ids: `int32[tokens]`, the MTP module's greedy token after the next, given the next; None without one.
         slot_load: as for prefill.
+        hidden: `[tokens, hidden]` after the final norm, cut by rank: the `reference` of another model's step.
+        kl_divergence: `float32[tokens]`, nats by which the next-token distribution is off the reference's; None without
+            one.
     """
 
     cache: Leaf
@@ -111,6 +115,8 @@ class ScoreOutput:
     logprobs: Leaf
     draft_ids: Leaf | None
     slot_load: Leaf
+    hidden: Leaf
+    kl_divergence: Leaf | None
 
 
 def _greedy(logits: jax.Array) -> jax.Array:
@@ -193,33 +199,55 @@ def _by_rows(function: Callable, *arrays: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache",))
 def score(
-    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: PrefillBatch, *, spec: StepSpec
+    params: Params,
+    expert_to_slot: jax.Array,
+    cache: jax.Array,
+    batch: PrefillBatch,
+    reference: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    spec: StepSpec,
 ) -> ScoreOutput:
     """Prefill packed texts, and say at each token what the model and its MTP module expect (teacher-forced).
 
-    Arguments as for `prefill`; `batch.next_token_ids` is the text that is scored.
+    Arguments as for `prefill`; `batch.next_token_ids` is the text that is scored. `reference` is another model's
+    `hidden` for the same batch, and its head `[vocabulary, hidden]`: their next-token distribution is the one that this
+    model's is compared with.
     """
 
-    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch) -> ScoreOutput:
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch, reference: Any) -> ScoreOutput:
         output, mtp_hidden = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
         count = output.hidden.shape[0]
         following = lax.dynamic_slice_in_dim(batch.next_token_ids, lax.axis_index(EP_AXIS) * count, count)
 
-        def expect(hidden: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def expect(
+            hidden: jax.Array, following: jax.Array, other: jax.Array | None = None
+        ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
             logits = lm_head(params, hidden)
-            chosen = jnp.take_along_axis(logits, jnp.maximum(following, 0)[:, None], axis=-1)[:, 0]
-            return _greedy(logits), chosen - jax.nn.logsumexp(logits, axis=-1)
+            logprobs = jax.nn.log_softmax(logits, axis=-1)
+            chosen = jnp.take_along_axis(logprobs, jnp.maximum(following, 0)[:, None], axis=-1)[:, 0]
+            divergence = None
+            if other is not None:
+                wanted = jax.nn.log_softmax(linear(other, reference[1]).astype(jnp.float32), axis=-1)
+                divergence = jnp.sum(jnp.exp(wanted) * (wanted - logprobs), axis=-1)
+            return _greedy(logits), chosen, divergence
 
-        token_ids, logprobs = _by_rows(expect, output.hidden, following)
+        others = () if reference is None else (reference[0],)
+        token_ids, logprobs, divergence = _by_rows(expect, output.hidden, following, *others)
         drafts = None
         if mtp_hidden is not None:
             drafts = _by_rows(lambda hidden: _greedy(mtp_head(params, hidden)), mtp_hidden)
-        return ScoreOutput(output.cache[None], token_ids, logprobs, drafts, output.slot_load)
+        return ScoreOutput(output.cache[None], token_ids, logprobs, drafts, output.slot_load, output.hidden, divergence)
 
-    drafts = None if params.mtp is None else _BY_RANK
-    out_specs = ScoreOutput(_BY_RANK, _BY_RANK, _BY_RANK, drafts, _MAPS)
-    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE)
-    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch)
+    drafts, divergence = (None if absent else _BY_RANK for absent in (params.mtp is None, reference is None))
+    out_specs = ScoreOutput(_BY_RANK, _BY_RANK, _BY_RANK, drafts, _MAPS, _BY_RANK, divergence)
+    in_specs = (
+        param_specs(params, EP_AXIS),
+        _MAPS,
+        _BY_RANK,
+        _EVERYWHERE,
+        None if reference is None else (_BY_RANK, _EVERYWHERE),
+    )
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, reference)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_steps", "with_logits"), donate_argnames=("cache",))
