@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("cmjax.cli_eval", "evaluate_command"),
     "generate": ("cmjax.cli_generate", "generate"),
     "info": ("cmjax.cli_info", "info"),
+    "quantize": ("cmjax.cli_quantize", "quantize"),
 }
 
 EXIT_USER_ERROR = 2

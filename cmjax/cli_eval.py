@@ -1,7 +1,8 @@
-"""`cmjax eval`: how well a model predicts held-out text, beside a compressor, by subject area."""
+"""`cmjax eval`: how well a model predicts held-out text, by subject area, beside a compressor or other models."""
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmjax.cli_options import HELDOUT, find_model, format_options, json_option, model_option
+from cmjax.cli_options import (
+    CALIBRATION,
+    CALIBRATION_LENGTH,
+    CALIBRATION_SEQUENCES,
+    HELDOUT,
+    find_model,
+    format_options,
+    json_option,
+    model_option,
+)
+from cmjax.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from cmjax.model import Model
+
+# Kinds of outliers that can be planted: the keys of `cmjax.bench.outliers.FACTORS`.
+PLANTED = ("inputs", "values", "idle weights", "weights")
 
 
 @click.command(
@@ -24,6 +40,9 @@ if TYPE_CHECKING:
       cmjax eval --ep 320                         the same numbers from 320 devices
       cmjax eval --model DIR --context 1024 --json
       cmjax eval --data texts.jsonl               one JSON object a line: path, area, text
+      cmjax eval --compare out/demo-int8          two folders side by side, with the KL divergence
+      cmjax eval --ablation --dtype bfloat16      floats, int8, and each calibration technique added
+      cmjax eval --ablation --planted all         the same, for a model with planted outliers
     \b
     top-1: the most probable token is the next one. MTP: the MTP module's draft is the model's own choice.
     compared: bits per byte of the first 64 KiB of files of 4 KiB and more; LZMA: what raw LZMA2 (preset 9) needs for
@@ -54,6 +73,16 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of a step, over all devices.",
 )
+@click.option(
+    "--compare", "others", multiple=True, metavar="DIR", help="Another folder, measured beside --model; several times."
+)
+@click.option("--ablation", is_flag=True, help="Compare --model with itself in int8, techniques added in turn.")
+@click.option("--alone", is_flag=True, help="With --ablation: each technique alone.")
+@click.option(
+    "--planted",
+    type=click.Choice(("all", *PLANTED)),
+    help="With --ablation: what is quantized computes the same, but has outliers.",
+)
 @click.option("--files", "max_files", type=click.IntRange(min=1), help="Only so many files of each area.")
 @json_option
 def evaluate_command(
@@ -65,6 +94,10 @@ def evaluate_command(
     context: int | None,
     stride: int | None,
     max_files: int | None,
+    others: tuple[str, ...],
+    ablation: bool,
+    alone: bool,
+    planted: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -75,11 +108,13 @@ def evaluate_command(
     """
     from rich.console import Console
 
-    from cmjax.bench.evaluate import evaluate, read_heldout
+    from cmjax.bench.evaluate import evaluate_together, read_heldout
     from cmjax.mesh import Supernode, carve
-    from cmjax.model import Tokenizer, load
+    from cmjax.model import Tokenizer
     from cmjax.serve import EngineSettings
 
+    if (alone or planted) and not ablation:
+        raise UserError(f"{'--alone' if alone else '--planted'} goes with --ablation")
     begin = time.perf_counter()
     files = read_heldout(data)
     if max_files is not None:
@@ -87,12 +122,18 @@ def evaluate_command(
     path = find_model(folder)
     tokenizer = Tokenizer.from_folder(path)
     pools = carve(Supernode.preset("cloudmatrix384"), ep_size=ep, num_prefill_instances=0)
-    model = load(path, dtype=dtype, quant=quant)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="cmjax-eval-") as work:
+        if ablation:
+            models = _ablation(path, Path(work), dtype, alone, planted, console)
+        else:
+            models = _models(path, others, dtype, quant)
+    model = next(iter(models.values()))
     context = context or min(model.config.max_position_embeddings, 2048)
     stride = stride or max(1, context // 2)
-    with progress_bar(Console(stderr=True)) as progress:
-        report = evaluate(
-            model,
+    with progress_bar(console) as progress:
+        reports = evaluate_together(
+            models,
             tokenizer,
             files,
             pools.decode[0],
@@ -101,19 +142,47 @@ def evaluate_command(
             settings=EngineSettings(**options),
             progress=progress,
         )
-    report = {
-        "model": str(folder),
-        "data": str(data),
-        "ep_size": ep,
-        "dtype": dtype,
-        "quant": model.quant,
-        "context": context,
-    } | report
-    report |= {"stride": stride, "seconds": time.perf_counter() - begin}
+    common = {"model": str(folder), "data": str(data), "ep_size": ep, "dtype": dtype, "quant": model.quant}
+    common |= {"context": context, "stride": stride, "seconds": time.perf_counter() - begin}
+    first = next(iter(reports.values()))
+    report = common | first
+    if len(reports) > 1:
+        from cmjax.bench.ablation import compare
+
+        report |= {"comparison": compare(reports), "models": reports}
     if as_json:
         click.echo(json.dumps(report))
+        return
+    out = Console(file=sys.stdout)
+    if len(reports) == 1:
+        show(report, out)
     else:
-        show(report, Console(file=sys.stdout))
+        show_comparison(report, out)
+
+
+def _models(path: Path, others: tuple[str, ...], dtype: str, quant: Any) -> "dict[str, Model]":
+    """The model, and those beside it, by their folders' names."""
+    from cmjax.model import load
+
+    models = {path.name: load(path, dtype=dtype, quant=quant)}
+    for other in others:
+        name = Path(other).name if Path(other).name not in models else other
+        if name in models:
+            raise UserError(f"--compare {other}: given twice")
+        models[name] = load(other, dtype=dtype, quant=quant)
+    return models
+
+
+def _ablation(
+    path: Path, work: Path, dtype: str, alone: bool, planted: str | None, console: "Console"
+) -> "dict[str, Model]":
+    from cmjax.bench.ablation import make_models
+    from cmjax.cli_quantize import calibration_ids
+
+    kinds = () if planted is None else PLANTED if planted == "all" else (planted,)
+    with console.status("quantizing"):
+        ids = calibration_ids(path, CALIBRATION, CALIBRATION_SEQUENCES, CALIBRATION_LENGTH, 0)
+        return make_models(path, work, ids, dtype=dtype, kinds=kinds, alone=alone)
 
 
 @contextmanager
@@ -150,6 +219,33 @@ def show(report: dict[str, Any], console: "Console") -> None:
     if report["expert_balance"]:
         balance = ", ".join(f"layer {name} {value:.2f}x" for name, value in report["expert_balance"].items())
         console.print(f"Busiest routed expert over the mean: {balance}.", highlight=False, soft_wrap=True)
+    console.print(f"{report['seconds']:.0f} s.", highlight=False)
+
+
+def show_comparison(report: dict[str, Any], console: "Console") -> None:
+    """Print a row for each model, and its top-1 by area."""
+    from cmjax.cli_generate import new_table
+
+    columns = ("model", "bits/byte", "change %", "top-1 %", "points", "worst area", "points", "KL", "MTP %")
+    table = new_table(f"Means of {len(report['areas'])} areas, context {report['context']}", *columns, numbers_from=1)
+    for row in report["comparison"]:
+        table.add_row(
+            row["model"],
+            _number(row["bits_per_byte"], "{:.4f}"),
+            _number(row["bits_per_byte_change"], "{:+.2f}", 100),
+            _number(row["top1"], "{:.2f}", 100),
+            _number(row["top1_change"], "{:+.2f}"),
+            row["worst_area"],
+            _number(row["worst_area_change"], "{:+.2f}"),
+            _number(row["kl_divergence"], "{:.5f}"),
+            _number(row["mtp_agreement"], "{:.2f}", 100),
+        )
+    console.print(table)
+    areas = new_table("Top-1 by area, %", "area", *report["models"], numbers_from=1)
+    for area in report["areas"]:
+        cells = (_number(one["areas"][area]["top1"], "{:.2f}", 100) for one in report["models"].values())
+        areas.add_row(area, *cells)
+    console.print(areas)
     console.print(f"{report['seconds']:.0f} s.", highlight=False)
 
 

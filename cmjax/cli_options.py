@@ -14,6 +14,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED_MODEL = _MODELS / "demo"
 HELDOUT = _MODELS / "data" / "heldout.jsonl"
+CALIBRATION = _MODELS / "data" / "calibration.jsonl"
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 128, 256
 SUPERNODES = ("cloudmatrix384", "cloudmatrix384-dies")
 
 

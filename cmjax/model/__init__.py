@@ -29,6 +29,8 @@ from cmjax.model.placed import (
     placed_layer_names,
     plan_placement,
 )
+from cmjax.model.quantize import Techniques
+from cmjax.model.quantize_folder import quantize_folder
 from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     DecodeBatch,
@@ -57,6 +59,7 @@ __all__ = [
     "PassOutput",
     "PrefillBatch",
     "RankSpec",
+    "Techniques",
     "TensorSource",
     "Tokenizer",
     "YarnConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "plan_placement",
     "prefill_pass",
     "quant_mode",
+    "quantize_folder",
     "restore",
     "save",
     "save_hf",

@@ -1,0 +1,80 @@
+"""What quantization costs: a model in floats, rounded to int8, and with each technique of the calibration added."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmjax.bench.outliers import plant_outliers
+from cmjax.model import Model, Techniques, load, quantize_folder, save_hf
+
+TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
+REFERENCE, ROUNDED = "floats", "int8"
+
+
+def make_models(
+    folder: Path,
+    work: Path,
+    input_ids: np.ndarray,
+    *,
+    dtype: Any,
+    kinds: tuple[str, ...] = (),
+    alone: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Model]:
+    """The models to compare, by name, the one in floats first.
+
+    Args:
+        folder: of float weights.
+        work: where quantized folders are written.
+        input_ids: `int[sequences, length]`, the calibration text.
+        dtype: of float weights and of activations.
+        kinds: outliers to plant (`plant_outliers`) before anything is quantized; the model in floats is without them.
+        alone: each technique alone, not added to those before it.
+        progress: called with the name of each model before it is made.
+    """
+    notify = progress or (lambda name: None)
+    notify(REFERENCE)
+    models = {REFERENCE: load(folder, dtype=dtype, quant="none")}
+    source = folder
+    if kinds:
+        source = work / "planted"
+        planted = plant_outliers(load(folder, quant="none"), kinds)
+        save_hf(source, planted.config, planted.params)
+    notify(ROUNDED)
+    models[ROUNDED] = load(source, dtype=dtype, quant="int8")
+    nothing = Techniques(**dict.fromkeys(TECHNIQUES, False))
+    techniques = nothing
+    for name in TECHNIQUES:
+        notify(name)
+        techniques = dataclasses.replace(nothing if alone else techniques, **{name: True})
+        out = work / name
+        quantize_folder(source, out, input_ids, techniques)
+        models[f"{name} alone" if alone else f"+ {name}"] = load(out, dtype=dtype)
+    return models
+
+
+def compare(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a model, means of the areas: its figures, and how far they are off the first model's.
+
+    `top1_change` and `worst_area_change` are in points, `bits_per_byte_change` is a share.
+    """
+    first = next(iter(reports.values()))
+    rows = []
+    for name, report in reports.items():
+        mean, base = report["area_mean"], first["area_mean"]
+        changes = {area: 100 * (one["top1"] - first["areas"][area]["top1"]) for area, one in report["areas"].items()}
+        worst = min(changes, key=lambda area: changes[area])
+        rows.append(
+            {
+                "model": name,
+                **{key: mean[key] for key in ("bits_per_byte", "top1", "kl_divergence", "mtp_agreement")},
+                "bits_per_byte_change": mean["bits_per_byte"] / base["bits_per_byte"] - 1,
+                "top1_change": 100 * (mean["top1"] - base["top1"]),
+                "worst_area": worst,
+                "worst_area_change": changes[worst],
+            }
+        )
+    return rows
