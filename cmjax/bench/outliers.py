@@ -20,7 +20,9 @@ REMEDIES = {"inputs": "scales", "values": "rotations", "idle weights": "clipping
 _CHANNELS = 3  # of the hidden state
 
 
-def plant_outliers(model: Model, kinds: tuple[str, ...] = tuple(FACTORS), seed: int = 0) -> Model:
+def plant_outliers(
+    model: Model, kinds: tuple[str, ...] = tuple(FACTORS), *, factor: float | None = None, seed: int = 0
+) -> Model:
     """The same function with outliers, its weights float32.
 
     Args:
@@ -29,12 +31,14 @@ def plant_outliers(model: Model, kinds: tuple[str, ...] = tuple(FACTORS), seed: 
             value channel of each head sticks out, and its column of o is small; "idle weights": of each head the
             column of o that matters least is large, and its value small; "weights": columns of all matrices behind the
             norms are large, and the channels that they read small.
+        factor: how far they stick out; by default what `FACTORS` says of each kind.
         seed: of the choice of channels.
     """
     rng = np.random.default_rng(seed)
     params: Any = model.params
     for kind in kinds:
-        params = _map_layers(params, functools.partial(_plant, kind=kind, rng=rng))
+        size = np.float32(factor or FACTORS[kind])
+        params = _map_layers(params, functools.partial(_plant, kind=kind, factor=size, rng=rng))
     return Model(model.config, params, params_digest(model.config, params))
 
 
@@ -48,8 +52,7 @@ def _map_layers(params: Params, function: Callable[[LayerParams], LayerParams]) 
     )
 
 
-def _plant(layer: LayerParams, kind: str, rng: np.random.Generator) -> LayerParams:
-    factor = np.float32(FACTORS[kind])
+def _plant(layer: LayerParams, kind: str, factor: Any, rng: np.random.Generator) -> LayerParams:
     if kind in ("inputs", "weights"):
         # In blocks: the two norms of a layer have outliers in channels of their own.
         return _scale_inputs(layer, factor if kind == "inputs" else 1 / factor, rng)

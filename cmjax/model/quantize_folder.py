@@ -20,6 +20,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
 from cmjax.model.formats import Floats, compressed_config, fill, stored_format, stored_tensors
+from cmjax.model.model import check_token_ids
 from cmjax.model.params import LayerParams, aligned_empty, build_layers
 from cmjax.model.quantize import Techniques, input_gram, quantize_layer, round_matrix
 from cmjax.model.safetensors import INDEX_NAME, SafetensorsFolder, read_json, tensor_names, write_safetensors
@@ -71,7 +72,7 @@ class _Job:
             raise UserError(
                 f"the calibration text has shape {list(input_ids.shape)}; it needs sequences of 3 tokens or more"
             )
-        self.input_ids = input_ids
+        self.input_ids = check_token_ids(input_ids, self.config)
         self.work = self.out.with_name(f".{self.out.name}.quantizing")
 
     def run(self, progress: Progress) -> None:

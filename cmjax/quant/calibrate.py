@@ -6,7 +6,7 @@ absorbed into the weights before and after, clipping and compensation into the r
 Frobenius norms of outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -173,12 +173,3 @@ def total_error(gram: np.ndarray, weight: np.ndarray, seen: np.ndarray) -> float
     """`sum over rows of || (seen - weight) x ||^2`, from their Gram matrix."""
     loss = (seen - weight).astype(np.float64)
     return float(np.sum((loss @ gram) * loss))
-
-
-def check_calibration(inputs: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError where calibration inputs are missing or not finite, naming them."""
-    for name, rows in inputs.items():
-        if not rows.size:
-            raise ValueError(f"{name}: no calibration rows")
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{name}: calibration activations hold NaN or infinity")
