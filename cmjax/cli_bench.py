@@ -15,7 +15,7 @@ from cmjax.cli_options import find_model, json_option, model_option, quant_optio
 if TYPE_CHECKING:
     from rich.table import Table
 
-ALL = ("fabric", "decode", "peer", "training")
+ALL = ("fabric", "decode", "peer", "training", "quant")
 EXIT_DIFFERENT = 1
 
 rounds_option = click.option(
@@ -116,6 +116,18 @@ def training(tokens: int, rounds: int, as_json: bool) -> None:
 
     report = bench_training.run(tokens=tokens, rounds=rounds)
     _print(report, training_tables(report), as_json)
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench quant\n  cmjax bench quant --tokens 4096 --json")
+@click.option("--tokens", type=click.IntRange(min=256), default=2048, show_default=True, help="Tokens of the prefill.")
+@rounds_option
+@json_option
+def quant(tokens: int, rounds: int, as_json: bool) -> None:
+    """Products and a whole prefill in int8, beside bfloat16 and float32."""
+    from cmjax.bench import quant as bench_quant
+
+    report = bench_quant.run(tokens=tokens, rounds=rounds)
+    _print(report, quant_tables(report), as_json)
 
 
 @bench.command(name="all", epilog="\b\nExamples:\n  cmjax bench all\n  cmjax bench all --json > bench.json")
@@ -228,3 +240,32 @@ def training_tables(report: dict[str, Any]) -> "Sequence[Table]":
     for row in report["results"]:
         table.add_row(row["form"], f"{row['seconds'] * 1e3:.0f}", f"{row['times_best']:.2f}")
     return [table]
+
+
+def quant_tables(report: dict[str, Any]) -> "list[Table]":
+    """Products by shape and rows, the prefill, and the bounds."""
+    from cmjax.bench.quant import FORMATS
+
+    columns = ("out x in", "rows", *(f"{name} ms" for name in FORMATS), "int8 speedup", "faster")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        times = [f"{row['seconds'][name] * 1e3:.3f}" for name in FORMATS]
+        fastest = min(row["seconds"], key=lambda name: row["seconds"][name])
+        return [*times, f"{row['speedup']:.2f}", fastest]
+
+    rounds = report["settings"]["rounds"]
+    products = new_table(f"One product, activations quantized within it; median of {rounds}", *columns, numbers_from=1)
+    for row in report["products"]:
+        products.add_row(f"{row['out']} x {row['in']}", str(row["rows"]), *cells(row))
+    settings, results, bounds = report["settings"], report["results"], report["bounds"]
+    title = f"A model of {settings['num_parameters'] / 1e6:.0f} M parameters, {settings['tokens']:,} tokens"
+    whole = new_table(title, "", *columns[2:], numbers_from=1)
+    whole.add_row("prefill", *cells(report["prefill"]))
+    alone = report["prefill_products"]
+    whole.add_row("its products alone", *cells({"seconds": alone["seconds"], "speedup": alone["advantage"]}))
+    notes = {
+        "prefill": f"{results['prefill_speedup']:.2f} times the best float, the bound is {bounds['prefill_speedup']:g}",
+        "kept": f"{results['kept']:.0%} of the products' advantage, the bound is {bounds['kept']:.0%}",
+        "memory": f"{results['memory']:.3f} of float32, the bound is {bounds['memory']:g}",
+    }
+    return [products, _definitions(whole, report["definitions"] | {f"measured, {k}": v for k, v in notes.items()})]

@@ -125,7 +125,7 @@ def _measure(
     """One row: seconds a step (or a prefill), and tokens/s, of both."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, sizes.length))
     steps = sizes.num_steps if job == "decode" else 1
-    ours = _decode_call(model, prompts, steps) if job == "decode" else _prefill_call(model, prompts)
+    ours = _decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
     contenders: dict[str, Callable[[], object]] = {"cmjax": ours}
     experts = None
     if peer is not None:
@@ -159,7 +159,8 @@ def _prefill_instance(model: Model, prompts: np.ndarray) -> tuple[PrefillInstanc
     return source, [Request(index, prompt.tolist(), params) for index, prompt in enumerate(prompts)]
 
 
-def _prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
+def prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
+    """A call that prefills `prompts int[batch, length]` in one step on the first device."""
     source, requests = _prefill_instance(model, prompts)
     lengths = [len(request.prompt_ids) for request in requests]
     tables = [source.pool.take(blocks_for(length, _BLOCK_SIZE)) for length in lengths]

@@ -11,11 +11,11 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     A row of zeros has scale 0 and stays zero.
     """
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / INT8_MAX
+    # The largest is found in the rows' own dtype: XLA's CPU backend takes thrice as long over rows widened before.
+    scale = jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32) / INT8_MAX
     inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    qvalue = jnp.clip(jnp.round(x * inverse[:, None]), -INT8_MAX, INT8_MAX).astype(jnp.int8)
-    return qvalue, scale
+    # Nothing is left to clip: the largest comes out as 127 to a few float32 roundings.
+    return jnp.round(x.astype(jnp.float32) * inverse[:, None]).astype(jnp.int8), scale
 
 
 def dequantize_rows(qvalue: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
