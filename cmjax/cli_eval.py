@@ -1,5 +1,6 @@
 """`cmjax eval`: how well a model predicts held-out text, by subject area, beside a compressor or other models."""
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -83,6 +84,14 @@ PLANTED = ("inputs", "values", "idle weights", "weights")
     type=click.Choice(("all", *PLANTED)),
     help="With --ablation: what is quantized computes the same, but has outliers.",
 )
+@click.option(
+    "--calibration-sequences",
+    type=click.IntRange(min=1),
+    default=CALIBRATION_SEQUENCES,
+    show_default=True,
+    help="With --ablation: sequences to calibrate on.",
+)
+@click.option("--characters", type=click.IntRange(min=1), help="Only so many characters of each file.")
 @click.option("--files", "max_files", type=click.IntRange(min=1), help="Only so many files of each area.")
 @json_option
 def evaluate_command(
@@ -98,6 +107,8 @@ def evaluate_command(
     ablation: bool,
     alone: bool,
     planted: str | None,
+    calibration_sequences: int,
+    characters: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -119,13 +130,14 @@ def evaluate_command(
     files = read_heldout(data)
     if max_files is not None:
         files = [file for i, file in enumerate(files) if [f.area for f in files[:i]].count(file.area) < max_files]
+    files = [dataclasses.replace(file, text=file.text[:characters]) for file in files]
     path = find_model(folder)
     tokenizer = Tokenizer.from_folder(path)
     pools = carve(Supernode.preset("cloudmatrix384"), ep_size=ep, num_prefill_instances=0)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="cmjax-eval-") as work:
         if ablation:
-            models = _ablation(path, Path(work), dtype, alone, planted, console)
+            models = _ablation(path, Path(work), dtype, alone, planted, calibration_sequences, console)
         else:
             models = _models(path, others, dtype, quant)
     model = next(iter(models.values()))
@@ -174,14 +186,14 @@ def _models(path: Path, others: tuple[str, ...], dtype: str, quant: Any) -> "dic
 
 
 def _ablation(
-    path: Path, work: Path, dtype: str, alone: bool, planted: str | None, console: "Console"
+    path: Path, work: Path, dtype: str, alone: bool, planted: str | None, sequences: int, console: "Console"
 ) -> "dict[str, Model]":
     from cmjax.bench.ablation import make_models
     from cmjax.cli_quantize import calibration_ids
 
     kinds = () if planted is None else PLANTED if planted == "all" else (planted,)
     with console.status("quantizing"):
-        ids = calibration_ids(path, CALIBRATION, CALIBRATION_SEQUENCES, CALIBRATION_LENGTH, 0)
+        ids = calibration_ids(path, CALIBRATION, sequences, CALIBRATION_LENGTH, 0)
         return make_models(path, work, ids, dtype=dtype, kinds=kinds, alone=alone)
 
 

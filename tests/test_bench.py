@@ -74,3 +74,22 @@ def test_the_peer_model_has_about_200_million_parameters():
     from cmjax.model import abstract_params, num_params
 
     assert 190e6 < num_params(abstract_params(bench_peer.CONFIG)) < 210e6
+
+
+def test_quant_at_a_small_size():
+    from cmjax.bench import quant
+    from tests.helpers import tiny_config
+
+    report = quant.run(tiny_config(), shapes=[(16, 32)], rows=[1, 8], tokens=64, length=32, rounds=1)
+    assert [row["rows"] for row in report["products"]] == [1, 8]
+    for row in report["products"]:
+        assert math.isclose(
+            row["speedup"], min(row["seconds"]["bfloat16"], row["seconds"]["float32"]) / row["seconds"]["int8"]
+        )
+    assert math.isclose(
+        report["results"]["kept"], report["prefill"]["speedup"] / report["prefill_products"]["advantage"]
+    )
+    assert 0.2 < report["results"]["memory"] < 0.7  # a tiny model is half embedding
+    model_products = quant.prefill_products(tiny_config(), 64)
+    # q_a of all three layers, which reads the hidden state of every token.
+    assert model_products[20, 32, 64] == 3

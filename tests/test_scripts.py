@@ -15,6 +15,7 @@ RUNS = {
     "generate.py with XLA_FLAGS": (("generate.py",), FLAGS, "decode0: EP320, ranks 64 to 383"),
     "custom_dispatch.py": (("custom_dispatch.py",), "", "the tokens are equal"),
     "custom_dispatch.py with XLA_FLAGS": (("custom_dispatch.py",), FLAGS, "the tokens are equal"),
+    "quantize.py": (("quantize.py",), "", "int8, "),
     "fabric_tour.py at 8 ranks": (("fabric_tour.py", "8"), "", "8 ranks"),
     "fabric_tour.py with XLA_FLAGS": (("fabric_tour.py",), FLAGS, "320 ranks"),
 }
@@ -22,7 +23,10 @@ RUNS = {
 TRAINING = {"train_demo.py", "demo_data.py", "demo_log.py"}
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = {"quantize.py"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in RUNS])
 def test_script_runs(name):
     (script, *args), flags, expected = RUNS[name]
     env = os.environ | {

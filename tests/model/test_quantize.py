@@ -15,7 +15,7 @@ from cmjax.model import Model, Techniques, quantize_folder, save_hf
 from cmjax.model.quantize import rotate_queries, rotate_values, scale_layer, trace_layer
 from cmjax.model.safetensors import SafetensorsFolder, write_safetensors
 from tests.helpers import max_error, tiny_model
-from tests.parity import FOLDER
+from tests.parity import CASES, FOLDER
 
 NOTHING = Techniques(scales=False, rotations=False, clipping=False, compensation=False)
 NAMES = ("scales", "rotations", "clipping", "compensation")
@@ -118,7 +118,9 @@ def test_all_techniques_on_all_outliers(model, ids, source, tmp_path):
     assert loss(cmjax.load(tmp_path / "planted", quant="int8").logits(ids), wanted) > 30 * without_outliers
 
 
-@pytest.mark.parametrize("case", ["v3-fp8", "v3-bf16-shards", "v3-bias", "v2-groups"])
+@pytest.mark.parametrize(
+    "case", ["v3-fp8", *(pytest.param(name, marks=pytest.mark.soak) for name in CASES if name != "v3-fp8")]
+)
 def test_sources(case, tmp_path):
     source = FOLDER / case
     floats = cmjax.load(source)

@@ -50,12 +50,16 @@ def assert_rounded_alike(found, wanted):
     np.testing.assert_array_equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
-@pytest.mark.parametrize("ep_size", [1, 32, 320])
+# Most of the time is compilation: EP32 goes with the long tests.
+EP32 = pytest.param(32, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("ep_size", [1, EP32, 320])
 def test_fake_is_int8_to_rounding(ep_size):
     assert_rounded_alike(logits(ep_size, "fake"), logits(ep_size, "int8"))
 
 
-@pytest.mark.parametrize("ep_size", [32, 320])
+@pytest.mark.parametrize("ep_size", [EP32, 320])
 def test_many_devices_compute_what_one_does(ep_size):
     """One device packs the same int8 messages and bfloat16 results."""
     assert_rounded_alike(logits(ep_size, "int8"), logits(1, "int8"))
