@@ -18,6 +18,7 @@ SCALE_GRID = tuple(i / 20 for i in range(21))
 CLIP_GRID = (*(1 - i / 20 for i in range(6)), *(2 ** (-i / 2) for i in range(1, 17)))
 _DAMPING = 0.01
 _COLUMNS = 128
+_CHANNELS = 2048
 
 
 def quantized_rows(inputs: np.ndarray) -> np.ndarray:
@@ -58,22 +59,26 @@ def search_scale(
     reach = np.abs(inputs).max(0)
     largest = np.max([np.abs(weight).max(0) for weight in quantized], axis=0)
     is_used = (reach > 0) & (largest > 0)
-    best, least = np.ones(inputs.shape[1], np.float32), np.inf
-    for exponent in (None, *grid):
+    scales = [np.ones(inputs.shape[1], np.float32)]
+    for exponent in grid:
         scale = np.ones(inputs.shape[1], np.float32)
-        if exponent is not None:
-            scale[is_used] = reach[is_used] ** exponent / largest[is_used] ** (1 - exponent)
-            # One factor for all channels changes nothing; this one keeps the numbers where they were.
-            scale[is_used] /= np.exp(np.log(scale[is_used]).mean()) if is_used.any() else 1
-        seen = quantized_rows(inputs / scale)
-        error = sum(
-            share * output_error(inputs, weight, seen, rounded(weight * scale))
-            for share, weight in zip(importance, quantized, strict=True)
-            if share > 0
-        )
-        if error < least:
-            best, least = scale, error
-    return best
+        scale[is_used] = reach[is_used] ** exponent / largest[is_used] ** (1 - exponent)
+        # One factor for all channels changes nothing; this one keeps the numbers where they were.
+        scale[is_used] /= np.exp(np.log(scale[is_used]).mean()) if is_used.any() else 1
+        scales.append(scale)
+    seen = [quantized_rows(inputs / scale) for scale in scales]
+    errors = np.zeros(len(scales))
+    counts = [len(weight) for weight in quantized]
+    channels, share = np.concatenate(quantized), np.repeat(np.asarray(importance, np.float32), counts)
+    channels, share = channels[share > 0], share[share > 0]
+    # Experts are many and small: products over several of them at once, as many as keep the outputs small.
+    for begin in range(0, len(channels), _CHANNELS):
+        weight, weighting = channels[begin : begin + _CHANNELS], share[begin : begin + _CHANNELS]
+        wanted = inputs @ weight.T
+        for index, scale in enumerate(scales):
+            difference = seen[index] @ rounded(weight * scale).T - wanted
+            errors[index] += float(np.einsum("ro,ro->o", difference, difference) @ weighting)
+    return scales[int(np.argmin(errors))]
 
 
 def orthogonal_matrix(width: int, seed: int = 0) -> np.ndarray:

@@ -96,7 +96,9 @@ def loss(found, wanted):
 
 # Heads are 14 wide here: a rotation has little room to spread a channel. A random model's inputs are not correlated, so
 # compensation has nothing to go by; `make soak` has all four on the demonstration model.
-@pytest.mark.parametrize(("kind", "factor"), [("inputs", 128), ("values", 32), ("idle weights", 256)])
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("inputs", 128), ("values", 32), pytest.param("idle weights", 256, marks=pytest.mark.soak)]
+)
 def test_each_technique_alone_mends_its_outliers(model, ids, tmp_path, kind, factor):
     save_hf(tmp_path / "planted", model.config, plant_outliers(model, (kind,), factor=factor).params)
     wanted = model.logits(ids)
@@ -107,6 +109,7 @@ def test_each_technique_alone_mends_its_outliers(model, ids, tmp_path, kind, fac
     assert after < 0.6 * before, (before, after)
 
 
+@pytest.mark.soak
 def test_all_techniques_on_all_outliers(model, ids, source, tmp_path):
     save_hf(tmp_path / "planted", model.config, plant_outliers(model).params)
     wanted = model.logits(ids)
@@ -218,6 +221,7 @@ def test_activations_that_are_no_numbers(model, ids, tmp_path):
         quantize_folder(tmp_path / "in", tmp_path / "out", ids)
 
 
+@pytest.mark.soak
 def test_experts_that_no_row_reaches(model, tmp_path):
     # Three tokens reach fifteen of twenty-four experts at most; the others go by the layer's rows.
     ids = np.array([[1, 2, 3]], np.int32)
