@@ -46,6 +46,10 @@ class Floats:
             raise UserError(
                 f"{source.where}: {name}_scale_inv needs quantization_config.weight_block_size in config.json"
             )
+        if name + "_scale" in names:
+            raise UserError(
+                f"{source.where}: {name}_scale needs a quantization_config of compressed-tensors in config.json"
+            )
 
     def read(self, source: _Source, name: str, names: Container[str]) -> "np.ndarray | QuantArray":
         """The tensor as floats, or quantized as it is stored."""

@@ -1,51 +1,72 @@
 """A model in int8: prefill and decode under `fake` and `int8`, on one device and over many, and what travels.
 
-Both modes multiply the same rounded values, so they differ by the order of float sums; that of the two may move an
-activation over the edge of a rounding step, which changes it by a whole one. Hence two bounds: the median is at float
-rounding, the largest at a few steps.
+Both modes multiply the same rounded values, and so do one device and many: they differ by the order of float sums.
+Where that moves an activation over the edge of a rounding step, it changes by a whole one, and a router's choice may
+follow. Hence two bounds on a position's largest error: float rounding for most positions, and a generous one for all.
 """
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cmjax
+from cmjax.errors import UserError
 from cmjax.mesh import fabric
-from cmjax.moe import message_bytes
+from cmjax.model import Model, convert_params, params_digest
+from cmjax.moe import message_bytes, pack_rows, unpack_int8
+from cmjax.quant import QUANT_MODES, linear, quantize
+from cmjax.serve import SamplingParams, decode
 from tests.helpers import tiny_model
 from tests.parity import FOLDER, load_case
-from tests.serve.driving import make_engine, step_through
+from tests.serve.driving import make_engine, make_requests, reserve, step_through
 
 CASE = "v3-ep320"
-NUM_PROMPT, LENGTH = 12, 20
+NUM_PROMPT, LENGTH = 7, 12
+# In units of the logits' standard deviation. Measured: a median of 1e-6, a few 1e-4 after a moved rounding, and 0.2
+# after another choice of a router.
+ROUNDING, LARGEST = 1e-5, 0.5
 # Where the two best logits are further apart than this, another order of sums leaves the best token the same.
 CLEAR = 0.1
 
 
 @functools.cache
 def sequences():
-    return load_case(CASE).input_ids[:, :LENGTH]
+    """Nine short ones rather than one long: a moved rounding stays in the latents of its sequence."""
+    ids = load_case(CASE).input_ids
+    return ids[:, : 3 * LENGTH].reshape(-1, LENGTH)
 
 
 @functools.cache
-def logits(ep_size, quant):
+def logits(ep_size, quant, **settings):
     """Logits at every position: the first tokens by prefill, the others by decode."""
     ids = sequences()
     model = cmjax.load(FOLDER / CASE, quant=quant)
     engine = make_engine(
-        model, ep_size, prefill_ep_size=min(ep_size, 32), max_num_seqs_per_rank=-(-len(ids) // ep_size)
+        model, ep_size, prefill_ep_size=min(ep_size, 32), max_num_seqs_per_rank=-(-len(ids) // ep_size), **settings
     )
     return step_through(engine, ids, NUM_PROMPT)
 
 
+def errors(found, wanted):
+    """The largest error of each position by prefill, and by decode."""
+    error = np.abs(found - wanted).max(-1) / wanted.std()
+    return error[:, :NUM_PROMPT], error[:, NUM_PROMPT:]
+
+
 def assert_rounded_alike(found, wanted):
-    difference = np.abs(found - wanted)
-    scale = np.abs(wanted).mean()
-    assert np.median(difference) < 1e-3 * scale
-    assert np.mean(difference > 2e-2 * scale) < 0.02
-    best, second = np.sort(wanted, axis=-1)[..., ::-1][..., :2].transpose(2, 0, 1)
-    clear = best - second > CLEAR * scale
+    for part in errors(found, wanted):
+        assert np.median(part) < ROUNDING
+        assert part.max() < LARGEST
+    assert_same_choices(found, wanted)
+
+
+def assert_same_choices(found, wanted):
+    """Greedy tokens, fed the same ones before."""
+    second, best = np.sort(wanted, axis=-1)[..., -2:].transpose(2, 0, 1)
+    clear = best - second > CLEAR * wanted.std()
     assert clear.mean() > 0.5
     np.testing.assert_array_equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
@@ -56,40 +77,104 @@ EP32 = pytest.param(32, marks=pytest.mark.soak)
 
 @pytest.mark.parametrize("ep_size", [1, EP32, 320])
 def test_fake_is_int8_to_rounding(ep_size):
-    assert_rounded_alike(logits(ep_size, "fake"), logits(ep_size, "int8"))
+    found, wanted = logits(ep_size, "fake"), logits(ep_size, "int8")
+    assert (found != wanted).any()  # they are two computations
+    assert_rounded_alike(found, wanted)
 
 
 @pytest.mark.parametrize("ep_size", [EP32, 320])
 def test_many_devices_compute_what_one_does(ep_size):
-    """One device packs the same int8 messages and bfloat16 results."""
-    assert_rounded_alike(logits(ep_size, "int8"), logits(1, "int8"))
+    """One device packs the same int8 messages and bfloat16 results; at EP320 the shared expert's are among them."""
+    alike = {"num_shared_replicas": 1} if ep_size == 320 else {}
+    assert_rounded_alike(logits(ep_size, "int8"), logits(1, "int8", **alike))
+
+
+def test_a_dispatched_shared_expert_is_a_replicated_one():
+    """In decode; prefill always replicates here. What travels back is rounded to bfloat16, the only difference."""
+    replicated, dispatched = ({"num_shared_replicas": count} for count in (0, 1))
+    wide = {"combine_dtype": "float32"}
+    assert_rounded_alike(logits(1, "int8", **dispatched, **wide), logits(1, "int8", **replicated, **wide))
+    found, wanted = logits(1, "int8", **dispatched), logits(1, "int8")
+    _, decoded = errors(found, wanted)
+    assert 1e-3 < np.median(decoded) < 3e-2
+    assert_same_choices(found, wanted)
 
 
 def test_int8_is_near_float_and_not_float():
-    found, wanted = logits(1, "int8"), logits(1, "none")
-    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    assert 1e-4 < error < 0.1
+    """A sanity check on random weights; `docs/quantization.md` has what a trained model loses."""
+    # Without routers every position is near; with them the typical one is, since some choose otherwise.
+    dense = FOLDER / "v3-dense"
+    ids = load_case("v3-dense").input_ids
+    found = relative(cmjax.load(dense, quant="int8").logits(ids), load_case("v3-dense").logits)
+    assert 1e-3 < found.min() < found.max() < 0.1
+    assert 1e-3 < np.median(relative(logits(1, "int8"), logits(1, "none"))) < 0.1
 
 
-def sent(quant):
-    """Bytes of `ragged_all_to_all` in a step of decode, those that stay on their device too."""
-    model = tiny_model(hidden_size=128)
-    engine = make_engine(model if quant == "none" else rounded(model), 8, num_prefill_instances=0)
-    fabric.books.reset()
-    engine.generate([[1, 2, 3]])
-    entries = [e for e in fabric.books.snapshot().entries if e.collective == "ragged_all_to_all"]
-    return sum(e.wire_bytes + e.local_bytes for e in entries)
+def relative(found, wanted):
+    """At each position, the norm of the difference over that of `wanted`."""
+    return np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
 
 
-def rounded(model):
-    from cmjax.model import Model, convert_params, params_digest
-
-    params = convert_params(model.params, "int8", np.float32)
+def rounded(model, mode="int8"):
+    params = convert_params(model.params, mode, np.float32)
     return Model(model.config, params, params_digest(model.config, params))
 
 
+# What travels
+
+
+def sent(model, **formats):
+    """(rows, bytes) that four steps of decode send to experts and back, those that stay on their rank too."""
+    engine = make_engine(model, 8, num_prefill_instances=0, **formats)
+    target = engine.decode
+    requests = make_requests([[3], [4], [5]], 5)
+    reserve(target, requests)
+    for request in requests:
+        request.token_ids.append(7)
+    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    fabric.books.reset()
+    output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
+    rows = int(np.asarray(output.slot_load).sum())
+    return rows, sum(int(e.num_bytes.sum()) for e in fabric.books.snapshot().select("ub", "ragged_all_to_all"))
+
+
 def test_the_books_show_the_saving():
-    # A row goes there and comes back: 128 values as float32 both ways, or as int8 with a scale, and as bfloat16.
-    there, back = message_bytes(128, np.float32, "int8"), message_bytes(128, np.float32, "bfloat16")
-    assert (there, back) == (128 + 8, 256)
-    assert sent("int8") / sent("none") == pytest.approx((there + back) / (2 * 512), rel=1e-3)
+    """To the byte: a row of 128 values goes there as int8 with a scale, and comes back as bfloat16."""
+    model = tiny_model(hidden_size=128, num_hidden_layers=2)
+    rows = 3 * 4 * model.config.num_topk
+    assert message_bytes(128, np.float32, "int8") == 128 + 8
+    for quant, formats, there, back in (
+        (None, {}, 512, 512),
+        ("int8", {}, 128 + 8, 256),
+        ("int8", {"dispatch_dtype": "float32"}, 512, 256),
+        ("int8", {"combine_dtype": "float32"}, 128 + 8, 512),
+    ):
+        assert sent(rounded(model) if quant else model, **formats) == (rows, rows * (there + back)), formats
+
+
+# NaN
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mode", QUANT_MODES)
+def test_a_row_that_is_not_finite_stays_so_and_alone(rng, mode, bad):
+    """Its int8 values say nothing: the scale carries it, over the wire as well."""
+    weight = quantize(rng.normal(size=(10, 24)), mode)
+    x = rng.normal(size=(3, 24)).astype(np.float32)
+    good = np.asarray(linear(jnp.asarray(x), weight))
+    x[1, 5] = bad
+    rows = unpack_int8(pack_rows(jnp.asarray(x), "int8"), "int8", 24, jnp.float32)
+    for y in (linear(jnp.asarray(x), weight), linear(rows, weight)):
+        assert np.isnan(y[1]).all()
+        np.testing.assert_array_equal(y[::2], good[::2])
+
+
+@pytest.mark.parametrize("mode", QUANT_MODES)
+def test_nan_activations_are_an_error_that_names_the_prompt(mode):
+    """The NaN travels to other ranks' experts beside the rows of prompt 0, which must not be the one named."""
+    model = tiny_model(num_hidden_layers=2)
+    params = jax.tree.map(np.array, model.params)
+    params.embed[9] = np.nan
+    engine = make_engine(rounded(Model(model.config, params, "nan"), mode), 4, prefill_ep_size=2)
+    with pytest.raises(UserError, match="prompt 1: its logits are not finite"):
+        engine.generate([[1, 2, 3], [4, 9]], SamplingParams(max_tokens=3))
