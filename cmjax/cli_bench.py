@@ -65,7 +65,7 @@ def decode(
 
     path = find_model(folder)
     bring_up(ep)
-    model = load(path, quant=quant)
+    model = load(path, quant=quant, rows=seqs_per_rank)
     report = bench_decode.run(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, num_steps=steps, rounds=rounds
     )

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmjax.cli_generate import (
+from cmjax.cli_generate import collect, outputs_table, placement_table, readable, result_tables
+from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
+from cmjax.cli_running import (
     carve_from,
-    collect,
     find_tokenizer,
+    load_from,
     memory_errors,
-    outputs_table,
-    placement_table,
     progress_bar,
-    readable,
-    result_tables,
+    seqs_per_rank,
     settings_from,
 )
-from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,14 +84,13 @@ def demo(
     from rich.console import Console
 
     from cmjax.mesh import fabric
-    from cmjax.model import load
     from cmjax.serve import Engine, SamplingParams
 
     path = find_model(folder)
     reference = Reference.read(path)
     tokenizer = find_tokenizer(path)
     pools = carve_from(options)
-    model = load(path, dtype=options["dtype"], quant=options["quant"])
+    model = load_from(path, options, seqs_per_rank(options, num_prompts, pools))
     reference.check_vocabulary(model.config.vocab_size)
     expected = reference.take(num_prompts, max_tokens)
     prompts = [one.prompt_ids for one in expected]

@@ -139,7 +139,8 @@ def evaluate_command(
         if ablation:
             models = _ablation(path, Path(work), dtype, alone, planted, calibration_sequences, console)
         else:
-            models = _models(path, others, dtype, quant)
+            rows = -(-EngineSettings(**options).max_num_batched_tokens // ep)
+            models = _models(path, others, dtype, quant, rows)
     model = next(iter(models.values()))
     context = context or min(model.config.max_position_embeddings, 2048)
     stride = stride or max(1, context // 2)
@@ -172,16 +173,17 @@ def evaluate_command(
         show_comparison(report, out)
 
 
-def _models(path: Path, others: tuple[str, ...], dtype: str, quant: Any) -> "dict[str, Model]":
+def _models(path: Path, others: tuple[str, ...], dtype: str, quant: Any, rows: int) -> "dict[str, Model]":
     """The model, and those beside it, by their folders' names."""
-    from cmjax.model import load
+    from cmjax.cli_running import load_from
 
-    models = {path.name: load(path, dtype=dtype, quant=quant)}
+    formats = {"dtype": dtype, "quant": quant}
+    models = {path.name: load_from(path, formats, rows)}
     for other in others:
         name = Path(other).name if Path(other).name not in models else other
         if name in models:
             raise UserError(f"--compare {other}: given twice")
-        models[name] = load(other, dtype=dtype, quant=quant)
+        models[name] = load_from(Path(other), formats, rows)
     return models
 
 

@@ -4,32 +4,34 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
+from cmjax.cli_running import (
+    carve_from,
+    find_tokenizer,
+    load_from,
+    memory_errors,
+    progress_bar,
+    seqs_per_rank,
+    settings_from,
+)
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from cmjax.mesh import Pools
     from cmjax.mesh.fabric import TrafficSnapshot
     from cmjax.model import ModelConfig, Tokenizer
-    from cmjax.serve import Engine, EngineSettings, GenerateResult
-    from cmjax.serve.engine import Progress
+    from cmjax.serve import Engine, GenerateResult
 
-MAX_DEFAULT_SEQS = 8
 MAX_TOKEN_ID = 2**31 - 1
 IDS_SHOWN = 12
 CHARACTERS_SHOWN = 400
-PHASES = {"compile": "compiling", "prefill": "prefill", "decode": "decode"}
 
 
 class TokenIds(click.ParamType):
@@ -86,7 +88,6 @@ def generate(
     from rich.console import Console
 
     from cmjax.mesh import fabric
-    from cmjax.model import load
     from cmjax.serve import Engine, SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
@@ -94,7 +95,7 @@ def generate(
     tokenizer = find_tokenizer(path, must_exist=bool(texts))
     prompts = [*map(tokenizer.encode, texts), *ids] if tokenizer else ids
     pools = carve_from(options)
-    model = load(path, dtype=options["dtype"], quant=options["quant"])
+    model = load_from(path, options, seqs_per_rank(options, len(prompts), pools))
     settings = settings_from(options, model.config, prompts, max_tokens, pools)
     load_s = time.perf_counter() - begin
     with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:
@@ -106,102 +107,6 @@ def generate(
         click.echo(json.dumps(report))
     else:
         show(report)
-
-
-# -- running an engine: `cmjax demo` runs its own the same way --------------------------------------------------------
-
-
-def find_tokenizer(folder: Path, must_exist: bool = False) -> "Tokenizer | None":
-    """The tokenizer of a model folder; None where there is none, or a UserError if it `must_exist`."""
-    from cmjax.model import Tokenizer
-
-    if not must_exist and not (folder / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_folder(folder)
-
-
-def carve_from(options: dict[str, Any]) -> "Pools":
-    """The instances that `instance_options` ask for; brings up the devices."""
-    from cmjax.mesh import Supernode, carve
-
-    return carve(
-        Supernode.preset(options["supernode"]),
-        ep_size=options["ep"],
-        prefill_ep_size=options["prefill_ep"],
-        num_prefill_instances=options["prefill_instances"],
-    )
-
-
-def settings_from(
-    options: dict[str, Any],
-    config: "ModelConfig",
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    pools: "Pools",
-) -> "EngineSettings":
-    """What `engine_options` say, and for sizes left open what the prompts need."""
-    from cmjax.serve import EngineSettings
-
-    block_size, longest = options["block_size"], config.max_position_embeddings
-    needed = max(len(prompt) for prompt in prompts) + max_tokens
-    if options["max_model_len"] is None and needed > longest:
-        raise UserError(
-            f"a prompt of {needed - max_tokens} tokens and --max-tokens {max_tokens} exceed the model's "
-            f"max_position_embeddings {longest}"
-        )
-    rounded = min(-(-needed // block_size) * block_size, longest)
-    share = -(-len(prompts) // pools.decode[0].ep_size)
-    return EngineSettings(
-        max_model_len=options["max_model_len"] or rounded,
-        max_num_seqs_per_rank=options["max_num_seqs"] or min(share, MAX_DEFAULT_SEQS),
-        block_size=block_size,
-        max_num_batched_tokens=options["max_num_batched_tokens"],
-        steps_per_call=options["steps_per_call"],
-        dispatch_dtype=options["dispatch_dtype"],
-        combine_dtype=options["combine_dtype"],
-        num_redundant_experts=options["redundant_experts"],
-        num_shared_replicas=options["shared_replicas"],
-    )
-
-
-@contextmanager
-def memory_errors(settings: "EngineSettings") -> Iterator[None]:
-    """Turn XLA's out-of-memory error into one that names the settings."""
-    import jax
-
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(
-                "buffers do not fit in memory: lower --max-num-seqs "
-                f"({settings.max_num_seqs_per_rank}), --max-model-len ({settings.max_model_len}) or "
-                f"--max-num-batched-tokens ({settings.max_num_batched_tokens})"
-            ) from error
-        raise
-
-
-@contextmanager
-def progress_bar(console: "Console") -> Iterator["Progress"]:
-    """A callback for `Engine.generate` that draws a bar on a terminal, and starts the traffic books anew once the
-    steps are compiled: compiling runs each of them once, on padding."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from cmjax.mesh import fabric
-
-    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-    task = bars.add_task("loading", total=None)
-    phases_seen: list[str] = []
-
-    def notify(phase: str, num_tokens: int, num_total: int) -> None:
-        if phase == "prefill" and "prefill" not in phases_seen:
-            fabric.books.reset()
-        phases_seen.append(phase)
-        bars.update(task, description=PHASES[phase], completed=num_tokens, total=num_total)
-
-    with bars:
-        yield notify
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

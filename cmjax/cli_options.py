@@ -65,9 +65,9 @@ def quant_option(function: Function) -> Function:
     """`--quant`, None by default: as the checkpoint is stored."""
     return click.option(
         "--quant",
-        type=click.Choice(("int8", "fake", "none")),
-        help="The large products of attention and FFN: int8, the same values as floats (fake), or floats (none).  "
-        "[default: what is stored]",
+        type=click.Choice(("int8", "fake", "none", "auto")),
+        help="The large products of attention and FFN: int8, the same values as floats (fake), floats (none), or int8 "
+        "where it is measured to be faster (auto).  [default: what is stored]",
     )(function)
 
 

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from cmjax import cli_options
 from cmjax.cli import main
-from cmjax.cli_generate import memory_errors, readable
+from cmjax.cli_generate import readable
 from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli_running import memory_errors
 from cmjax.errors import UserError
 from cmjax.model import Tokenizer, save_hf
 from cmjax.serve import EngineSettings

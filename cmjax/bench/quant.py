@@ -113,15 +113,9 @@ def run(
 def _models(config: ModelConfig, seed: int) -> dict[str, Model]:
     """One random model in every format."""
     floats = init_params(config, seed)
-
-    def as_bfloat16(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        name = path[-1].name
-        return leaf if name.endswith("norm") or name.startswith("router") else leaf.astype(jnp.bfloat16)
-
-    halves = jax.tree_util.tree_map_with_path(as_bfloat16, floats)
     params: dict[str, Params] = {
-        "int8": convert_params(halves, "int8", jnp.bfloat16),
-        "bfloat16": halves,
+        "int8": convert_params(floats, "int8", jnp.bfloat16),
+        "bfloat16": convert_params(floats, None, jnp.bfloat16),
         "float32": floats,
     }
     return {name: Model(config, params[name], params_digest(config, params[name])) for name in FORMATS}

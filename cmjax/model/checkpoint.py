@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import Params, abstract_params, aligned_empty, named_leaves, params_digest, quant_mode
 from cmjax.model.safetensors import read_json
-from cmjax.quant import QuantMode
+from cmjax.quant import QUANT_MODES, QuantMode
 
 _MANIFEST, _PARAMS = "cmjax.json", "params"
 _FORMAT = 1
@@ -72,14 +72,14 @@ def save(path: str | Path, config: ModelConfig, params: Params) -> str:
             checkpointer.save(folder / _PARAMS, named_leaves(params))
         (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
         digest = params_digest(config, params)
-        manifest = {"format": _FORMAT, "digest": digest, "files": _file_digests(folder)}
+        manifest = {"format": _FORMAT, "digest": digest, "quant": quant_mode(params), "files": _file_digests(folder)}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return digest
 
 
 def _check_fit(config: ModelConfig, params: Params) -> None:
     found = named_leaves(params)
-    wanted = named_leaves(abstract_params(config, params.embed.dtype, quant=quant_mode(params), **_own(found)))
+    wanted = named_leaves(abstract_params(config, params.embed.dtype, quant=quant_mode(params), **_stored(found)))
     odd = sorted(wanted.keys() ^ found.keys())
     if odd:
         raise UserError(f"parameter {odd[0]} is {'missing' if odd[0] in wanted else 'not one of the config'}")
@@ -91,8 +91,11 @@ def _check_fit(config: ModelConfig, params: Params) -> None:
             )
 
 
-def _own(names: Container[str]) -> dict[str, bool]:
-    return {"mtp_head": "mtp.head" in names, "mtp_embed": "mtp.embed" in names}
+def _stored(names: Iterable[str]) -> dict[str, Any]:
+    """What a config does not say of the tree whose leaves are called `names`; see `build_params`."""
+    names = set(names)
+    quantized = {name.removesuffix(".qvalue") for name in names if name.endswith(".qvalue")}
+    return {"mtp_head": "mtp.head" in names, "mtp_embed": "mtp.embed" in names, "quantized": quantized}
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
@@ -124,15 +127,14 @@ def restore(
     import orbax.checkpoint as ocp
 
     folder = Path(path).absolute()
-    digest = _verified(folder)
+    digest, quant = _verified(folder)
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / _PARAMS).item_metadata.tree
-        quant: QuantMode | None = "int8" if any(name.endswith(".qvalue") for name in stored) else None
-        abstract = abstract_params(config, stored["embed"].dtype, quant=quant, **_own(stored))
+        abstract = abstract_params(config, stored["embed"].dtype, quant=quant, **_stored(stored))
         args = _restore_args(ocp, abstract, sharding)
         values = checkpointer.restore(folder / _PARAMS, restore_args=args)
-    target = abstract if dtype is None else abstract_params(config, dtype, quant=quant, **_own(stored))
+    target = abstract if dtype is None else abstract_params(config, dtype, quant=quant, **_stored(stored))
     # Each leaf is popped: beside the result there is one leaf as it came.
     leaves = [_placed(values.pop(name), like.dtype) for name, like in named_leaves(target).items()]
     params = jax.tree.unflatten(jax.tree.structure(target), leaves)
@@ -141,8 +143,8 @@ def restore(
     return config, params, digest
 
 
-def _verified(folder: Path) -> str:
-    """The digest of the checkpoint in `folder`, once its files are what was saved.
+def _verified(folder: Path) -> tuple[str, QuantMode | None]:
+    """The digest of the checkpoint in `folder` and its quantization, once its files are what was saved.
 
     Before orbax sees them: it meets a damaged file with tracebacks from several threads.
     """
@@ -154,6 +156,9 @@ def _verified(folder: Path) -> str:
         raise UserError(f"{folder}: checkpoint format {version!r} is not supported; supported: {_FORMAT}")
     if not isinstance(digest, str) or not isinstance(files, dict):
         raise UserError(f"{folder / _MANIFEST}: digest or files are missing")
+    quant = manifest.get("quant")
+    if quant not in (None, *QUANT_MODES):
+        raise UserError(f"{folder / _MANIFEST}: quant {quant!r} is not supported; supported: {', '.join(QUANT_MODES)}")
     try:
         found = _file_digests(folder)
     except OSError as error:
@@ -162,7 +167,7 @@ def _verified(folder: Path) -> str:
         if found.get(name) != expected:
             state = "has changed since it was saved" if name in found else "is missing"
             raise UserError(f"{folder / name}: this file of the checkpoint {state}")
-    return digest
+    return digest, quant
 
 
 def _restore_args(ocp: Any, abstract: Params, sharding: Shardings | None) -> dict[str, Any]:

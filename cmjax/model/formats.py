@@ -167,6 +167,9 @@ def _check_compressed(quantization: Mapping[str, Any]) -> None:
     kind = quantization.get("format", "int-quantized")
     if kind != "int-quantized":
         raise UserError(f"config: quantization_config.format {kind!r} is not supported; supported: 'int-quantized'")
+    for field in ("transform_config", "kv_cache_scheme"):  # they change what the weights mean
+        if quantization.get(field):
+            raise UserError(f"config: quantization_config.{field} is not supported; supported: none")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise UserError("config: quantization_config.config_groups must be an object of groups")

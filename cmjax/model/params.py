@@ -11,7 +11,7 @@ n shared experts, heads, nope / rope / v the parts of a head.
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -116,16 +116,18 @@ def build_params(
     mtp_head: bool = True,
     mtp_embed: bool = True,
     quant: QuantMode | None = None,
+    quantized: Container[str] | None = None,
 ) -> Params:
     """The tree for `config`, each leaf made by `leaf(shape, dtype)`.
 
     `mtp_head` and `mtp_embed` say whether the MTP module has its own head and embedding, which `config` does not know.
-    With `quant`, the matrices that `is_quantized` names are `QuantArray`s.
+    With `quant`, the leaves that `quantized` names (see `named_leaves`) are `QuantArray`s; by default all those that
+    `is_quantized` names.
     """
     shapes = _float_params(config, dtype, jax.ShapeDtypeStruct, mtp_head=mtp_head, mtp_embed=mtp_embed)
 
     def make(path: tuple, like: Any) -> Any:
-        if quant is not None and path[-1].name in QUANTIZED:
+        if quant is not None and _is_chosen(_name(path), quantized):
             return QuantArray(leaf(like.shape, np.dtype(np.int8)), leaf(like.shape[:-1], np.dtype(np.float32)), quant)
         return leaf(like.shape, like.dtype)
 
@@ -218,23 +220,39 @@ def quant_mode(params: Params) -> QuantMode | None:
     return modes.pop() if modes else None
 
 
-def convert_params(params: Params, quant: QuantMode | None, dtype: Any) -> Params:
-    """Host parameters in another format: rounded to the nearest int8 (`quant`), or as floats of `dtype` (None).
+def convert_params(
+    params: Params, quant: QuantMode | None, dtype: Any, quantized: Container[str] | None = None
+) -> Params:
+    """Host parameters in another format: floats of `dtype` (norms and router stay float32), and the leaves that
+    `quantized` names (see `build_params`) in int8 with `quant`.
 
-    Quantized ones keep their values in the other mode; a NaN or an infinity is a UserError that names the matrix.
+    Floats are rounded to the nearest; what is in int8 keeps its values. A NaN or an infinity that would be rounded is a
+    UserError that names the matrix.
     """
+    dtype = np.dtype(dtype)
 
     def convert(path: tuple, leaf: Any) -> Any:
+        name = _name(path)
+        if quant is not None and _is_chosen(name, quantized):
+            if _is_quant_array(leaf):
+                return leaf.replace(mode=quant)
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                raise UserError(f"{name}: holds NaN or infinite weights, which cannot be quantized")
+            return quantize(leaf, quant)
         if _is_quant_array(leaf):
-            return dequantize_host(leaf, dtype) if quant is None else leaf.replace(mode=quant)
-        if quant is None or path[-1].name not in QUANTIZED:
-            return leaf
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            name = ".".join(key.name for key in path)
-            raise UserError(f"{name}: holds NaN or infinite weights, which cannot be quantized")
-        return quantize(leaf, quant)
+            return dequantize_host(leaf, dtype)
+        is_wide = name.endswith("norm") or path[-1].name.startswith("router")
+        return leaf if is_wide or leaf.dtype == dtype else np.asarray(leaf).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=_is_quant_array)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(key.name for key in path)
+
+
+def _is_chosen(name: str, quantized: Container[str] | None) -> bool:
+    return is_quantized(name) if quantized is None else name in quantized
 
 
 def _is_quant_array(leaf: Any) -> bool:
@@ -282,7 +300,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> 
 def named_leaves(params: Params) -> dict[str, Any]:
     """Every leaf by its place in the tree, such as `moe.mlp.experts.w13`, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {".".join(key.name for key in path): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in leaves}
 
 
 def params_digest(config: ModelConfig, params: Params) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params, quant_mode
+from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params
 from cmjax.moe import ExpertPlacement, WireDtype
-from cmjax.quant import Matrix, split_inputs
+from cmjax.quant import Matrix, QuantArray, split_inputs
 
 
 def placed_layer_names(config: ModelConfig) -> list[str]:
@@ -40,9 +40,11 @@ def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> E
 def default_wires(params: Params) -> tuple[WireDtype | None, WireDtype | None]:
     """How rows of a model travel where nothing else is asked for: `(dispatch, combine)`, None as they are.
 
-    Those of a quantized model are quantized before they are sent (early quantization) and come back as bfloat16.
+    Those of quantized experts are quantized before they are sent (early quantization) and come back as bfloat16.
     """
-    if quant_mode(params) is None:
+    layers = [params.moe, None if params.mtp is None else params.mtp.layer]
+    sparse = [layer.mlp for layer in layers if layer is not None and isinstance(layer.mlp, MoeParams)]
+    if not any(isinstance(mlp.experts.w13, QuantArray) for mlp in sparse):
         return None, None
     return "int8", None if np.dtype(params.embed.dtype) == np.float16 else "bfloat16"
 

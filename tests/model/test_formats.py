@@ -268,6 +268,8 @@ def test_a_scale_that_the_config_does_not_explain_is_not_ignored(tmp_path, dtype
         (None, "quant_method", "awq", "quant_method 'awq' is not supported; supported: fp8, compressed-tensors"),
         (None, "format", "pack-quantized", "format 'pack-quantized' is not supported; supported: 'int-quantized'"),
         (None, "format", "float-quantized", "format 'float-quantized' is not supported; supported: 'int-quantized'"),
+        (None, "transform_config", {"config_groups": {"R1": {}}}, "transform_config is not supported"),
+        (None, "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is not supported"),
         (None, "config_groups", {}, "config_groups must be an object of groups"),
         (None, "config_groups", ["W8A8"], "config_groups must be an object of groups"),
         (None, "config_groups", {"group_0": "W8A8"}, "config_groups must be an object of groups"),
@@ -343,6 +345,10 @@ def test_an_int8_model_comes_back_as_it_was(name, tmp_path):
     assert save(tmp_path / "orbax", config, params) == digest
     assert restore(tmp_path / "orbax")[2] == digest
     fake = load_checkpoint(FOLDER / name, quant="fake")
+    assert save(tmp_path / "fake", *fake[:2]) == fake[2]
+    found = load_checkpoint(tmp_path / "fake")
+    assert (found[2], quant_mode(found[1])) == (fake[2], "fake")
+    assert load_checkpoint(tmp_path / "fake", quant="int8")[2] == digest
     floats = params_digest(config, convert_params(params, None, np.float32))
     for path in (tmp_path / "hf", tmp_path / "orbax"):
         for quant in (None, "int8"):
@@ -353,6 +359,14 @@ def test_an_int8_model_comes_back_as_it_was(name, tmp_path):
         assert load_checkpoint(path, quant="none")[2] == floats
     for key, leaf in named_leaves(restore(tmp_path / "orbax")[1]).items():
         np.testing.assert_array_equal(leaf, named_leaves(params)[key], err_msg=key)
+
+
+def test_what_is_rounded_is_what_is_stored(tmp_path):
+    """Whatever the dtype of the rest, from either kind of folder."""
+    config, params, _ = load_checkpoint(FOLDER / "v3-odd")
+    save(tmp_path / "orbax", config, params)
+    digests = {load_checkpoint(path, "bfloat16", "int8")[2] for path in (FOLDER / "v3-odd", tmp_path / "orbax")}
+    assert len(digests) == 1
 
 
 def test_what_another_tool_wrote_comes_back_as_it_was(folder, tmp_path):
