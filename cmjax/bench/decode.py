@@ -16,7 +16,7 @@ from cmjax.model import Model
 from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
 from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, StepSpec, decode, hand_off
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import Prefilled
+from cmjax.serve.prefill_instance import Prefilled
 from cmjax.serve.request import Request
 
 BOUND = 3.0  # times one device
@@ -166,7 +166,7 @@ class _Filled:
         hand_off(source, self.instance, placed)
         for one, token in zip(placed, first_tokens, strict=True):
             one.request.append([int(token)])
-        self.batch = jax.device_put(self.instance.host_batch(), self.instance.spec.by_rank())
+        self.state = jax.device_put(self.instance.host_state(), self.instance.spec.by_rank())
         places = [one.request.decode_rank * seqs_per_rank + one.request.decode_place for one in placed]
         self.places = np.array(places)
 
@@ -188,7 +188,7 @@ class _Filled:
     def tokens(self, spec: StepSpec, num_steps: int) -> np.ndarray:
         """`int32[steps, sequences]` of one call, the sequences in the order they were made."""
         inst = self.instance
-        output = decode(inst.params, inst.expert_to_slot, inst.cache, self.batch, spec=spec, num_steps=num_steps)
+        output = decode(inst.params, inst.expert_to_slot, inst.cache, self.state, spec=spec, num_steps=num_steps)
         inst.cache = output.cache
         inst.record_load(output.slot_load)
         return np.asarray(output.token_ids)[:, self.places]

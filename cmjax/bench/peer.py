@@ -184,7 +184,7 @@ def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[
         hand_off(source, target, ended)
         for one in ended:
             one.request.append([one.token_id])
-    state = jax.device_put(target.host_batch(), target.spec.by_rank())
+    state = jax.device_put(target.host_state(), target.spec.by_rank())
 
     def call() -> np.ndarray:
         output = decode(

@@ -2,6 +2,7 @@
 
 from cmjax.model.checkpoint import restore, save
 from cmjax.model.config import ModelConfig
+from cmjax.model.draft import draft_pass
 from cmjax.model.model import Model, check_token_ids, expert_maps, load, token_id_array
 from cmjax.model.params import (
     AttentionParams,
@@ -69,6 +70,7 @@ __all__ = [
     "convert_params",
     "decode_pass",
     "default_wires",
+    "draft_pass",
     "expert_maps",
     "init_params",
     "lm_head",

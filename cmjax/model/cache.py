@@ -40,8 +40,8 @@ def read_blocks(
 
 
 def slots_of(block_table: jax.Array, positions: jax.Array, block_size: int) -> jax.Array:
-    """Return the slot `int32[requests]` of one position each, -1 where the table has no block for it."""
-    block = jnp.take_along_axis(block_table, (positions // block_size)[:, None], axis=1, mode="fill", fill_value=-1)[
-        :, 0
-    ]
+    """Return the slot of each of `positions int32[tokens]`, equally many of each request side by side; -1 where the
+    table, `int32[requests, max blocks]`, has no block for it."""
+    blocks = positions.reshape(block_table.shape[0], -1) // block_size
+    block = jnp.take_along_axis(block_table, blocks, axis=1, mode="fill", fill_value=-1).reshape(positions.shape)
     return jnp.where(block < 0, -1, block * block_size + positions % block_size)

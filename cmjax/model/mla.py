@@ -187,38 +187,42 @@ def attend_absorbed(
     block_table: jax.Array,
     block_size: int,
 ) -> jax.Array:
-    """Absorbed attention of one query a request over the latent cache: `[requests, heads * v_head_dim]`.
+    """Absorbed attention over the latent cache, of the same number of queries of each request: `[tokens, heads *
+    v_head_dim]`.
 
     The key and value projections are folded into the query and the output, so that the cached latent serves as the one
-    key and value of all heads. The trip count of the loop follows the longest request.
+    key and value of all heads, and of all queries of a request. The trip count of the loop follows the longest request.
 
     Args:
         params: one layer's.
-        q_nope, q_pe: `[requests, heads, ...]`.
-        lengths: `int32[requests]`, tokens in the cache, the query's own included; 0 for an empty slot.
+        q_nope, q_pe: `[tokens, heads, ...]`, the queries of a request side by side.
+        lengths: `int32[tokens]`, tokens in the cache that a query sees, its own included; 0 for an empty place.
         block_table: `int32[requests, max blocks]`.
     """
-    requests, heads, _ = q_nope.shape
+    tokens, heads, _ = q_nope.shape
+    requests = block_table.shape[0]
     blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _DECODE_CHUNK)
     chunk = blocks_per_chunk * block_size
     table = _pad_table(block_table, blocks_per_chunk)
     w_uk, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
     q_latent = einsum_f32("bhn,hnl->bhl", q_nope, w_uk).astype(q_nope.dtype)
-    query = jnp.concatenate([q_latent, q_pe], axis=-1)
+    query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
+    seen = jnp.repeat(lengths.reshape(requests, -1), heads, axis=1)
+    longest = seen.max(1)
 
     def attend_chunk(index: jax.Array | int, state: Softmax) -> Softmax:
         latent = read_blocks(cache, layer, table, index * blocks_per_chunk, blocks_per_chunk, block_size)
-        in_length = index * chunk + jnp.arange(chunk) < lengths[:, None]
-        latent = jnp.where(in_length[..., None], latent, 0)
-        scores = einsum_f32("bhw,bcw->bhc", query, latent) * config.softmax_scale
-        scores = jnp.where(in_length[:, None], scores, -jnp.inf)
-        return state.add(scores, latent[..., : config.kv_lora_rank], "bhc,bcl->bhl")
+        key_pos = index * chunk + jnp.arange(chunk)
+        latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
+        scores = einsum_f32("bqw,bcw->bqc", query, latent) * config.softmax_scale
+        scores = jnp.where(key_pos < seen[..., None], scores, -jnp.inf)
+        return state.add(scores, latent[..., : config.kv_lora_rank], "bqc,bcl->bql")
 
-    state = Softmax.start((requests, heads), config.kv_lora_rank)
+    state = Softmax.start(seen.shape, config.kv_lora_rank)
     if table.shape[1] == blocks_per_chunk:
         state = attend_chunk(0, state)
     else:
         num_chunks = table.shape[1] // blocks_per_chunk
         state = dynamic_loop(0, -(-lengths.max() // chunk), attend_chunk, state, expected_trips=num_chunks)
-    out = einsum_f32("bhl,hvl->bhv", state.result().astype(q_nope.dtype), w_uv)
-    return out.reshape(requests, -1).astype(q_nope.dtype)
+    mixed = state.result().reshape(tokens, heads, -1).astype(q_nope.dtype)
+    return einsum_f32("bhl,hvl->bhv", mixed, w_uv).reshape(tokens, -1).astype(q_nope.dtype)

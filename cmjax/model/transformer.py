@@ -72,11 +72,11 @@ class PrefillBatch:
 
 @flax.struct.dataclass
 class DecodeBatch:
-    """One token of each of the rank's sequences.
+    """The newest token of each of the rank's sequences, and perhaps equally many guesses of what follows.
 
     Attributes:
-        token_ids: `int32[requests]`, the newest token, not yet in the cache.
-        positions: `int32[requests]`, its position, which is the number of tokens in the cache; -1 for an empty place.
+        token_ids: `int32[tokens]`, not yet in the cache, those of a sequence side by side.
+        positions: `int32[tokens]`, -1 for an empty place; the newest token's is the number of tokens in the cache.
         last_positions: `int32[requests]`, the last position to compute; the request ends after it.
         block_table: `int32[requests, max blocks]`, -1 padded.
     """
@@ -356,10 +356,8 @@ def prefill_pass(
     return PassOutput(hidden, cache, stack_loads(loads)), mtp_hidden
 
 
-def decode_pass(
-    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: DecodeBatch, spec: RankSpec
-) -> PassOutput:
-    """Decode one token of each of this rank's sequences; arguments as for `prefill_pass`."""
+def decode_context(expert_to_slot: jax.Array, batch: DecodeBatch, spec: RankSpec, channel: str) -> PassContext:
+    """What the layers share of a pass over the newest tokens of sequences, all of whose metadata is made here."""
     config = spec.config
     is_valid = batch.positions >= 0
     positions = jnp.maximum(batch.positions, 0)
@@ -372,6 +370,13 @@ def decode_pass(
         attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
         return attended, cache
 
-    context = PassContext(config, "decode", attend, _exchanged_moe(spec, expert_to_slot, is_valid))
+    return PassContext(config, channel, attend, _exchanged_moe(spec, expert_to_slot, is_valid))
+
+
+def decode_pass(
+    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: DecodeBatch, spec: RankSpec
+) -> PassOutput:
+    """Decode the newest tokens of this rank's sequences; arguments as for `prefill_pass`."""
+    context = decode_context(expert_to_slot, batch, spec, "decode")
     hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
     return PassOutput(hidden, cache, stack_loads(loads))

@@ -1,18 +1,21 @@
 """Serving: the jitted prefill and decode steps, the KV hand-off, and the engine that drives them."""
 
 from cmjax.serve.block_pool import BlockPool
+from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.engine import Engine, GenerateResult, Timings
-from cmjax.serve.instance import DecodeInstance, PrefillInstance
-from cmjax.serve.request import RequestOutput, SamplingParams
+from cmjax.serve.prefill_instance import PrefillInstance
+from cmjax.serve.request import RequestOutput, SamplingParams, TokenLogprobs
 from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import DecodeOutput, PrefillOutput, StepSpec, decode, new_cache, prefill, score
+from cmjax.serve.steps import PrefillOutput, StepSpec, new_cache, prefill, score
 from cmjax.serve.transfer import hand_off, prefill_tp_rank
 
 __all__ = [
     "BlockPool",
     "DecodeInstance",
     "DecodeOutput",
+    "DecodeState",
     "Engine",
     "EngineSettings",
     "GenerateResult",
@@ -21,9 +24,11 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoringInstance",
+    "Settled",
     "StepSpec",
     "TextScores",
     "Timings",
+    "TokenLogprobs",
     "decode",
     "hand_off",
     "new_cache",

@@ -14,7 +14,9 @@ from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve
 from cmjax.model import Model, check_token_ids, token_id_array
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import DecodeInstance, PlacedModel, PrefillInstance
+from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.instance import PlacedModel
+from cmjax.serve.prefill_instance import PrefillInstance
 from cmjax.serve.request import Request, RequestOutput, SamplingParams
 from cmjax.serve.settings import EngineSettings, cache_bytes
 from cmjax.serve.transfer import hand_off
@@ -61,12 +63,21 @@ class GenerateResult:
         outputs: in the order of the prompts.
         timings: of the call.
         prefill_load, decode_load: `int64[moe layers, routed experts]`, rows by logical expert, the MTP layer's last.
+        kept_drafts: `int64[k + 1]`, in how many of the requests' steps 0, 1, ... k drafts were kept.
     """
 
     outputs: list[RequestOutput]
     timings: Timings
     prefill_load: np.ndarray
     decode_load: np.ndarray
+    kept_drafts: np.ndarray
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafts that were kept; 0 without any."""
+        num_drafts = len(self.kept_drafts) - 1
+        offered = num_drafts * int(self.kept_drafts.sum())
+        return float(self.kept_drafts @ np.arange(num_drafts + 1)) / offered if offered else 0.0
 
 
 class Engine:
@@ -160,6 +171,12 @@ class Engine:
                     f"prompt {index} of {len(ids)} tokens with max_tokens {params.max_tokens} exceeds "
                     f"max_model_len {limit}"
                 )
+            outside = [token for token in params.logit_bias if not 0 <= token < self.model.config.vocab_size]
+            if outside:
+                last = self.model.config.vocab_size - 1
+                raise UserError(
+                    f"prompt {index}: logit_bias of token {outside[0]}, outside the vocabulary (0 to {last})"
+                )
             requests.append(request)
         return requests
 
@@ -169,7 +186,7 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
     ) -> GenerateResult:
-        """Continue prompts of token ids, greedily; more of them than there are places wait for their turn.
+        """Continue prompts of token ids; more of them than there are places wait for their turn.
 
         Args:
             prompts: lists of token ids, each at least one token.
@@ -190,7 +207,8 @@ class Engine:
                 instance.reset()
             raise
         prefill_load, decode_load = self.take_load()
-        return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load)
+        outputs = [r.output() for r in requests]
+        return GenerateResult(outputs, timings, prefill_load, decode_load, self.decode.take_kept_drafts())
 
     def _run(self, requests: Sequence[Request], timings: Timings, notify: Progress) -> None:
         num_done, num_output = 0, sum(r.sampling.max_tokens for r in requests)
@@ -261,9 +279,9 @@ class Engine:
         share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
         # One after another: programs that several threads start on shared devices could queue in different orders.
         for instance in self.prefill:
-            instance.warm_up(share)
+            instance.warm_up(share, requests)
         if num_steps := self._num_steps(requests):
-            self.decode.warm_up(num_steps)
+            self.decode.warm_up(num_steps, requests)
         for instance in self.prefill:
             hand_off(instance, self.decode, [], min_tokens=max(lengths))
 

@@ -10,7 +10,8 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import PrefillInstance, check_finite
+from cmjax.serve.instance import check_finite
+from cmjax.serve.prefill_instance import PrefillInstance
 from cmjax.serve.request import Request, SamplingParams, plan_chunks
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import ScoreOutput, score

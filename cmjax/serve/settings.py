@@ -23,6 +23,7 @@ class EngineSettings:
         max_num_batched_tokens: tokens of one prefill step over all the ranks of an instance; longer prompts are
             prefilled in several steps.
         steps_per_call: decode steps in one call of the compiled program.
+        num_speculative_tokens: tokens that the model's MTP module guesses ahead in each step, and the step verifies.
         dispatch_dtype: what a row is on its way to the experts: a float dtype, or "int8"; None: "int8" where the model
             is quantized, else as it is.
         combine_dtype: what a row is on its way back: a float dtype; None: bfloat16 where the model is quantized, else
@@ -36,6 +37,7 @@ class EngineSettings:
     block_size: int = 16
     max_num_batched_tokens: int = 2048
     steps_per_call: int = 8
+    num_speculative_tokens: int = 0
     dispatch_dtype: WireDtype | None = None
     combine_dtype: WireDtype | None = None
     num_redundant_experts: int | None = None
@@ -45,8 +47,13 @@ class EngineSettings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise UserError(f"{field.name} {value} is not positive")
+            if field.type is int and value < (field.name != "num_speculative_tokens"):
+                raise UserError(f"{field.name} {value} is {'negative' if value < 0 else 'not positive'}")
+        if self.num_speculative_tokens >= self.max_model_len:
+            raise UserError(
+                f"num_speculative_tokens {self.num_speculative_tokens} leaves no room in max_model_len "
+                f"{self.max_model_len}: a step puts the newest token and its drafts into the cache"
+            )
 
     @property
     def max_blocks(self) -> int:
@@ -77,7 +84,10 @@ def check_exchange_fits(
     if placement is None:
         return
     value = getattr(settings, setting)
-    local_batch = value if setting.endswith("per_rank") else -(-value // placement.ep_size)
+    if setting.endswith("per_rank"):
+        local_batch = value * (settings.num_speculative_tokens + 1)
+    else:
+        local_batch = -(-value // placement.ep_size)
     num_choices = config.num_topk + placement.num_dispatched_shared
     message = message_bytes(config.hidden_size, dtype, None)
     # What arrives and what the experts make of it have one size (equation 1).

@@ -1,4 +1,4 @@
-"""The jitted steps: `prefill`, `decode`, and the two halves of the KV hand-off.
+"""The jitted steps of prefill: `prefill` for prompts, `score` for texts; and what all steps share.
 
 Each is one `shard_map` over an instance's one-axis mesh. Params, expert placement, cache and batch are arguments; only
 `StepSpec` is static, so that an instance can switch models of one shape and rebalance without recompiling. The steps
@@ -18,24 +18,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model import (
-    DecodeBatch,
     Leaf,
     Params,
     PrefillBatch,
     RankSpec,
-    decode_pass,
     lm_head,
     mtp_head,
     param_specs,
     prefill_pass,
 )
 from cmjax.quant import linear
+from cmjax.serve.sampling import SamplingState, greedy, logprobs, sample
 
 _EVERYWHERE = PartitionSpec()
 _BY_RANK = PartitionSpec(EP_AXIS)
 _MAPS = PartitionSpec(None, EP_AXIS)  # expert_to_slot[moe layers, source rank, logical]
-
-NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +57,13 @@ class PrefillOutput:
 
     Attributes:
         cache: `[R, cache layers, slots, latent width]`; every rank holds all the prompts' latents.
-        token_ids: `int32[sequences]`, the greedy next token after the last token of each sequence, or `NOT_FINITE`.
+        token_ids: `int32[sequences]`, the token after the last one of each sequence, or `NOT_FINITE`.
         logits: `float32[sequences, vocabulary]` there.
         last_hidden: `[sequences, hidden]` there, after the final norm; whole on every rank.
         slot_load: `int32[moe layers, slots]`, rows each physical expert received (the MTP layer's last).
         all_logits: `float32[tokens, vocabulary]`, where asked for.
+        logprobs: of `token_ids`, where asked for.
+        prompt_logprobs: of `next_token_ids` at each token, where asked for; mean nothing where that is -1.
     """
 
     cache: Leaf
@@ -73,25 +72,8 @@ class PrefillOutput:
     last_hidden: Leaf
     slot_load: Leaf
     all_logits: Leaf | None
-
-
-@flax.struct.dataclass
-class DecodeOutput:
-    """What a decode call returns.
-
-    Attributes:
-        cache: as for prefill, each rank with its own sequences.
-        batch: the batch after the call, to go on from.
-        token_ids: `int32[steps, requests]`, -1 where the request had ended, `NOT_FINITE` where its logits are not.
-        slot_load: `int32[moe layers, slots]`, summed over the steps.
-        logits: `float32[steps, requests, vocabulary]`, where asked for.
-    """
-
-    cache: Leaf
-    batch: Any  # DecodeBatch
-    token_ids: Leaf
-    slot_load: Leaf
-    logits: Leaf | None
+    logprobs: Any  # Logprobs or None
+    prompt_logprobs: Any
 
 
 @flax.struct.dataclass
@@ -119,12 +101,6 @@ class ScoreOutput:
     kl_divergence: Leaf | None
 
 
-def _greedy(logits: jax.Array) -> jax.Array:
-    """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(logits.max(-1)), best, NOT_FINITE)
-
-
 def new_cache(spec: StepSpec, num_blocks: int, dtype: Any) -> jax.Array:
     """Return an instance's cache, `[R, cache layers, num_blocks * block_size, latent width]`; nothing is cleared."""
     config = spec.rank.config
@@ -132,14 +108,21 @@ def new_cache(spec: StepSpec, num_blocks: int, dtype: Any) -> jax.Array:
     return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), _BY_RANK))()
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "with_all_logits"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "num_logprobs", "num_prompt_logprobs", "with_all_logits"),
+    donate_argnames=("cache",),
+)
 def prefill(
     params: Params,
     expert_to_slot: jax.Array,
     cache: jax.Array,
     batch: PrefillBatch,
+    sampling: SamplingState | None = None,
     *,
     spec: StepSpec,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
     with_all_logits: bool = False,
 ) -> PrefillOutput:
     """Prefill packed prompts on an instance: fill the cache, and return the first token of each.
@@ -149,6 +132,9 @@ def prefill(
         expert_to_slot: `int32[moe layers, R, logical]`, the placement.
         cache: donated.
         batch: replicated; both tokens and sequences are multiples of R.
+        sampling: of the sequences, cut by rank; None: greedy.
+        num_logprobs, num_prompt_logprobs: also return log probabilities, of the tokens sampled and of the prompts', and
+            so many of the best at each place.
         with_all_logits: also return the logits of every token.
     """
     num_ranks = spec.mesh.size
@@ -156,7 +142,7 @@ def prefill(
     if batch.token_ids.shape[0] % num_ranks or num_sequences % num_ranks:
         raise ValueError(f"{batch.token_ids.shape[0]} tokens, {num_sequences} sequences: not multiples of {num_ranks}")
 
-    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch) -> PrefillOutput:
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch, sampling: Any) -> PrefillOutput:
         output, _ = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
         rank_id = lax.axis_index(EP_AXIS)
         count = output.hidden.shape[0]
@@ -166,18 +152,33 @@ def prefill(
         last_hidden = fabric.psum(mine, EP_AXIS, channel="prefill/last_hidden")
         share = num_sequences // num_ranks
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
+        if sampling is None:
+            token_ids = greedy(logits)
+        else:
+            ends = lax.dynamic_slice_in_dim(batch.query_start[1:], rank_id * share, share)
+            token_ids = sample(logits, sampling, batch.positions[jnp.maximum(ends - 1, 0)] + 1)
+        prompt_logprobs = None
+        if num_prompt_logprobs is not None:
+            following = lax.dynamic_slice_in_dim(batch.next_token_ids, rank_id * count, count)
+            prompt_logprobs = _by_rows(
+                lambda hidden, ids: logprobs(lm_head(params, hidden), ids, num_prompt_logprobs),
+                output.hidden,
+                following,
+            )
         return PrefillOutput(
             cache=output.cache[None],
-            token_ids=_greedy(logits),
+            token_ids=token_ids,
             logits=logits,
             last_hidden=last_hidden,
             slot_load=output.slot_load,
             all_logits=lm_head(params, output.hidden) if with_all_logits else None,
+            logprobs=None if num_logprobs is None else logprobs(logits, token_ids, num_logprobs),
+            prompt_logprobs=prompt_logprobs,
         )
 
-    out_specs = PrefillOutput(_BY_RANK, _BY_RANK, _BY_RANK, _EVERYWHERE, _MAPS, _BY_RANK if with_all_logits else None)
-    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE)
-    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch)
+    out_specs = PrefillOutput(_BY_RANK, _BY_RANK, _BY_RANK, _EVERYWHERE, _MAPS, _BY_RANK, _BY_RANK, _BY_RANK)
+    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _EVERYWHERE, _BY_RANK)
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, sampling)
 
 
 # Logits of this many tokens at a time: those of a whole step would be its largest array by far.
@@ -229,13 +230,13 @@ def score(
             if other is not None:
                 wanted = jax.nn.log_softmax(linear(other, reference[1]).astype(jnp.float32), axis=-1)
                 divergence = jnp.sum(jnp.exp(wanted) * (wanted - logprobs), axis=-1)
-            return _greedy(logits), chosen, divergence
+            return greedy(logits), chosen, divergence
 
         others = () if reference is None else (reference[0],)
         token_ids, logprobs, divergence = _by_rows(expect, output.hidden, following, *others)
         drafts = None
         if mtp_hidden is not None:
-            drafts = _by_rows(lambda hidden: _greedy(mtp_head(params, hidden)), mtp_hidden)
+            drafts = _by_rows(lambda hidden: greedy(mtp_head(params, hidden)), mtp_hidden)
         return ScoreOutput(output.cache[None], token_ids, logprobs, drafts, output.slot_load, output.hidden, divergence)
 
     drafts, divergence = (None if absent else _BY_RANK for absent in (params.mtp is None, reference is None))
@@ -248,53 +249,3 @@ def score(
         None if reference is None else (_BY_RANK, _EVERYWHERE),
     )
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, reference)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "num_steps", "with_logits"), donate_argnames=("cache",))
-def decode(
-    params: Params,
-    expert_to_slot: jax.Array,
-    cache: jax.Array,
-    batch: DecodeBatch,
-    forced_token_ids: jax.Array | None = None,
-    *,
-    spec: StepSpec,
-    num_steps: int,
-    with_logits: bool = False,
-) -> DecodeOutput:
-    """Decode `num_steps` tokens of every sequence, greedily, without leaving the devices.
-
-    Starting a program on hundreds of devices costs more than a step of a small model, hence several steps a call.
-
-    Args:
-        params, expert_to_slot, cache: as for `prefill`.
-        batch: cut by rank; the block tables must hold the blocks that the steps will fill.
-        forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the greedy one, -1 for none.
-        with_logits: also return every step's logits.
-    """
-    has_forced = forced_token_ids is not None
-
-    def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: DecodeBatch, forced: Any) -> DecodeOutput:
-        params = dataclasses.replace(params, mtp=None)  # drafting is not part of a plain step
-
-        def step(carry: tuple[jax.Array, DecodeBatch], forced: Any) -> tuple[tuple, tuple]:
-            cache, batch = carry
-            output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
-            logits = lm_head(params, output.hidden)
-            token_ids = _greedy(logits)
-            if has_forced:
-                token_ids = jnp.where(forced >= 0, forced, token_ids)
-            is_running = batch.positions >= 0
-            goes_on = is_running & (batch.positions < batch.last_positions)
-            positions = jnp.where(goes_on, batch.positions + 1, -1)
-            batch = dataclasses.replace(batch, token_ids=token_ids, positions=positions)
-            token_ids = jnp.where(is_running, token_ids, -1)
-            return (output.cache, batch), (token_ids, output.slot_load, logits if with_logits else None)
-
-        (cache, batch), (token_ids, loads, logits) = lax.scan(step, (cache[0], batch), forced, length=num_steps)
-        return DecodeOutput(cache[None], batch, token_ids, loads.sum(0), logits)
-
-    by_step = PartitionSpec(None, EP_AXIS)
-    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _BY_RANK, by_step)
-    out_specs = DecodeOutput(_BY_RANK, _BY_RANK, by_step, _MAPS, by_step if with_logits else None)
-    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, forced_token_ids)

@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.serve.block_pool import slot_mapping
-from cmjax.serve.instance import DecodeInstance, Prefilled, PrefillInstance, bucket
+from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.instance import bucket
+from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
 from cmjax.serve.steps import StepSpec
 
 _PLANE = "rdma"
@@ -51,10 +53,10 @@ def _gather(
     return spec.on_ranks(rank, in_specs, by_rank)(cache, last_hidden, slots, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache", "last_hidden"))
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("cache", "kept"))
 def _insert(
     cache: jax.Array,
-    last_hidden: jax.Array | None,
+    kept: jax.Array | None,
     latents: jax.Array,
     slots: jax.Array,
     hidden: jax.Array,
@@ -62,7 +64,8 @@ def _insert(
     *,
     spec: StepSpec,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """On every decode rank: latents into the slots `[R, tokens]`, hidden states into the places `[R, requests]`."""
+    """On every decode rank: latents into the slots `[R, tokens]`, hidden states into the places `[R, requests]`, each
+    the first of its place."""
 
     def rank(cache: jax.Array, kept: jax.Array | None, latents: jax.Array, slots: jax.Array, *rest: jax.Array) -> tuple:
         hidden, places = rest
@@ -70,11 +73,11 @@ def _insert(
         cache = cache.at[0, :, index].set(latents[0].transpose(1, 0, 2), mode="drop")
         if kept is not None:
             index = jnp.where(places[0] < 0, kept.shape[0], places[0])
-            kept = kept.at[index].set(hidden, mode="drop")
+            kept = kept.at[index, 0].set(hidden, mode="drop")
         return cache, kept
 
     by_rank = PartitionSpec(EP_AXIS)
-    return spec.on_ranks(rank, by_rank, by_rank)(cache, last_hidden, latents, slots, hidden, places)
+    return spec.on_ranks(rank, by_rank, by_rank)(cache, kept, latents, slots, hidden, places)
 
 
 @dataclasses.dataclass
@@ -127,9 +130,9 @@ def hand_off(
     received = _send(source, target, parcels, prefilled[0].last_hidden if prefilled else None, sizes)
     nothing = _Parcel.pack(-1, [], sizes)
     arrived = [parcels.get(rank, nothing) for rank in range(target.instance.ep_size)]
-    target.cache, target.last_hidden = _insert(
+    target.cache, target.hidden = _insert(
         target.cache,
-        target.last_hidden,
+        target.hidden,
         received[0],
         np.stack([parcel.to_slots for parcel in arrived]),
         received[1],
@@ -180,6 +183,6 @@ def _send(
 def _record(source: jax.Device, destination: jax.Device, parcel: _Parcel, target: DecodeInstance) -> None:
     config, itemsize = target.model.config, target.model.dtype.itemsize
     num_bytes = config.num_cache_layers * parcel.num_tokens * config.latent_width * itemsize
-    if target.last_hidden is not None:
+    if target.hidden is not None:
         num_bytes += parcel.num_requests * config.hidden_size * itemsize
     fabric.record(_PLANE, _RECORD, source.id, destination.id, num_bytes)

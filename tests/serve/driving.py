@@ -11,7 +11,7 @@ import numpy as np
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model
 from cmjax.serve import DecodeInstance, Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
-from cmjax.serve.instance import Prefilled, PrefillInstance
+from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
 from cmjax.serve.request import Request, plan_chunks
 from tests.parity import ParityCase
 
@@ -119,14 +119,14 @@ def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt:
     forced = np.full((num_steps, columns.size), -1, np.int32)
     forced[: num_steps - 1, columns.index] = sequences[:, num_prompt + 1 :].T
     arguments = (target.params, target.expert_to_slot, target.cache)
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     lowered = decode.lower(*arguments, batch, forced, spec=target.spec, num_steps=num_steps, with_logits=True)
     with ThreadPoolExecutor(1) as threads:
         compiling = threads.submit(lowered.compile)  # compiling is most of the time: both steps at once
         ended, prompt_logits = prefill_and_hand_off(source, target, requests)
     for request, row in zip(requests, sequences, strict=True):
         request.token_ids.append(int(row[num_prompt]))
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     output = compiling.result()(target.params, target.expert_to_slot, target.cache, batch, forced)
     target.cache = output.cache
     decoded = np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)

@@ -131,7 +131,7 @@ def sent(model, **formats):
     reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     fabric.books.reset()
     output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
     rows = int(np.asarray(output.slot_load).sum())

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.serve import BlockPool, SamplingParams
-from cmjax.serve.instance import bucket, choose_rank
+from cmjax.serve.decode_instance import choose_rank
+from cmjax.serve.instance import bucket
 from cmjax.serve.request import Chunk, Request, plan_chunks
 
 

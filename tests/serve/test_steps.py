@@ -24,8 +24,9 @@ from cmjax.model import (
     reference,
 )
 from cmjax.moe import FabricExchange
-from cmjax.serve import SamplingParams, StepSpec, decode, hand_off, prefill
-from cmjax.serve.instance import DecodeInstance, PrefillInstance
+from cmjax.serve import DecodeState, SamplingParams, StepSpec, decode, hand_off, prefill
+from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.prefill_instance import PrefillInstance
 from tests.helpers import max_error, tiny_model
 from tests.serve.driving import Columns, make_engine, make_requests, prefill_by_step, reserve
 
@@ -106,7 +107,7 @@ def abstract_step(config, mesh, places=8, blocks=64):
     batch = DecodeBatch(
         *(array((size,), jnp.int32, P("ep")) for _ in range(3)), block_table=array((size, 32), jnp.int32, P("ep"))
     )
-    return StepSpec(rank, mesh), params, maps, cache, batch
+    return StepSpec(rank, mesh), params, maps, cache, DecodeState(batch)
 
 
 def test_deepseek_v3_traces_on_320_devices_without_memory(make_mesh):
@@ -195,7 +196,7 @@ def run_steps(engine, rows, num_prompt):
             one.request.token_ids.append(int(rows[one.request.request_id, num_prompt]))
     forced = np.full((num_steps, columns.size), -1, np.int32)
     forced[: num_steps - 1, columns.index] = rows[:, num_prompt + 1 :].T
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     output = decode(
         target.params, target.expert_to_slot, target.cache, batch, forced, spec=target.spec, num_steps=num_steps,
         with_logits=True,
@@ -232,21 +233,21 @@ def test_the_step_returns_the_load_of_every_slot(engine):
     reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
     target.cache = output.cache
     config = target.model.config
     assert output.slot_load.shape == (len(config.moe_layer_ids), target.placement.num_physical_experts)
     np.testing.assert_array_equal(np.asarray(output.slot_load).sum(1), 3 * 4 * config.num_topk)
     np.testing.assert_array_equal((np.asarray(output.token_ids) >= 0).sum(0), [4, 4, 4, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(output.batch.positions, -1)
+    np.testing.assert_array_equal(output.state.batch.positions, -1)
     for request in requests:
         target.release(request)
 
 
 def compiled_decode(engine, num_steps=3):
     target: DecodeInstance = engine.decode
-    batch = jax.device_put(target.host_batch(), target.spec.by_rank())
+    batch = jax.device_put(target.host_state(), target.spec.by_rank())
     return decode.lower(
         target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=num_steps
     ).compile()

@@ -85,7 +85,7 @@ def test_the_latents_arrive_bit_for_bit(transfer):
 
 
 def test_last_hidden_states_arrive_in_their_places(transfer):
-    found = np.asarray(transfer.target.last_hidden).reshape(8, 2, -1)
+    found = np.asarray(transfer.target.hidden).reshape(8, 2, -1)
     for request in transfer.requests:
         expected = transfer.hidden[request.request_id]
         assert np.abs(expected).max() > 0.1

@@ -1,0 +1,255 @@
+"""Sampling in the graph, each request by its own settings, and log probabilities (paper section 4.2.4).
+
+The noise of a token depends on its request's seed and its position alone: not on the batch, the rank, the steps of a
+call, or on whether it was guessed before. One set of noise serves a draft and the token that verifies it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
+_LEAST_TEMPERATURE = 1e-5  # below it the best token is taken, as vLLM does
+
+
+class Sampling(Protocol):
+    """What is read of a request's settings."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def logit_bias(self) -> Mapping[int, float]: ...
+    @property
+    def stop_token_ids(self) -> Sequence[int]: ...
+    @property
+    def has_penalties(self) -> bool: ...
+    @property
+    def logprobs(self) -> int | None: ...
+    @property
+    def prompt_logprobs(self) -> int | None: ...
+
+
+@flax.struct.dataclass
+class SamplingState:
+    """How each of the rows of a batch is sampled.
+
+    Attributes:
+        temperature: `float32[rows]`, 0 for the best token.
+        top_k: `int32[rows]`, 0 for all.
+        top_p, min_p: `float32[rows]`, 1 and 0 for all.
+        presence_penalty, frequency_penalty: `float32[rows]`.
+        seed: `uint32[rows, 2]`, high and low half.
+        bias_ids, bias_values: `int32[rows, any]`, -1 padded, and `float32` of the same shape.
+        stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    seed: Any
+    bias_ids: Any
+    bias_values: Any
+    stop_ids: Any
+
+    @classmethod
+    def empty(cls, rows: int, num_bias: int = 0, num_stop: int = 0) -> "SamplingState":
+        """Host arrays for `rows` greedy rows, with room for so many biases and stop tokens each."""
+        zeros = [np.zeros(rows, np.float32) for _ in range(5)]
+        return cls(
+            temperature=zeros[0],
+            top_k=np.zeros(rows, np.int32),
+            top_p=zeros[1] + 1,
+            min_p=zeros[2],
+            presence_penalty=zeros[3],
+            frequency_penalty=zeros[4],
+            seed=np.zeros((rows, 2), np.uint32),
+            bias_ids=np.full((rows, num_bias), -1, np.int32),
+            bias_values=np.zeros((rows, num_bias), np.float32),
+            stop_ids=np.full((rows, num_stop), -1, np.int32),
+        )
+
+    def set_row(self, row: int, sampling: Sampling, seed: int) -> None:
+        """Write one request's settings into host arrays that have room for its biases and stop tokens."""
+        self.temperature[row] = sampling.temperature if sampling.temperature >= _LEAST_TEMPERATURE else 0
+        self.top_k[row] = max(sampling.top_k, 0)
+        self.top_p[row], self.min_p[row] = sampling.top_p, sampling.min_p
+        self.presence_penalty[row], self.frequency_penalty[row] = sampling.presence_penalty, sampling.frequency_penalty
+        self.seed[row] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+        bias, stop = sampling.logit_bias, sampling.stop_token_ids
+        self.bias_ids[row, : len(bias)], self.bias_values[row, : len(bias)] = list(bias), list(bias.values())
+        self.stop_ids[row, : len(stop)] = stop
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRoom:
+    """What the compiled steps have to offer to the requests of a batch, in few sizes, so that few are compiled.
+
+    Attributes:
+        is_sampled: some request does not just take the best token until its length is reached.
+        num_bias, num_stop: biases and stop tokens of a request, at most.
+        has_penalties: some request has any.
+        num_logprobs, num_prompt_logprobs: best tokens at a place, at most; None where no request asks.
+    """
+
+    is_sampled: bool = False
+    num_bias: int = 0
+    num_stop: int = 0
+    has_penalties: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+    def fit(self, samplings: Iterable[Sampling]) -> "SamplingRoom":
+        """Room for these too."""
+        room = self
+        for one in samplings:
+            num_bias, num_stop = (
+                1 << (n - 1).bit_length() if n else 0 for n in map(len, (one.logit_bias, one.stop_token_ids))
+            )
+            room = SamplingRoom(
+                room.is_sampled or one.temperature > 0 or one.has_penalties or bool(num_bias or num_stop),
+                max(room.num_bias, num_bias),
+                max(room.num_stop, num_stop),
+                room.has_penalties or one.has_penalties,
+                _most(room.num_logprobs, one.logprobs),
+                _most(room.num_prompt_logprobs, one.prompt_logprobs),
+            )
+        return room
+
+    def state(self, rows: int) -> SamplingState | None:
+        """Host arrays for a batch; None where no request needs them."""
+        return SamplingState.empty(rows, self.num_bias, self.num_stop) if self.is_sampled else None
+
+
+def _most(room: int | None, wanted: int | None) -> int | None:
+    return room if wanted is None else max(wanted, room or 0)
+
+
+@flax.struct.dataclass
+class Logprobs:
+    """Log probabilities (natural) by the model's own logits, before any setting of a request changes them.
+
+    Attributes:
+        chosen: `float32[rows]`, of the token.
+        rank: `int32[rows]`, its place among all, 1 for the best.
+        top_ids, top: `int32[rows, n]`, `float32[rows, n]`, the n best, best first.
+    """
+
+    chosen: Any
+    rank: Any
+    top_ids: Any
+    top: Any
+
+
+def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
+    """Of `token_ids int32[rows]` under `logits float32[rows, vocabulary]`, and of the `num_top` best."""
+    every = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(every, jnp.maximum(token_ids, 0)[:, None], axis=-1)
+    top, top_ids = lax.top_k(every, num_top)
+    return Logprobs(chosen[:, 0], jnp.sum(every > chosen, axis=-1) + 1, top_ids, top)
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+    """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
+    return _finite_only(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits)
+
+
+def _finite_only(token_ids: jax.Array, logits: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(logits.max(-1)), token_ids, NOT_FINITE)
+
+
+def repeat(state: SamplingState, times: int) -> SamplingState:
+    """Each row so many times, side by side."""
+    return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), state) if times > 1 else state
+
+
+def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
+    """Whether `token_ids int32[rows, any]` are among their row's stop tokens."""
+    return (token_ids[..., None] == state.stop_ids[:, None]).any(-1) & (token_ids >= 0)
+
+
+def sample(
+    logits: jax.Array, state: SamplingState, positions: jax.Array, history: jax.Array | None = None
+) -> jax.Array:
+    """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not.
+
+    In vLLM's order: biases, penalties, then the best token or (temperature, min-p, top-k, top-p) a draw. Of equal
+    logits at the edge of a filter all are kept, whatever the others of the batch are.
+
+    Args:
+        logits: `float32[rows, vocabulary]`.
+        state: of the rows.
+        positions: those of the tokens to sample.
+        history: `int32[rows, any]`, what each request has generated so far, -1 padded; None: no row has penalties.
+    """
+    adjusted = _adjusted(logits, state, history)
+    best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    is_random = state.temperature > 0
+
+    def draw() -> jax.Array:
+        kept = _filtered(adjusted / jnp.where(is_random, state.temperature, 1)[:, None], state)
+        drawn = jnp.argmax(kept + _noise(state.seed, positions, logits.shape[-1]), axis=-1)
+        return jnp.where(is_random, drawn.astype(jnp.int32), best)
+
+    return _finite_only(lax.cond(is_random.any(), draw, lambda: best), logits)
+
+
+def _adjusted(logits: jax.Array, state: SamplingState, history: jax.Array | None) -> jax.Array:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    vocabulary = logits.shape[1]
+    if state.bias_ids.shape[1]:
+        index = jnp.where(state.bias_ids < 0, vocabulary, state.bias_ids)
+        logits = logits.at[rows, index].add(state.bias_values, mode="drop")
+    if history is not None:
+        index = jnp.where(history < 0, vocabulary, history)
+        counts = jnp.zeros(logits.shape, jnp.int32).at[rows, index].add(1, mode="drop")
+        logits -= state.frequency_penalty[:, None] * counts + state.presence_penalty[:, None] * (counts > 0)
+    return logits
+
+
+def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
+    """`x[rows, vocabulary]`, logits over temperature, -inf where min-p, top-k or top-p leave a token out."""
+    vocabulary = x.shape[-1]
+    x = jnp.where(x >= x.max(-1, keepdims=True) + jnp.log(state.min_p)[:, None], x, -jnp.inf)
+
+    def by_rank() -> jax.Array:
+        descending = -jnp.sort(-x, axis=-1)
+        num_kept = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocabulary), vocabulary)[:, None]
+        descending = jnp.where(jnp.arange(vocabulary) < num_kept, descending, -jnp.inf)
+        p = jax.nn.softmax(descending, axis=-1)
+        # Kept as long as the better ones have not reached top_p: the best always is.
+        is_kept = (jnp.cumsum(p, axis=-1) - p < state.top_p[:, None]) | (state.top_p[:, None] >= 1)
+        is_kept &= descending > -jnp.inf
+        last = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(x >= last, x, -jnp.inf)
+
+    has_rank = ((state.temperature > 0) & ((state.top_k > 0) | (state.top_p < 1))).any()
+    return lax.cond(has_rank, by_rank, lambda: x)
+
+
+def _noise(seed: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
+    """Gumbel noise, `float32[rows, vocabulary]`: the largest of logits plus it is a draw from their softmax."""
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32)
+
+    return jax.vmap(row)(seed, positions)
