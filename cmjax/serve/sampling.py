@@ -16,6 +16,8 @@ from jax import lax
 
 NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
 _LEAST_TEMPERATURE = 1e-5  # below it the best token is taken, as vLLM does
+_MOST_TEMPERATURE = 1e30  # all are alike long before; float32 has no inverse of 1e38, and 0 * -inf is NaN
+_MOST_TOP_K = np.iinfo(np.int32).max
 
 
 class Sampling(Protocol):
@@ -89,8 +91,9 @@ class SamplingState:
 
     def set_row(self, row: int, sampling: Sampling, seed: int) -> None:
         """Write one request's settings into host arrays that have room for its biases and stop tokens."""
-        self.temperature[row] = sampling.temperature if sampling.temperature >= _LEAST_TEMPERATURE else 0
-        self.top_k[row] = max(sampling.top_k, 0)
+        temperature = min(sampling.temperature, _MOST_TEMPERATURE)
+        self.temperature[row] = temperature if temperature >= _LEAST_TEMPERATURE else 0
+        self.top_k[row] = min(max(sampling.top_k, 0), _MOST_TOP_K)
         self.top_p[row], self.min_p[row] = sampling.top_p, sampling.min_p
         self.presence_penalty[row], self.frequency_penalty[row] = sampling.presence_penalty, sampling.frequency_penalty
         self.seed[row] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
@@ -235,9 +238,9 @@ def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
         num_kept = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocabulary), vocabulary)[:, None]
         descending = jnp.where(jnp.arange(vocabulary) < num_kept, descending, -jnp.inf)
         p = jax.nn.softmax(descending, axis=-1)
-        # Kept as long as the better ones have not reached top_p: the best always is.
+        # Kept as long as the better ones have not reached top_p: the best always is, be top_p 0 in float32.
         is_kept = (jnp.cumsum(p, axis=-1) - p < state.top_p[:, None]) | (state.top_p[:, None] >= 1)
-        is_kept &= descending > -jnp.inf
+        is_kept = (is_kept & (descending > -jnp.inf)).at[:, 0].set(True)
         last = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(x >= last, x, -jnp.inf)
 
