@@ -11,6 +11,7 @@ import click
 from cmjax.cli import Commands
 from cmjax.cli_generate import new_table
 from cmjax.cli_options import find_model, json_option, model_option, quant_option
+from cmjax.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,28 +47,62 @@ def fabric(rounds: int, as_json: bool) -> None:
     _print(report, bench_fabric.tables(report), as_json)
 
 
-@bench.command(epilog="\b\nExamples:\n  cmjax bench decode\n  cmjax bench decode --ep 64 --seqs-per-rank 4 --json")
+@bench.command(
+    epilog="""\b
+    Examples:
+      cmjax bench decode
+      cmjax bench decode --ep 64 --seqs-per-rank 4 --json
+      cmjax bench decode --mtp 1 --ep 1 --seqs-per-rank 1 --seqs-per-rank 8"""
+)
 @model_option
 @click.option("--ep", type=click.IntRange(min=1), default=320, show_default=True, help="Devices of the instance.")
-@click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
+@click.option(
+    "--seqs-per-rank",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8,),
+    show_default=True,
+    help="Sequences of a rank; with --mtp several times.",
+)
 @click.option("--cache", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens cached of each.")
-@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Decode steps a call.")
+@click.option("--steps", type=click.IntRange(min=2), help="Decode steps a call.  [default: 4, with --mtp 16]")
+@click.option("--mtp", type=click.IntRange(min=1), help="Compare with so many drafts a step of the MTP module.")
 @quant_option
 @rounds_option
 @json_option
 def decode(
-    folder: str, ep: int, seqs_per_rank: int, cache: int, steps: int, quant: Any, rounds: int, as_json: bool
+    folder: str,
+    ep: int,
+    seqs_per_rank: tuple[int, ...],
+    cache: int,
+    steps: int | None,
+    mtp: int | None,
+    quant: Any,
+    rounds: int,
+    as_json: bool,
 ) -> None:
-    """A decode step over hundreds of devices: launch, exchange and math, and the same tokens on one device."""
+    """A decode step over hundreds of devices: launch, exchange and math, and the same tokens on one device.
+
+    With --mtp: decoding with drafts beside decoding without, from the model's own prompts.
+    """
     from cmjax.bench import decode as bench_decode
+    from cmjax.bench import speculative
     from cmjax.mesh import bring_up
     from cmjax.model import load
 
     path = find_model(folder)
     bring_up(ep)
-    model = load(path, quant=quant, rows=seqs_per_rank)
+    model = load(path, quant=quant, rows=max(seqs_per_rank))
+    if mtp:
+        report = speculative.run(
+            model, path, num_drafts=mtp, ep_size=ep, batches=seqs_per_rank, num_steps=steps or 16, rounds=rounds
+        )
+        _print(report, speculative_tables(report), as_json)
+        return
+    if len(seqs_per_rank) > 1:
+        raise UserError("--seqs-per-rank several times goes with --mtp")
     report = bench_decode.run(
-        model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, num_steps=steps, rounds=rounds
+        model, ep_size=ep, seqs_per_rank=seqs_per_rank[0], cache_tokens=cache, num_steps=steps or 4, rounds=rounds
     )
     _print(report, decode_tables(report), as_json)
 
@@ -201,6 +236,41 @@ def decode_tables(report: dict[str, Any]) -> "list[Table]":
     }
     notes["x one device"] = f"the bound is {report['bound']:g}"
     notes["load"] = f"the busiest expert had {report['busiest_expert_over_mean']:.1f} times the mean"
+    return [_definitions(table, report["definitions"] | notes)]
+
+
+def speculative_tables(report: dict[str, Any]) -> "list[Table]":
+    """Both forms of `cmjax bench decode --mtp`."""
+    settings = report["settings"]
+    title = (
+        f"{settings['num_drafts']} drafts a step, {settings['ep_size']} devices; "
+        f"medians of {settings['rounds']} rounds of {settings['num_calls']} calls of {settings['num_steps']} steps"
+    )
+    columns = (
+        "a rank",
+        "ms a step",
+        "with",
+        "tokens/s",
+        "with",
+        "tokens a step",
+        "kept",
+        "forced",
+        "speedup",
+        "bound",
+    )
+    table = new_table(title, *columns, numbers_from=0)
+    for row in report["results"]:
+        forms = ("plain", "drafting")
+        table.add_row(
+            str(row["seqs_per_rank"]),
+            *(f"{row['step_s'][form] * 1e3:.2f}" for form in forms),
+            *(f"{row['tokens_per_s'][form]:,.0f}" for form in forms),
+            f"{row['tokens_a_step']:.2f}",
+            *(f"{row[name]:.0%}" for name in ("kept", "teacher_forced")),
+            *(f"{row[name]:.2f}" for name in ("speedup", "bound")),
+        )
+    notes = {"equal": "the tokens of each form are the same in as many of the sequences: "}
+    notes["equal"] += ", ".join(f"{row['equal_sequences']} of {row['num_sequences']}" for row in report["results"])
     return [_definitions(table, report["definitions"] | notes)]
 
 

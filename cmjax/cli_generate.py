@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option
+from cmjax.cli_options import engine_options, find_model, instance_options, json_option, model_option, sampling_options
 from cmjax.cli_running import (
     carve_from,
     find_tokenizer,
@@ -60,7 +60,8 @@ class TokenIds(click.ParamType):
       cmjax generate --model DIR --prompt-ids 1,2,3 --prompt-ids 7,8 --ep 64 --json
       cmjax generate --model DIR --prompt-ids 1,2,3 --dispatch-dtype int8 --stop-token-ids 257
     \b
-    Decoding is greedy. The model's own eos_token_id ends nothing unless --stop-token-ids names it."""
+    The best token is taken unless --temperature is given. The model's own eos_token_id ends nothing unless
+    --stop-token-ids names it."""
 )
 @model_option
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; give it several times.")
@@ -69,6 +70,7 @@ class TokenIds(click.ParamType):
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens to generate.")
 @click.option("--stop-token-ids", type=TokenIds(), default=(), help="A generated token among these ends the request.")
+@sampling_options
 @instance_options
 @engine_options
 @json_option
@@ -90,7 +92,8 @@ def generate(
     from cmjax.mesh import fabric
     from cmjax.serve import Engine, SamplingParams
 
-    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+    chosen = {field.name: options[field.name] for field in dataclasses.fields(SamplingParams) if field.name in options}
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids, **chosen)
     path = find_model(folder)
     tokenizer = find_tokenizer(path, must_exist=bool(texts))
     prompts = [*map(tokenizer.encode, texts), *ids] if tokenizer else ids
@@ -123,13 +126,15 @@ def collect(
     config = engine.model.config
     settings = dataclasses.asdict(engine.settings)
     settings["exchange"] = engine.settings.exchange.__name__
-    outputs = [dataclasses.asdict(output) for output in result.outputs]
+    # What was not asked for (log probabilities) is not there.
+    outputs = [{k: v for k, v in dataclasses.asdict(output).items() if v is not None} for output in result.outputs]
     if tokenizer is not None:
         for output in outputs:
             output |= {"prompt": tokenizer.decode(output["prompt_ids"]), "text": tokenizer.decode(output["token_ids"])}
     return {
         "outputs": outputs,
         "timings": timings(result),
+        "kept_drafts": result.kept_drafts.tolist(),
         "traffic": traffic_by_plane(traffic),
         "expert_load": {
             "prefill": load_by_layer(config, result.prefill_load),
@@ -189,7 +194,7 @@ def show(report: dict[str, Any]) -> None:
 def result_tables(report: dict[str, Any]) -> "tuple[Table, ...]":
     """How fast it was, what travelled, and how evenly the experts were used."""
     return (
-        timings_table(report["timings"]),
+        timings_table(report["timings"], report["kept_drafts"]),
         traffic_table(report["traffic"]),
         load_table(report["expert_load"]),
     )
@@ -256,8 +261,8 @@ def _shortened(ids: Sequence[int]) -> str:
     return shown if len(ids) <= IDS_SHOWN else f"{shown} ... ({len(ids)})"
 
 
-def timings_table(seconds: dict[str, float]) -> "Table":
-    """Each phase with its tokens and rate."""
+def timings_table(seconds: dict[str, float], kept_drafts: list[int]) -> "Table":
+    """Each phase with its tokens and rate, and how many drafts the steps kept."""
     table = new_table("Phases", "phase", "seconds", "tokens", "tokens/s", numbers_from=1)
     for name, phase in (("load_s", "load"), ("compile_s", "compile, run once on padding")):
         if name in seconds:
@@ -267,6 +272,10 @@ def timings_table(seconds: dict[str, float]) -> "Table":
             table.add_row("hand-off of the KV", f"{seconds['handoff_s']:.2f}", "", "")
         tokens, rate = seconds[f"{phase}_tokens"], seconds[f"{phase}_tokens_per_s"]
         table.add_row(phase, f"{seconds[f'{phase}_s']:.2f}", f"{tokens:,}", f"{rate:,.0f}")
+    offered = (len(kept_drafts) - 1) * sum(kept_drafts)
+    if offered:
+        kept = sum(index * count for index, count in enumerate(kept_drafts))
+        table.caption = f"{kept:,} of {offered:,} drafts of the MTP module were kept ({kept / offered:.0%})"
     return table
 
 

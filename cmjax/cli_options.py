@@ -124,6 +124,13 @@ def engine_options(function: Function) -> Function:
         ),
         click.option("--steps-per-call", type=positive, default=8, show_default=True, help="Decode steps a call."),
         click.option(
+            "--mtp",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Tokens that the model's MTP module guesses ahead in each decode step.",
+        ),
+        click.option(
             "--redundant-experts",
             type=click.IntRange(min=0),
             help="Second copies of routed experts in the decode instance.  [default: what fills the ranks]",
@@ -133,6 +140,24 @@ def engine_options(function: Function) -> Function:
             type=click.IntRange(min=0),
             help="Slots of the decode instance for the shared expert.  [default: one in ten where ranks are left over]",
         ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: Function) -> Function:
+    """The fields of `cmjax.serve.SamplingParams` that say how a token is chosen."""
+    options = (
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the best token."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Draw from so many; 0 for all."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the best that reach it."),
+        click.option("--min-p", type=float, default=0.0, show_default=True, help="Least share of the best's chance."),
+        click.option("--presence-penalty", type=float, default=0.0, show_default=True, help="For tokens used before."),
+        click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="For each use before."),
+        click.option("--seed", type=int, help="Equal seeds give equal tokens.  [default: another one each time]"),
+        click.option("--logprobs", type=int, help="Log probabilities of so many of the best tokens in --json."),
+        click.option("--prompt-logprobs", type=int, help="The same for the prompt's tokens."),
     )
     for option in reversed(options):
         function = option(function)

@@ -83,6 +83,7 @@ def settings_from(
         block_size=block_size,
         max_num_batched_tokens=options["max_num_batched_tokens"],
         steps_per_call=options["steps_per_call"],
+        num_speculative_tokens=options["mtp"],
         dispatch_dtype=options["dispatch_dtype"],
         combine_dtype=options["combine_dtype"],
         num_redundant_experts=options["redundant_experts"],

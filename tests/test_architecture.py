@@ -21,7 +21,7 @@ ABOVE_ALL = ("__init__", "__main__")
 
 # Decisions and descriptions that the scheduler, the simulator and the tests share: no arrays, no JAX.
 WITHOUT_JAX = ("errors.py", "mesh/planes.py", "mesh/topology.py", "moe/placement.py", "moe/eplb.py")
-WITHOUT_JAX += ("serve/block_pool.py", "serve/scheduler.py", "serve/sampling.py")
+WITHOUT_JAX += ("serve/block_pool.py", "serve/scheduler.py", "serve/request.py")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 
 COLLECTIVES = ("all_to_all", "ragged_all_to_all", "all_gather", "psum", "psum_scatter", "ppermute", "pmean", "pmax")

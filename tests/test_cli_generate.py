@@ -112,6 +112,7 @@ def test_any_ep_size_gives_the_same_tokens(ep, capsys):
 def test_formats_and_sizes_reach_the_engine(capsys):
     options = ("--dtype", "bfloat16", "--dispatch-dtype", "int8", "--combine-dtype", "float32", "--block-size", 4)
     options += ("--max-model-len", 9, "--max-num-seqs", 2, "--max-num-batched-tokens", 8, "--steps-per-call", 3)
+    options += ("--mtp", 0)
     path = FOLDER / SMALL
     report = generate(capsys, "--model", path, "--prompt-ids", "1,2,3,4,5", "--max-tokens", 3, "--ep", 2, *options)
     assert len(report["outputs"][0]["token_ids"]) == 3
@@ -121,6 +122,7 @@ def test_formats_and_sizes_reach_the_engine(capsys):
         "block_size": 4,
         "max_num_batched_tokens": 8,
         "steps_per_call": 3,
+        "num_speculative_tokens": 0,
         "dispatch_dtype": "int8",
         "combine_dtype": "float32",
         "num_redundant_experts": None,
@@ -184,6 +186,25 @@ def test_readable_text():
     assert readable("a\tb\n[red]\x1b[31m\x00\r").plain == "a\tb\n[red]\\x1b[31m\\x00\\r"
     assert readable("[red]x[/red]").spans == []
     assert readable("x" * 9 + "yz", 3).plain == "... xyz"
+
+
+def test_sampling_and_drafts(capsys):
+    """Equal seeds give equal tokens, with drafts and without; log probabilities where they are asked for."""
+    case = load_case("v3-mtp")
+    base = ("--model", case.path, "--prompt-ids", "1,2,3", "--max-tokens", 6, "--ep", 2, "--temperature", 0.9)
+    base += ("--top-p", 0.9, "--seed", 7, "--logprobs", 2)
+    plain, drafting = generate(capsys, *base), generate(capsys, *base, "--mtp", 1)
+    first, second = (report["outputs"][0] for report in (plain, drafting))
+    assert first["token_ids"] == second["token_ids"]
+    assert first.keys() == {"prompt_ids", "token_ids", "finish_reason", "logprobs"}
+    assert [one["token_id"] for one in second["logprobs"]] == second["token_ids"]
+    assert {len(one["top"]) for one in second["logprobs"]} == {2}
+    assert len(plain["kept_drafts"]) == 1
+    assert drafting["kept_drafts"][0] + 2 * drafting["kept_drafts"][1] == 5
+    status, out, err = run(capsys, "generate", *base, "--top-k", -3)
+    assert_one_line(status, out, err, "top_k -3 is out of range")
+    dense = ("--model", FOLDER / SMALL, "--prompt-ids", "1", "--ep", 2, "--mtp", 1)
+    assert_one_line(*run(capsys, "generate", *dense), "the model has no MTP module")
 
 
 def test_text_without_a_tokenizer(capsys):

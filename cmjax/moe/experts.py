@@ -31,13 +31,16 @@ def swiglu(x: jax.Array | QuantizedRows, w13: Matrix, w2: Matrix) -> jax.Array:
 def block_rows(num_rows: int, num_experts: int, max_rows: int) -> int:
     """Rows that the FFN takes at a time: a power of two near the mean rows of an expert, 8 to 128, at most `max_rows`.
 
-    Small blocks waste little where experts receive few rows; large ones read the weights less often.
+    Small blocks waste little where experts receive few rows; large ones read the weights less often. Where most experts
+    that receive a row receive one, it goes alone: such a product takes half the time of one of several rows.
 
     Args:
         num_rows: rows that a rank can expect.
         num_experts: local experts they go to.
         max_rows: most rows that one expert can receive.
     """
+    if 2 * num_rows <= num_experts:
+        return 1
     mean = max(1, num_rows // max(1, num_experts))
     return min(128, max(8, _power_of_two(mean)), _power_of_two(max_rows))
 

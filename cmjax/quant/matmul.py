@@ -49,7 +49,11 @@ def _quantized_product(x: jax.Array | QuantizedRows, weight: QuantArray) -> jax.
         y = _product(dequantize_rows(rows.qvalue, rows.scale, jnp.dtype(jnp.float32)), dequantize(weight))
     else:
         dimensions = (((1,), (1,)), ((), ()))
-        sums = lax.dot_general(rows.qvalue, weight.qvalue, dimensions, preferred_element_type=jnp.int32)
+        qvalue, num_rows = rows.qvalue, rows.qvalue.shape[0]
+        if num_rows == 1:
+            # One row alone takes XLA's CPU backend four times as long as two.
+            qvalue = jnp.pad(qvalue, ((0, 1), (0, 0)))
+        sums = lax.dot_general(qvalue, weight.qvalue, dimensions, preferred_element_type=jnp.int32)[:num_rows]
         y = sums.astype(jnp.float32) * rows.scale[:, None] * weight.scale
     return y.astype(rows.dtype).reshape(*lead, -1)
 
