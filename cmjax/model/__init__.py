@@ -2,7 +2,7 @@
 
 from cmjax.model.checkpoint import restore, save
 from cmjax.model.config import ModelConfig
-from cmjax.model.draft import draft_pass
+from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
 from cmjax.model.model import Model, check_token_ids, expert_maps, load, token_id_array
 from cmjax.model.params import (
     AttentionParams,
@@ -34,11 +34,9 @@ from cmjax.model.quantize import Techniques
 from cmjax.model.quantize_folder import quantize_folder
 from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
-    DecodeBatch,
     PassOutput,
     PrefillBatch,
     RankSpec,
-    decode_pass,
     lm_head,
     mtp_head,
     prefill_pass,

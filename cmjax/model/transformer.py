@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import fabric
-from cmjax.model.cache import slots_of, write_rows
+from cmjax.model.cache import write_rows
 from cmjax.model.config import ModelConfig
-from cmjax.model.mla import LocalSequences, attend_absorbed, attend_expanded, mla_prolog, rms_norm
+from cmjax.model.mla import LocalSequences, attend_expanded, mla_prolog, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, Leaf, MoeParams, MtpParams, Params
 from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
 from cmjax.quant import linear
@@ -40,6 +40,7 @@ class RankSpec:
         block_size: tokens a cache block.
         exchange: how MoE rows travel.
         num_dispatched_shared: shared experts reached through dispatch (see `ExpertPlacement`).
+        microbatches: 1, or 2 that take turns in decode (see `cmjax.model.pipeline`).
     """
 
     config: ModelConfig
@@ -47,6 +48,7 @@ class RankSpec:
     block_size: int
     exchange: Exchange
     num_dispatched_shared: int
+    microbatches: int = 1
 
 
 @flax.struct.dataclass
@@ -71,23 +73,6 @@ class PrefillBatch:
 
 
 @flax.struct.dataclass
-class DecodeBatch:
-    """The newest token of each of the rank's sequences, and perhaps equally many guesses of what follows.
-
-    Attributes:
-        token_ids: `int32[tokens]`, not yet in the cache, those of a sequence side by side.
-        positions: `int32[tokens]`, -1 for an empty place; the newest token's is the number of tokens in the cache.
-        last_positions: `int32[requests]`, the last position to compute; the request ends after it.
-        block_table: `int32[requests, max blocks]`, -1 padded.
-    """
-
-    token_ids: Leaf
-    positions: Leaf
-    last_positions: Leaf
-    block_table: Leaf
-
-
-@flax.struct.dataclass
 class PassOutput:
     """What a pass returns.
 
@@ -103,7 +88,7 @@ class PassOutput:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class LayerRun:
     """Consecutive layers of one kind: `count` of them, from `stack_start` in their stack and `first_layer` in all."""
 
     is_moe: bool
@@ -112,15 +97,15 @@ class _Run:
     count: int
 
 
-def _layer_runs(config: ModelConfig) -> list[_Run]:
-    runs: list[_Run] = []
+def layer_runs(config: ModelConfig) -> list[LayerRun]:
+    runs: list[LayerRun] = []
     seen = {False: 0, True: 0}
     for layer in range(config.num_hidden_layers):
         is_moe = layer in config.moe_layer_ids
         if runs and runs[-1].is_moe == is_moe:
             runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
         else:
-            runs.append(_Run(is_moe, seen[is_moe], layer, 1))
+            runs.append(LayerRun(is_moe, seen[is_moe], layer, 1))
         seen[is_moe] += 1
     return runs
 
@@ -144,13 +129,25 @@ class PassContext:
     unroll: bool = False
 
 
-def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
+def split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
     """Take the experts out: a scan over layers would copy all of a layer's experts to read a few of them."""
     if not isinstance(layers.mlp, MoeParams):
         return layers, None
     experts = ExpertParams(layers.mlp.experts.w13, layers.mlp.experts.w2)
     nothing: Any = None
     return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), experts
+
+
+def attention_half(
+    params: LayerParams, cache_layer: Any, x: jax.Array, cache: jax.Array, context: PassContext
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A layer up to its MLP: `(x, normalized x, cache)`."""
+    eps = context.config.rms_norm_eps
+    with jax.named_scope("attention"):
+        attended, cache = context.attend(params.attn, rms_norm(x, params.input_norm, eps), cache, cache_layer)
+    with jax.named_scope("oproj"):
+        x = x + linear(attended, params.attn.o, params.attn.o_bias)
+    return x, rms_norm(x, params.post_attn_norm, eps), cache
 
 
 def _decoder_layer(
@@ -169,13 +166,7 @@ def _decoder_layer(
     `params` is this layer's; `experts` are its whole stack's, in which it is number `stack_index`;
     `map_index` is its row of the placement.
     """
-    config = context.config
-    with jax.named_scope("attention"):
-        normed = rms_norm(x, params.input_norm, config.rms_norm_eps)
-        attended, cache = context.attend(params.attn, normed, cache, cache_layer)
-    with jax.named_scope("oproj"):
-        x = x + linear(attended, params.attn.o, params.attn.o_bias)
-    normed = rms_norm(x, params.post_attn_norm, config.rms_norm_eps)
+    x, normed, cache = attention_half(params, cache_layer, x, cache, context)
     mlp = params.mlp
     if not isinstance(mlp, MoeParams):
         with jax.named_scope("mlp"):
@@ -189,15 +180,15 @@ def _decoder_layer(
     return x + y.astype(x.dtype), cache, load
 
 
-def _run_layers(
+def run_layers(
     params: Params, x: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """All decoder layers: `(x, cache, [num_tokens_per_expert [layers of a run, local slots]])`."""
     loads: list[jax.Array] = []
-    for run in _layer_runs(context.config):
+    for run in layer_runs(context.config):
         stack = params.moe if run.is_moe else params.dense
         assert stack is not None  # a run has layers
-        layers, experts = (stack, None) if context.unroll else _split_experts(stack)
+        layers, experts = (stack, None) if context.unroll else split_experts(stack)
         index = slice(run.stack_start, run.stack_start + run.count)
         if index != slice(0, layers.input_norm.shape[0]):
             layers = jax.tree.map(operator.itemgetter(index), layers)
@@ -219,7 +210,7 @@ def _run_layers(
     return x, cache, loads
 
 
-def _embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
+def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
     return jnp.take(table, jnp.maximum(token_ids, 0), axis=0)
 
 
@@ -239,7 +230,7 @@ def main_pass(
     params: Params, token_ids: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The model without its MTP module: `(hidden after the final norm, cache, loads)`."""
-    x, cache, loads = _run_layers(params, _embed(params.embed, token_ids), cache, context)
+    x, cache, loads = run_layers(params, embed(params.embed, token_ids), cache, context)
     return rms_norm(x, params.norm, context.config.rms_norm_eps), cache, loads
 
 
@@ -248,10 +239,10 @@ def mtp_pass(
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The MTP module: from the hidden state at t and the token at t+1, the hidden state that predicts t+2."""
     config = context.config
-    embedding = _embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
+    embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
     parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
     x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
-    layers, experts = (mtp.layer, None) if context.unroll else _split_experts(mtp.layer)
+    layers, experts = (mtp.layer, None) if context.unroll else split_experts(mtp.layer)
     layer = jax.tree.map(operator.itemgetter(0), layers)
     x, cache, load = _decoder_layer(
         layer, experts, 0, -1, config.num_hidden_layers, x, cache, context, f"{context.channel}/mtp"
@@ -259,7 +250,7 @@ def mtp_pass(
     return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
-def _exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array) -> Moe:
+def exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array) -> Moe:
     """Experts wherever the placement has them, reached by the exchange."""
 
     def moe(
@@ -337,7 +328,7 @@ def prefill_pass(
         config=config,
         channel="prefill",
         attend=attend_with(batch.slot_mapping, stop, "prefill/latents"),
-        moe=_exchanged_moe(spec, expert_to_slot, is_valid),
+        moe=exchanged_moe(spec, expert_to_slot, is_valid),
     )
     hidden, cache, loads = main_pass(params, local(batch.token_ids), cache, context)
     mtp_hidden = None
@@ -349,34 +340,8 @@ def prefill_pass(
         context = dataclasses.replace(
             context,
             attend=attend_with(slots, stop - is_open, "prefill/mtp_latents"),
-            moe=_exchanged_moe(spec, expert_to_slot, is_valid & (next_token_ids >= 0)),
+            moe=exchanged_moe(spec, expert_to_slot, is_valid & (next_token_ids >= 0)),
         )
         mtp_hidden, cache, mtp_loads = mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
         loads += mtp_loads
     return PassOutput(hidden, cache, stack_loads(loads)), mtp_hidden
-
-
-def decode_context(expert_to_slot: jax.Array, batch: DecodeBatch, spec: RankSpec, channel: str) -> PassContext:
-    """What the layers share of a pass over the newest tokens of sequences, all of whose metadata is made here."""
-    config = spec.config
-    is_valid = batch.positions >= 0
-    positions = jnp.maximum(batch.positions, 0)
-    slots = jnp.where(is_valid, slots_of(batch.block_table, positions, spec.block_size), -1)
-    lengths = jnp.where(is_valid, positions + 1, 0)
-
-    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
-        cache = write_rows(cache, layer, slots, latent)
-        attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
-        return attended, cache
-
-    return PassContext(config, channel, attend, _exchanged_moe(spec, expert_to_slot, is_valid))
-
-
-def decode_pass(
-    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: DecodeBatch, spec: RankSpec
-) -> PassOutput:
-    """Decode the newest tokens of this rank's sequences; arguments as for `prefill_pass`."""
-    context = decode_context(expert_to_slot, batch, spec, "decode")
-    hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
-    return PassOutput(hidden, cache, stack_loads(loads))

@@ -15,7 +15,7 @@ from cmjax.moe.dispatch import (
     max_tokens,
 )
 from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn, swiglu
-from cmjax.moe.layer import Exchange, FabricExchange, moe_ffn, routed_choices
+from cmjax.moe.layer import Exchange, FabricExchange, SplitExchange, gate, moe_ffn, routed_choices, run_experts
 from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
@@ -33,6 +33,7 @@ __all__ = [
     "ReceivedRows",
     "RouterConfig",
     "Scoring",
+    "SplitExchange",
     "TopkMethod",
     "WireDtype",
     "block_layout",
@@ -47,6 +48,7 @@ __all__ = [
     "dynamic_loop",
     "expert_ffn",
     "expert_ffn_blocks",
+    "gate",
     "max_tokens",
     "message_bytes",
     "moe_ffn",
@@ -54,6 +56,7 @@ __all__ = [
     "pack_rows",
     "route",
     "routed_choices",
+    "run_experts",
     "swiglu",
     "unpack_int8",
     "unpack_rows",

@@ -8,6 +8,8 @@ row touches cost nothing. Both exchanges have the fabric's two halves; the plain
 Everything here runs inside `jax.shard_map` over `axis_name`.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -154,10 +156,8 @@ def dispatch_start(
     return DispatchInFlight(packed, token, handle, dispatch_dtype)
 
 
-def dispatch_done(
-    in_flight: DispatchInFlight, *, hide_behind: jax.Array | None = None
-) -> tuple[ReceivedRows, DispatchHandle]:
-    """Receive the rows; see `dispatch`. `hide_behind` is an element of the work done since the start."""
+def dispatch_done(in_flight: DispatchInFlight, *, hide_behind: Any = None) -> tuple[ReceivedRows, DispatchHandle]:
+    """Receive the rows; see `dispatch`. `hide_behind` is the work done since the start, any tree of arrays."""
     handle, packed = in_flight.handle, in_flight.packed
     num_tokens_per_expert = handle.recv_counts.sum(0)
     if in_flight.token is None:
@@ -226,7 +226,7 @@ def combine_start(
     return CombineInFlight(rows, token, handle, topk_weights)
 
 
-def combine_done(in_flight: CombineInFlight, *, hide_behind: jax.Array | None = None) -> jax.Array:
+def combine_done(in_flight: CombineInFlight, *, hide_behind: Any = None) -> jax.Array:
     """Receive the outputs and sum them; see `combine`."""
     rows, handle, topk_weights = in_flight.rows, in_flight.handle, in_flight.topk_weights
     if in_flight.token is not None:

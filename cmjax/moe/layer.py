@@ -1,7 +1,8 @@
 """One MoE layer on one rank: gate, dispatch, expert FFN, combine."""
 
 import dataclasses
-from typing import Any, Protocol
+import math
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,27 @@ class Exchange(Protocol):
         ...
 
 
+@runtime_checkable
+class SplitExchange(Exchange, Protocol):
+    """An exchange in two halves each, which microbatches need: work placed between them hides it."""
+
+    def dispatch_start(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> Any:
+        """First half of `dispatch`: something with a `token`, for `fabric.after`."""
+        ...
+
+    def dispatch_done(self, in_flight: Any, hide_behind: Any = None) -> tuple[ReceivedRows, Any]:
+        """Second half of `dispatch`, once the arrays of `hide_behind` are there."""
+        ...
+
+    def combine_start(self, rows: jax.Array, topk_weights: jax.Array, handle: Any, *, channel: str) -> Any:
+        """First half of `combine`."""
+        ...
+
+    def combine_done(self, in_flight: Any, hide_behind: Any = None) -> jax.Array:
+        """Second half of `combine`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FabricExchange:
     """The default exchange: counts, then only the rows that exist, over the fabric."""
@@ -62,7 +84,7 @@ class FabricExchange:
         )
 
     def dispatch_done(
-        self, in_flight: DispatchInFlight, hide_behind: jax.Array | None = None
+        self, in_flight: DispatchInFlight, hide_behind: Any = None
     ) -> tuple[ReceivedRows, DispatchHandle]:
         """Second half of `dispatch`."""
         return dispatch_done(in_flight, hide_behind=hide_behind)
@@ -84,7 +106,7 @@ class FabricExchange:
             channel=channel,
         )
 
-    def combine_done(self, in_flight: CombineInFlight, hide_behind: jax.Array | None = None) -> jax.Array:
+    def combine_done(self, in_flight: CombineInFlight, hide_behind: Any = None) -> jax.Array:
         """Second half of `combine`."""
         return combine_done(in_flight, hide_behind=hide_behind)
 
@@ -117,6 +139,40 @@ def routed_choices(
     return jnp.where(is_valid[:, None], slots, -1), topk_weights
 
 
+def gate(
+    x: jax.Array,
+    router: jax.Array,
+    router_bias: jax.Array | None,
+    expert_to_slot: jax.Array,
+    is_valid: jax.Array,
+    *,
+    router_config: RouterConfig,
+    num_dispatched_shared: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Where the rows of `x[tokens, hidden]` go: `(slot_idx, weights)` of `routed_choices`."""
+    with jax.named_scope("gate"):
+        topk_idx, topk_weights = route(x, router, router_bias, router_config)
+        return routed_choices(topk_idx, topk_weights, expert_to_slot, is_valid, num_dispatched_shared)
+
+
+def run_experts(
+    received: ReceivedRows,
+    experts: ExpertParams,
+    layer: jax.Array | int,
+    choices_shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """The FFN over what a dispatch of `choices_shape`, `(tokens, topk)`, delivered: see `expert_ffn`."""
+    with jax.named_scope("moe"):
+        num_choices, num_slots = math.prod(choices_shape), experts.w13.shape[1]
+        # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
+        max_rows = max(1, received.messages.shape[0] // min(choices_shape[1], num_slots))
+        rows_per_block = block_rows(num_choices, num_slots, max_rows)
+        return expert_ffn(
+            received, experts, layer, rows_per_block=rows_per_block, expected_rows=num_choices, dtype=dtype
+        )
+
+
 def moe_ffn(
     x: jax.Array,
     router: jax.Array,
@@ -137,19 +193,18 @@ def moe_ffn(
         `(float32[tokens, hidden], int32[local experts])`: the sum of the chosen experts' outputs (those of shared
         experts that are reached through dispatch included), and the rows each local expert received.
     """
-    with jax.named_scope("gate"):
-        topk_idx, topk_weights = route(x, router, router_bias, router_config)
-        slot_idx, weights = routed_choices(topk_idx, topk_weights, expert_to_slot, is_valid, num_dispatched_shared)
+    slot_idx, weights = gate(
+        x,
+        router,
+        router_bias,
+        expert_to_slot,
+        is_valid,
+        router_config=router_config,
+        num_dispatched_shared=num_dispatched_shared,
+    )
     with jax.named_scope("dispatch"):
         received, handle = exchange.dispatch(x, slot_idx, channel=f"{channel}/dispatch")
-    with jax.named_scope("moe"):
-        num_slots = experts.w13.shape[1]
-        # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
-        max_rows = max(1, received.messages.shape[0] // min(slot_idx.shape[1], num_slots))
-        rows_per_block = block_rows(slot_idx.size, num_slots, max_rows)
-        rows = expert_ffn(
-            received, experts, layer, rows_per_block=rows_per_block, expected_rows=slot_idx.size, dtype=x.dtype
-        )
+    rows = run_experts(received, experts, layer, slot_idx.shape, x.dtype)
     with jax.named_scope("combine"):
         y = exchange.combine(rows, weights, handle, channel=f"{channel}/combine")
     return y, received.num_tokens_per_expert

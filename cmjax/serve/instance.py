@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, Instance
 from cmjax.model import Model, RankSpec, default_wires, expert_maps, place_params, plan_placement
-from cmjax.moe import ExpertPlacement
+from cmjax.moe import ExpertPlacement, SplitExchange
 from cmjax.serve.request import TokenLogprobs
 from cmjax.serve.sampling import NOT_FINITE, Logprobs
 from cmjax.serve.settings import EngineSettings, check_exchange_fits
@@ -59,12 +59,18 @@ class PlacedModel:
             dispatch_dtype=settings.dispatch_dtype or dispatch_dtype,
             combine_dtype=settings.combine_dtype or combine_dtype,
         )
+        if settings.microbatches > 1 and not isinstance(exchange, SplitExchange):
+            raise UserError(
+                f"{type(exchange).__name__} has no dispatch_start, dispatch_done, combine_start and combine_done: "
+                "microbatches must be 1"
+            )
         rank = RankSpec(
             config=model.config,
             axis_name=EP_AXIS,
             block_size=settings.block_size,
             exchange=exchange,
             num_dispatched_shared=self.placement.num_dispatched_shared if self.placement else 0,
+            microbatches=settings.microbatches,
         )
         self.spec = StepSpec(rank, mesh)
         self.params = place_params(model.params, self.placement, mesh)

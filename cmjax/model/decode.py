@@ -1,0 +1,100 @@
+"""The decode passes on one rank: the model over the newest tokens, and its MTP module over what they became."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from cmjax.model.cache import slots_of, write_rows
+from cmjax.model.mla import attend_absorbed, mla_prolog, rms_norm
+from cmjax.model.params import AttentionParams, Leaf, Params
+from cmjax.model.pipeline import Microbatch, pipelined_layers
+from cmjax.model.transformer import (
+    PassContext,
+    PassOutput,
+    RankSpec,
+    embed,
+    exchanged_moe,
+    main_pass,
+    mtp_pass,
+    stack_loads,
+)
+
+
+@flax.struct.dataclass
+class DecodeBatch:
+    """The newest token of each of the rank's sequences, and perhaps equally many guesses of what follows.
+
+    Attributes:
+        token_ids: `int32[tokens]`, not yet in the cache, those of a sequence side by side.
+        positions: `int32[tokens]`, -1 for an empty place; the newest token's is the number of tokens in the cache.
+        last_positions: `int32[requests]`, the last position to compute; the request ends after it.
+        block_table: `int32[requests, max blocks]`, -1 padded.
+    """
+
+    token_ids: Leaf
+    positions: Leaf
+    last_positions: Leaf
+    block_table: Leaf
+
+
+def decode_context(expert_to_slot: jax.Array, batch: DecodeBatch, spec: RankSpec, channel: str) -> PassContext:
+    """What the layers share of a pass over the newest tokens of sequences, all of whose metadata is made here."""
+    config = spec.config
+    is_valid = batch.positions >= 0
+    positions = jnp.maximum(batch.positions, 0)
+    slots = jnp.where(is_valid, slots_of(batch.block_table, positions, spec.block_size), -1)
+    lengths = jnp.where(is_valid, positions + 1, 0)
+
+    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
+        cache = write_rows(cache, layer, slots, latent)
+        attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
+        return attended, cache
+
+    return PassContext(config, channel, attend, exchanged_moe(spec, expert_to_slot, is_valid))
+
+
+def decode_pass(
+    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: DecodeBatch, spec: RankSpec
+) -> PassOutput:
+    """Decode the newest tokens of this rank's sequences; arguments as for `prefill_pass`.
+
+    With two microbatches each takes half of the sequences, which must be even in number.
+    """
+    if spec.microbatches == 1:
+        context = decode_context(expert_to_slot, batch, spec, "decode")
+        hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
+        return PassOutput(hidden, cache, stack_loads(loads))
+    parts = [jax.tree.map(lambda a, i=i: jnp.split(a, 2)[i], batch) for i in range(2)]
+    halves = [Microbatch(decode_context(expert_to_slot, one, spec, "decode"), one.positions >= 0) for one in parts]
+    x = (embed(params.embed, parts[0].token_ids), embed(params.embed, parts[1].token_ids))
+    x, cache, loads = pipelined_layers(params, x, cache, (halves[0], halves[1]), expert_to_slot, spec)
+    hidden = rms_norm(jnp.concatenate(x), params.norm, spec.config.rms_norm_eps)
+    return PassOutput(hidden, cache, stack_loads(loads))
+
+
+def draft_pass(
+    params: Params,
+    expert_to_slot: jax.Array,
+    cache: jax.Array,
+    batch: DecodeBatch,
+    hidden: jax.Array,
+    spec: RankSpec,
+    *,
+    channel: str = "draft",
+) -> PassOutput:
+    """The MTP module's hidden states, which predict the token after next (paper section 4.2.4).
+
+    Args:
+        params: with an MTP module.
+        expert_to_slot, cache, spec: as for `decode_pass`.
+        batch: `token_ids` are those after the positions.
+        hidden: `[tokens, hidden]` at the positions, the model's or, for a further guess, the module's own.
+        channel: names the exchanges; passes of one step need different ones.
+    """
+    assert params.mtp is not None  # checked by the caller
+    context = decode_context(expert_to_slot, batch, spec, channel)
+    hidden, cache, loads = mtp_pass(params, params.mtp, hidden, batch.token_ids, cache, context)
+    return PassOutput(hidden, cache, stack_loads(loads))

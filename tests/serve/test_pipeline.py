@@ -1,0 +1,59 @@
+"""Two microbatches in decode: the plain step's tokens and logits, on any number of devices."""
+
+import numpy as np
+import pytest
+
+from cmjax.errors import UserError
+from cmjax.moe import FabricExchange
+from cmjax.serve import SamplingParams
+from tests.helpers import max_error, tiny_model
+from tests.parity import load_case
+from tests.serve.driving import make_engine, model_of, step_through
+
+
+@pytest.mark.parametrize(
+    ("name", "ep_size", "places"),
+    [("v3-mtp", 1, 4), ("v2-lite", 8, 2), ("v3-ep320", 320, 2), ("v3-dense", 4, 2)],
+)
+def test_logits_are_the_references(name, ep_size, places):
+    """Half of the places empty, or in either half; layers with experts and without; shared ones dispatched or not."""
+    case = load_case(name)
+    engine = make_engine(model_of(case), ep_size, max_num_seqs_per_rank=places, microbatches=2)
+    ids = case.input_ids[:, :20]
+    assert max_error(step_through(engine, ids, 12), case.logits[:, :20]) < 2e-4
+
+
+def test_the_plain_steps_tokens(rng):
+    """Also int8 rows on the wire, drafts and sampling; the load of the experts is the same."""
+    model = tiny_model(num_nextn_predict_layers=1, num_hidden_layers=4)
+    prompts = [rng.integers(0, 101, length).tolist() for length in (3, 20, 7, 1, 9, 12, 2, 5, 30)]
+    asked = [SamplingParams(max_tokens=9 + i, temperature=0.8 * (i % 2), seed=i) for i in range(9)]
+    common = {"max_num_seqs_per_rank": 4, "num_speculative_tokens": 1, "dispatch_dtype": "int8"}
+    results = [
+        make_engine(model, 4, prefill_ep_size=2, microbatches=count, **common).generate(prompts, asked)
+        for count in (1, 2)
+    ]
+    for one, other in zip(*(result.outputs for result in results), strict=True):
+        assert one.token_ids == other.token_ids
+    np.testing.assert_array_equal(results[0].decode_load, results[1].decode_load)
+
+
+def test_bad_settings():
+    model = tiny_model(num_hidden_layers=2)
+    with pytest.raises(UserError, match="microbatches 2 do not divide max_num_seqs_per_rank 3"):
+        make_engine(model, 1, max_num_seqs_per_rank=3, microbatches=2)
+    with pytest.raises(UserError, match="microbatches 3 are not supported; supported: 1, 2"):
+        make_engine(model, 1, max_num_seqs_per_rank=3, microbatches=3)
+
+    class Whole:
+        def __init__(self, **options):
+            self.plain = FabricExchange(**options)
+
+        def dispatch(self, *args, **kwargs):
+            return self.plain.dispatch(*args, **kwargs)
+
+        def combine(self, *args, **kwargs):
+            return self.plain.combine(*args, **kwargs)
+
+    with pytest.raises(UserError, match="Whole has no dispatch_start, .* microbatches must be 1"):
+        make_engine(model, 1, max_num_seqs_per_rank=2, microbatches=2, exchange=Whole)
