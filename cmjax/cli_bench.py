@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ from cmjax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-ALL = ("fabric", "decode", "peer", "training", "quant")
+ALL = ("fabric", "decode", "pipeline", "peer", "training", "quant")
 EXIT_DIFFERENT = 1
 
 rounds_option = click.option(
@@ -105,6 +106,32 @@ def decode(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank[0], cache_tokens=cache, num_steps=steps or 4, rounds=rounds
     )
     _print(report, decode_tables(report), as_json)
+
+
+@bench.command(epilog="\b\nExamples:\n  cmjax bench pipeline\n  cmjax bench pipeline --ep 320 --plot timeline.png")
+@click.option("--model", "folder", metavar="DIR", help="Another model.  [default: random weights, a long cache]")
+@click.option("--ep", type=click.IntRange(min=1), default=8, show_default=True, help="Devices of the instance.")
+@click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
+@click.option("--cache", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens cached of each.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw what a device did, as PNG or SVG.")
+@rounds_option
+@json_option
+def pipeline(
+    folder: str | None, ep: int, seqs_per_rank: int, cache: int, plot: Path | None, rounds: int, as_json: bool
+) -> None:
+    """A decode step whose exchanges take time, in one microbatch and in two that take turns."""
+    from cmjax.bench import pipeline as bench_pipeline
+    from cmjax.mesh import bring_up
+    from cmjax.model import load
+
+    model = None if folder is None else load(find_model(folder))
+    bring_up(ep)
+    report, spans = bench_pipeline.run(
+        model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, rounds=rounds
+    )
+    if plot is not None:
+        bench_pipeline.draw(plot, spans, f"A call of decode steps on device 0 of {ep}, two microbatches")
+    _print(report, pipeline_tables(report), as_json)
 
 
 @bench.command(
@@ -236,6 +263,22 @@ def decode_tables(report: dict[str, Any]) -> "list[Table]":
     }
     notes["x one device"] = f"the bound is {report['bound']:g}"
     notes["load"] = f"the busiest expert had {report['busiest_expert_over_mean']:.1f} times the mean"
+    return [_definitions(table, report["definitions"] | notes)]
+
+
+def pipeline_tables(report: dict[str, Any]) -> "list[Table]":
+    """Step times of `cmjax bench pipeline`."""
+    settings, step_s = report["settings"], report["step_s"]
+    title = (
+        f"A decode step, {settings['ep_size']} devices, {settings['seqs_per_rank']} sequences a rank, "
+        f"{settings['cache_tokens']:,} tokens cached of each; median of {settings['rounds']} calls of "
+        f"{settings['num_steps']} steps"
+    )
+    table = new_table(title, "exchanges", "one, ms", "two, ms", "ratio", "bound", numbers_from=1)
+    for name, suffix, key in (("as they are", "", "without_delay"), ("delayed", " delayed", "with_delay")):
+        times = (f"{step_s[form + suffix] * 1e3:.1f}" for form in ("plain", "two"))
+        table.add_row(name, *times, f"{report['results'][key]:.2f}", f"{report['bounds'][key]:g}")
+    notes = {"equal": f"{report['definitions']['equal']}: {report['equal']:.2%}"}
     return [_definitions(table, report["definitions"] | notes)]
 
 

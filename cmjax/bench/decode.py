@@ -60,10 +60,10 @@ def run(
     devices = bring_up(ep_size)
     if len(devices) < ep_size:
         raise UserError(f"EP {ep_size} needs {ep_size} devices, there are {len(devices)}")
-    source = _prefilled(model, devices[0], cache_tokens, seed)
+    source = prefilled_prompts(model, devices[0], cache_tokens, seed)
     num_tokens = ep_size * seqs_per_rank
-    many = _Filled(model, devices[:ep_size], source, seqs_per_rank, num_steps, seed)
-    one = _Filled(model, devices[:1], source, num_tokens, num_steps, seed)
+    many = Filled(model, devices[:ep_size], source, seqs_per_rank, num_steps, seed)
+    one = Filled(model, devices[:1], source, num_tokens, num_steps, seed)
 
     calls: dict[str, Callable[[], object]] = {"one": one.caller(one.spec(None), num_steps)}
     for wire, dtype in WIRES.items():
@@ -115,25 +115,25 @@ def _result(wire: str, seconds: dict[str, list[float]], num_steps: int, num_toke
     }
 
 
-def _prefilled(
-    model: Model, device: jax.Device, cache_tokens: int, seed: int
+def prefilled_prompts(
+    model: Model, device: jax.Device, cache_tokens: int, seed: int, num_prompts: int = _NUM_PROMPTS
 ) -> tuple[PrefillInstance, list[Prefilled]]:
     """Random prompts after prefill on one device: real latents for every cache."""
     settings = EngineSettings(
         max_model_len=cache_tokens,
-        max_num_seqs_per_rank=_NUM_PROMPTS,
+        max_num_seqs_per_rank=num_prompts,
         block_size=_BLOCK_SIZE,
-        max_num_batched_tokens=_NUM_PROMPTS * cache_tokens,
+        max_num_batched_tokens=num_prompts * cache_tokens,
     )
-    blocks = _NUM_PROMPTS * blocks_for(cache_tokens, _BLOCK_SIZE)
+    blocks = num_prompts * blocks_for(cache_tokens, _BLOCK_SIZE)
     source = PrefillInstance(model, Instance("prefill0", "prefill", (device,)), settings, blocks)
     rng = np.random.default_rng(seed)
-    prompts = rng.integers(0, model.config.vocab_size, (_NUM_PROMPTS, cache_tokens))
+    prompts = rng.integers(0, model.config.vocab_size, (num_prompts, cache_tokens))
     requests = [Request(index, prompt.tolist(), SamplingParams(max_tokens=1)) for index, prompt in enumerate(prompts)]
     return source, next(source.run(requests))
 
 
-class _Filled:
+class Filled:
     """A decode instance whose every place holds a sequence, all of one length, its latents handed over from prefill."""
 
     def __init__(

@@ -63,16 +63,15 @@ def decode_pass(
 
     With two microbatches each takes half of the sequences, which must be even in number.
     """
+    context = decode_context(expert_to_slot, batch, spec, "decode")
     if spec.microbatches == 1:
-        context = decode_context(expert_to_slot, batch, spec, "decode")
         hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
         return PassOutput(hidden, cache, stack_loads(loads))
     parts = [jax.tree.map(lambda a, i=i: jnp.split(a, 2)[i], batch) for i in range(2)]
     halves = [Microbatch(decode_context(expert_to_slot, one, spec, "decode"), one.positions >= 0) for one in parts]
-    x = (embed(params.embed, parts[0].token_ids), embed(params.embed, parts[1].token_ids))
-    x, cache, loads = pipelined_layers(params, x, cache, (halves[0], halves[1]), expert_to_slot, spec)
-    hidden = rms_norm(jnp.concatenate(x), params.norm, spec.config.rms_norm_eps)
-    return PassOutput(hidden, cache, stack_loads(loads))
+    x = embed(params.embed, batch.token_ids)
+    x, cache, loads = pipelined_layers(params, x, cache, context, (halves[0], halves[1]), expert_to_slot, spec)
+    return PassOutput(rms_norm(x, params.norm, spec.config.rms_norm_eps), cache, stack_loads(loads))
 
 
 def draft_pass(

@@ -16,7 +16,6 @@ differently in the last bit.
 """
 
 import dataclasses
-import operator
 from typing import Any, cast
 
 import flax.struct
@@ -26,7 +25,7 @@ from jax import lax
 
 from cmjax.mesh import fabric
 from cmjax.model.params import LayerParams, MoeParams, Params
-from cmjax.model.transformer import LayerRun, PassContext, RankSpec, attention_half, layer_runs, split_experts
+from cmjax.model.transformer import LayerRun, PassContext, RankSpec, attention_half, layer_runs, run_stack
 from cmjax.moe import ExpertParams, SplitExchange, gate, run_experts, swiglu
 
 
@@ -57,46 +56,33 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def pipelined_layers(
-    params: Params, x: Pair, cache: jax.Array, halves: tuple[Microbatch, Microbatch], maps: jax.Array, spec: RankSpec
-) -> tuple[Pair, jax.Array, list[jax.Array]]:
-    """All decoder layers over two microbatches: `((x of A, x of B), cache, loads)`, as `run_layers` over one.
-
-    A's tokens never attend to B's.
+    params: Params,
+    x: jax.Array,
+    cache: jax.Array,
+    whole: PassContext,
+    halves: tuple[Microbatch, Microbatch],
+    maps: jax.Array,
+    spec: RankSpec,
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """All decoder layers, those with experts in two microbatches; results as of `run_layers`.
 
     Args:
+        x: `[tokens, hidden]`, A's half first.
+        whole: how all tokens attend, in layers without experts, which have no exchange to hide.
+        halves: A and B; A's tokens never attend to B's.
         maps: `int32[moe layers, logical]`, this rank's rows of the placement.
     """
     loads = []
     for run in layer_runs(spec.config):
-        stack = params.moe if run.is_moe else params.dense
-        assert stack is not None  # a run has layers
-        layers, experts = split_experts(stack)
-        index = slice(run.stack_start, run.stack_start + run.count)
-        if index != slice(0, layers.input_norm.shape[0]):
-            layers = jax.tree.map(operator.itemgetter(index), layers)
+        layers, experts = run.take(params)
         if experts is None:
-            x, cache = _dense_run(layers, run, x, cache, halves)
+            x, cache, _ = run_stack(layers, None, run, x, cache, whole)
         else:
-            x, cache, load = _MoeRun(layers, experts, run, halves, maps, spec).run(x, cache)
+            x_a, x_b = jnp.split(x, 2)
+            (x_a, x_b), cache, load = _MoeRun(layers, experts, run, halves, maps, spec).run((x_a, x_b), cache)
+            x = jnp.concatenate([x_a, x_b])
             loads.append(load)
     return x, cache, loads
-
-
-def _dense_run(
-    layers: LayerParams, run: LayerRun, x: Pair, cache: jax.Array, halves: tuple[Microbatch, Microbatch]
-) -> tuple[Pair, jax.Array]:
-    """Layers without experts, which have no exchange to hide."""
-
-    def step(carry: tuple[Pair, jax.Array], xs: tuple) -> tuple[tuple[Pair, jax.Array], None]:
-        layer, cache_layer = xs
-        (*both,), cache = carry
-        for i, half in enumerate(halves):
-            both[i], normed, cache = attention_half(layer, cache_layer, both[i], cache, half.context)
-            with jax.named_scope("mlp"):
-                both[i] += swiglu(normed, layer.mlp.w13, layer.mlp.w2)
-        return ((both[0], both[1]), cache), None
-
-    return lax.scan(step, (x, cache), (layers, run.first_layer + jnp.arange(run.count)))[0]
 
 
 @dataclasses.dataclass(frozen=True)

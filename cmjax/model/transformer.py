@@ -96,6 +96,16 @@ class LayerRun:
     first_layer: int
     count: int
 
+    def take(self, params: Params, *, keep_experts: bool = False) -> tuple[LayerParams, ExpertParams | None]:
+        """The run's layers, and apart from them (unless kept) the experts of their whole stack."""
+        stack = params.moe if self.is_moe else params.dense
+        assert stack is not None  # a run has layers
+        layers, experts = (stack, None) if keep_experts else _split_experts(stack)
+        index = slice(self.stack_start, self.stack_start + self.count)
+        if index != slice(0, layers.input_norm.shape[0]):
+            layers = jax.tree.map(operator.itemgetter(index), layers)
+        return layers, experts
+
 
 def layer_runs(config: ModelConfig) -> list[LayerRun]:
     runs: list[LayerRun] = []
@@ -129,7 +139,7 @@ class PassContext:
     unroll: bool = False
 
 
-def split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
+def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
     """Take the experts out: a scan over layers would copy all of a layer's experts to read a few of them."""
     if not isinstance(layers.mlp, MoeParams):
         return layers, None
@@ -186,28 +196,36 @@ def run_layers(
     """All decoder layers: `(x, cache, [num_tokens_per_expert [layers of a run, local slots]])`."""
     loads: list[jax.Array] = []
     for run in layer_runs(context.config):
-        stack = params.moe if run.is_moe else params.dense
-        assert stack is not None  # a run has layers
-        layers, experts = (stack, None) if context.unroll else split_experts(stack)
-        index = slice(run.stack_start, run.stack_start + run.count)
-        if index != slice(0, layers.input_norm.shape[0]):
-            layers = jax.tree.map(operator.itemgetter(index), layers)
-        name = f"{context.channel}/layer{run.first_layer}"
-
-        def step(carry: tuple, xs: tuple, experts: Any = experts, name: str = name) -> tuple[tuple, Any]:
-            layer_params, stack_index, cache_layer = xs
-            x, cache = carry
-            x, cache, load = _decoder_layer(
-                layer_params, experts, stack_index, stack_index, cache_layer, x, cache, context, name
-            )
-            return (x, cache), load
-
-        count = jnp.arange(run.count)
-        xs = (layers, run.stack_start + count, run.first_layer + count)
-        (x, cache), load = lax.scan(step, (x, cache), xs, unroll=context.unroll)
+        layers, experts = run.take(params, keep_experts=context.unroll)
+        x, cache, load = run_stack(layers, experts, run, x, cache, context)
         if load is not None:
             loads.append(load)
     return x, cache, loads
+
+
+def run_stack(
+    layers: LayerParams,
+    experts: ExpertParams | None,
+    run: LayerRun,
+    x: jax.Array,
+    cache: jax.Array,
+    context: PassContext,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The layers of one run: `(x, cache, num_tokens_per_expert [layers, local slots] or None)`."""
+    name = f"{context.channel}/layer{run.first_layer}"
+
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
+        layer_params, stack_index, cache_layer = xs
+        x, cache = carry
+        x, cache, load = _decoder_layer(
+            layer_params, experts, stack_index, stack_index, cache_layer, x, cache, context, name
+        )
+        return (x, cache), load
+
+    count = jnp.arange(run.count)
+    xs = (layers, run.stack_start + count, run.first_layer + count)
+    (x, cache), load = lax.scan(step, (x, cache), xs, unroll=context.unroll)
+    return x, cache, load
 
 
 def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
@@ -242,7 +260,7 @@ def mtp_pass(
     embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
     parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
     x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
-    layers, experts = (mtp.layer, None) if context.unroll else split_experts(mtp.layer)
+    layers, experts = (mtp.layer, None) if context.unroll else _split_experts(mtp.layer)
     layer = jax.tree.map(operator.itemgetter(0), layers)
     x, cache, load = _decoder_layer(
         layer, experts, 0, -1, config.num_hidden_layers, x, cache, context, f"{context.channel}/mtp"

@@ -55,5 +55,5 @@ def test_bad_settings():
         def combine(self, *args, **kwargs):
             return self.plain.combine(*args, **kwargs)
 
-    with pytest.raises(UserError, match="Whole has no dispatch_start, .* microbatches must be 1"):
+    with pytest.raises(UserError, match=r"Whole has no dispatch_start, .* microbatches must be 1"):
         make_engine(model, 1, max_num_seqs_per_rank=2, microbatches=2, exchange=Whole)
