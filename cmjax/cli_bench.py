@@ -112,7 +112,7 @@ def decode(
 @click.option("--model", "folder", metavar="DIR", help="Another model.  [default: random weights, a long cache]")
 @click.option("--ep", type=click.IntRange(min=1), default=8, show_default=True, help="Devices of the instance.")
 @click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
-@click.option("--cache", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens cached of each.")
+@click.option("--cache", type=click.IntRange(min=1), default=8000, show_default=True, help="Tokens cached of each.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw what a device did, as PNG or SVG.")
 @rounds_option
 @json_option

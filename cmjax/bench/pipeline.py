@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
     first_k_dense_replace=1,
     max_position_embeddings=8192,
 )
-CACHE_TOKENS = 4096
+CACHE_TOKENS = 8000
 _NUM_PROMPTS = 2  # distinct ones, which all sequences go on from
 BOUNDS = {"with_delay": 0.75, "without_delay": 1.1}
 DEFINITIONS = {

@@ -1,0 +1,123 @@
+"""The graph of a step in two microbatches: what each exchange hides behind neither waits for it nor is waited for."""
+
+import jax
+import pytest
+
+from cmjax.model import pipeline
+from cmjax.moe import DispatchInFlight, dispatch_done
+from cmjax.serve import decode
+from tests.helpers import tiny_model
+from tests.serve.driving import make_engine
+
+# (microbatch, exchange) -> the work beside it, as scopes of the program.
+BEHIND = {
+    ("a", "dispatch"): ("b", "attention"),
+    ("b", "dispatch"): ("a", "moe"),
+    ("a", "combine"): ("b", "moe"),
+    ("b", "combine"): ("a", "attention"),  # of the next layer
+}
+
+
+def inner_jaxprs(eqn):
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(one, jax.extend.core.ClosedJaxpr):
+                yield one.jaxpr
+            elif isinstance(one, jax.extend.core.Jaxpr):
+                yield one
+
+
+def layer_bodies(jaxpr):
+    """Bodies of loops that hold the two halves of exchanges themselves."""
+    for eqn in jaxpr.eqns:
+        for inner in inner_jaxprs(eqn):
+            names = [one.primitive.name for one in inner.eqns]
+            if eqn.primitive.name == "scan" and "fabric_ragged_all_to_all_start" in names:
+                yield inner
+            yield from layer_bodies(inner)
+
+
+class Graph:
+    """The equations of one body, what each is for, and which depend on which."""
+
+    def __init__(self, jaxpr):
+        self.eqns = jaxpr.eqns
+        made_by = {var: i for i, eqn in enumerate(self.eqns) for var in eqn.outvars}
+        self.needs = []  # all that an equation depends on, directly or not
+        for eqn in self.eqns:
+            direct = {made_by[var] for var in eqn.invars if not hasattr(var, "val") and var in made_by}
+            self.needs.append(direct.union(*(self.needs[i] for i in direct)))
+        self.scopes = [str(eqn.source_info.name_stack).split("/") for eqn in self.eqns]
+
+    def find(self, microbatch, scope, *names):
+        """Equations of a microbatch in a scope, by primitive; the heavy ones where no name is given."""
+        names = names or ("dot_general", "while", "scan", "pjit", "jit")
+        found = []
+        for i, eqn in enumerate(self.eqns):
+            is_named = eqn.primitive.name in names
+            if is_named and microbatch in self.scopes[i] and scope in self.scopes[i]:
+                found.append(i)
+        return found
+
+
+def faults(graph):
+    """What keeps an exchange from being hidden, or leaves its place to chance."""
+    for (microbatch, exchange), (other, work) in BEHIND.items():
+        (start,) = graph.find(microbatch, exchange, "fabric_ragged_all_to_all_start")
+        ends = graph.find(microbatch, exchange, "fabric_ragged_all_to_all_done")
+        heavy = graph.find(other, work)
+        name = f"{microbatch}/{exchange} behind {other}/{work}"
+        if not heavy:
+            yield f"{name}: there is no such work"
+        between = [i for i in heavy if start in graph.needs[i] and i in graph.needs[ends[-1]]]
+        if not between:
+            yield f"{name}: no work is held between its halves"
+        for i in heavy:
+            if i in graph.needs[start]:
+                yield f"{name}: its start waits for the work"
+            if graph.needs[i].intersection(ends):
+                yield f"{name}: the work waits for its end"
+
+
+@pytest.fixture(scope="module")
+def traced():
+    def trace():
+        engine = make_engine(tiny_model(num_hidden_layers=4), 4, max_num_seqs_per_rank=2, microbatches=2)
+        target = engine.decode
+        state = jax.device_put(target.host_state(), target.spec.by_rank())
+        arguments = (target.params, target.expert_to_slot, target.cache, state)
+        jaxpr = decode.trace(*arguments, spec=target.spec, num_steps=2).jaxpr
+        *_, body = layer_bodies(jaxpr.jaxpr)  # that of the layers is within that of the steps
+        return Graph(body)
+
+    return trace
+
+
+def test_every_exchange_stands_beside_the_others_work(traced):
+    assert list(faults(traced())) == []
+
+
+def test_the_check_sees_a_start_that_may_come_late(traced, monkeypatch):
+    monkeypatch.setattr(pipeline, "_after", lambda in_flight, x: x)
+    jax.clear_caches()
+    found = list(faults(traced()))
+    jax.clear_caches()
+    assert {fault.split(": ")[1] for fault in found} == {"no work is held between its halves"}
+
+
+def test_the_check_sees_work_that_waits(traced, monkeypatch):
+    """As in a step that does one after the other: B attends once A's rows have arrived."""
+    after = pipeline._after
+
+    def after_the_end(in_flight, x):
+        if isinstance(in_flight, DispatchInFlight) and x.ndim == 2:
+            with jax.named_scope("a"), jax.named_scope("dispatch"):
+                received, _ = dispatch_done(in_flight)
+            x = x + 0 * received.messages[0, 0]
+        return after(in_flight, x)
+
+    monkeypatch.setattr(pipeline, "_after", after_the_end)
+    jax.clear_caches()
+    found = list(faults(traced()))
+    jax.clear_caches()
+    assert "a/dispatch behind b/attention: the work waits for its end" in found
