@@ -131,6 +131,13 @@ def engine_options(function: Function) -> Function:
             help="Tokens that the model's MTP module guesses ahead in each decode step.",
         ),
         click.option(
+            "--microbatches",
+            type=click.Choice(("1", "2", "auto")),
+            default="1",
+            show_default=True,
+            help="Two take turns in a decode step, one attending while the other's rows travel; auto tries both.",
+        ),
+        click.option(
             "--redundant-experts",
             type=click.IntRange(min=0),
             help="Second copies of routed experts in the decode instance.  [default: what fills the ranks]",

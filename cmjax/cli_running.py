@@ -45,6 +45,7 @@ def carve_from(options: dict[str, Any]) -> "Pools":
 def seqs_per_rank(options: dict[str, Any], num_prompts: int, pools: "Pools") -> int:
     """Requests that a decode rank runs together: what `--max-num-seqs` says, or what so many prompts need."""
     share = -(-num_prompts // pools.decode[0].ep_size)
+    share += share % 2 * (options["microbatches"] == "2")
     return options["max_num_seqs"] or min(share, MAX_DEFAULT_SEQS)
 
 
@@ -84,6 +85,7 @@ def settings_from(
         max_num_batched_tokens=options["max_num_batched_tokens"],
         steps_per_call=options["steps_per_call"],
         num_speculative_tokens=options["mtp"],
+        microbatches="auto" if options["microbatches"] == "auto" else int(options["microbatches"]),
         dispatch_dtype=options["dispatch_dtype"],
         combine_dtype=options["combine_dtype"],
         num_redundant_experts=options["redundant_experts"],

@@ -112,7 +112,7 @@ def test_any_ep_size_gives_the_same_tokens(ep, capsys):
 def test_formats_and_sizes_reach_the_engine(capsys):
     options = ("--dtype", "bfloat16", "--dispatch-dtype", "int8", "--combine-dtype", "float32", "--block-size", 4)
     options += ("--max-model-len", 9, "--max-num-seqs", 2, "--max-num-batched-tokens", 8, "--steps-per-call", 3)
-    options += ("--mtp", 0)
+    options += ("--mtp", 0, "--microbatches", 2)
     path = FOLDER / SMALL
     report = generate(capsys, "--model", path, "--prompt-ids", "1,2,3,4,5", "--max-tokens", 3, "--ep", 2, *options)
     assert len(report["outputs"][0]["token_ids"]) == 3
@@ -123,6 +123,7 @@ def test_formats_and_sizes_reach_the_engine(capsys):
         "max_num_batched_tokens": 8,
         "steps_per_call": 3,
         "num_speculative_tokens": 0,
+        "microbatches": 2,
         "dispatch_dtype": "int8",
         "combine_dtype": "float32",
         "num_redundant_experts": None,

@@ -1,5 +1,7 @@
 """The decode role: requests in places, token by token."""
 
+import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -14,7 +16,7 @@ from cmjax.serve.instance import PlacedModel, check_finite, token_logprobs
 from cmjax.serve.request import Request
 from cmjax.serve.sampling import SamplingRoom
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import new_cache
+from cmjax.serve.steps import StepSpec, new_cache
 
 
 class DecodeInstance(PlacedModel):
@@ -37,6 +39,10 @@ class DecodeInstance(PlacedModel):
         super().__init__(model, instance, settings, "max_num_seqs_per_rank", **expert_counts)
         self.num_blocks = num_blocks
         self.num_drafts = settings.num_speculative_tokens
+        self.specs = {self.spec.rank.microbatches: self.spec}
+        if settings.microbatches == "auto" and settings.max_num_seqs_per_rank % 2 == 0:
+            self.specs[2] = dataclasses.replace(self.spec, rank=dataclasses.replace(self.spec.rank, microbatches=2))
+        self.trial = Trial(list(self.specs))
         self.reset()
 
     def reset(self) -> None:
@@ -119,8 +125,12 @@ class DecodeInstance(PlacedModel):
         """Run `num_steps` steps of every request; return how many tokens were taken."""
         if self._state is None:
             self._state = jax.device_put(self.host_state(), self.spec.by_rank())
-        output = self._decode(self._state, num_steps)
+        microbatches = self.trial.choice
+        begin = time.perf_counter()
+        output = self._decode(self._state, num_steps, self.specs[microbatches])
         self._state = output.state
+        jax.block_until_ready(output.token_ids)
+        self.trial.add(microbatches, (time.perf_counter() - begin) / num_steps)
         token_ids, found = jax.tree.map(np.asarray, (output.token_ids, output.logprobs))
         places, width = self.settings.max_num_seqs_per_rank, self.num_drafts + 1
         taken = 0
@@ -143,13 +153,13 @@ class DecodeInstance(PlacedModel):
             taken += request.append(column[is_token].tolist())
         return taken
 
-    def _decode(self, state: DecodeState, num_steps: int) -> DecodeOutput:
+    def _decode(self, state: DecodeState, num_steps: int, spec: StepSpec) -> DecodeOutput:
         output = decode(
             self.params,
             self.expert_to_slot,
             self.cache,
             state,
-            spec=self.spec,
+            spec=spec,
             num_steps=num_steps,
             num_drafts=self.num_drafts,
             num_logprobs=self.room.num_logprobs,
@@ -168,10 +178,33 @@ class DecodeInstance(PlacedModel):
     def warm_up(self, num_steps: int, requests: Iterable[Request] = ()) -> None:
         """Compile the step with what the requests' sampling needs, by running it with every place empty."""
         self.room = self.room.fit(r.sampling for r in requests)
-        state = self.host_state()
-        state.batch.positions.fill(-1)
-        empty = jax.device_put(state, self.spec.by_rank())
-        jax.block_until_ready(self._decode(empty, num_steps).token_ids)
+        for spec in self.specs.values():
+            state = self.host_state()
+            state.batch.positions.fill(-1)
+            empty = jax.device_put(state, self.spec.by_rank())
+            jax.block_until_ready(self._decode(empty, num_steps, spec).token_ids)
+
+
+class Trial:
+    """Which of several forms is fastest, found while they work: each in turn for a few calls, then the best."""
+
+    ROUNDS = 4
+
+    def __init__(self, forms: Sequence[int]) -> None:
+        self._seconds: dict[int, list[float]] = {form: [] for form in forms}
+
+    @property
+    def choice(self) -> int:
+        """The form for the next call."""
+        untried = [form for form, taken in self._seconds.items() if len(taken) < self.ROUNDS]
+        if len(self._seconds) > 1 and untried:
+            return min(untried, key=lambda form: len(self._seconds[form]))
+        return min(self._seconds, key=lambda form: float(np.median(self._seconds[form] or [0.0])))
+
+    def add(self, form: int, seconds: float) -> None:
+        """Take note of a call, as long as it is a trial."""
+        if len(self._seconds[form]) < self.ROUNDS:
+            self._seconds[form].append(seconds)
 
 
 def choose_rank(num_running: Sequence[int], pools: Sequence[BlockPool], num_blocks: int) -> int | None:

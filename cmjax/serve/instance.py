@@ -59,7 +59,7 @@ class PlacedModel:
             dispatch_dtype=settings.dispatch_dtype or dispatch_dtype,
             combine_dtype=settings.combine_dtype or combine_dtype,
         )
-        if settings.microbatches > 1 and not isinstance(exchange, SplitExchange):
+        if settings.microbatches != 1 and not isinstance(exchange, SplitExchange):
             raise UserError(
                 f"{type(exchange).__name__} has no dispatch_start, dispatch_done, combine_start and combine_done: "
                 "microbatches must be 1"
@@ -70,7 +70,7 @@ class PlacedModel:
             block_size=settings.block_size,
             exchange=exchange,
             num_dispatched_shared=self.placement.num_dispatched_shared if self.placement else 0,
-            microbatches=settings.microbatches,
+            microbatches=2 if settings.microbatches == 2 else 1,
         )
         self.spec = StepSpec(rank, mesh)
         self.params = place_params(model.params, self.placement, mesh)

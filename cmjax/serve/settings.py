@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -24,7 +24,8 @@ class EngineSettings:
             prefilled in several steps.
         steps_per_call: decode steps in one call of the compiled program.
         num_speculative_tokens: tokens that the model's MTP module guesses ahead in each step, and the step verifies.
-        microbatches: 1, or 2 that take turns in a decode step, so that exchanges hide behind work.
+        microbatches: 1, or 2 that take turns in a decode step, so that exchanges hide behind work; "auto" tries both in
+            the first calls and stays with the faster.
         dispatch_dtype: what a row is on its way to the experts: a float dtype, or "int8"; None: "int8" where the model
             is quantized, else as it is.
         combine_dtype: what a row is on its way back: a float dtype; None: bfloat16 where the model is quantized, else
@@ -39,7 +40,7 @@ class EngineSettings:
     max_num_batched_tokens: int = 2048
     steps_per_call: int = 8
     num_speculative_tokens: int = 0
-    microbatches: int = 1
+    microbatches: int | Literal["auto"] = 1
     dispatch_dtype: WireDtype | None = None
     combine_dtype: WireDtype | None = None
     num_redundant_experts: int | None = None
@@ -51,9 +52,9 @@ class EngineSettings:
             value = getattr(self, field.name)
             if field.type is int and value < (field.name != "num_speculative_tokens"):
                 raise UserError(f"{field.name} {value} is {'negative' if value < 0 else 'not positive'}")
-        if self.microbatches > 2:
-            raise UserError(f"microbatches {self.microbatches} are not supported; supported: 1, 2")
-        if self.max_num_seqs_per_rank % self.microbatches:
+        if self.microbatches not in (1, 2, "auto"):
+            raise UserError(f"microbatches {self.microbatches} are not supported; supported: 1, 2, auto")
+        if self.microbatches == 2 and self.max_num_seqs_per_rank % 2:
             raise UserError(
                 f"microbatches {self.microbatches} do not divide max_num_seqs_per_rank {self.max_num_seqs_per_rank}"
             )

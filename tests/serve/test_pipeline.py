@@ -6,6 +6,7 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.moe import FabricExchange
 from cmjax.serve import SamplingParams
+from cmjax.serve.decode_instance import Trial
 from tests.helpers import max_error, tiny_model
 from tests.parity import load_case
 from tests.serve.driving import make_engine, model_of, step_through
@@ -38,11 +39,30 @@ def test_the_plain_steps_tokens(rng):
     np.testing.assert_array_equal(results[0].decode_load, results[1].decode_load)
 
 
+def test_auto_stays_with_the_faster():
+    """Each form is tried in turn; what is slower is left after a few calls."""
+    trial = Trial([1, 2])
+    for call in range(20):
+        form = trial.choice
+        assert (form == 1 + call % 2) if call < 8 else (form == 2)
+        trial.add(form, {1: 3.0, 2: 1.0 if call else 99.0}[form])
+    assert Trial([1]).choice == 1
+    model = tiny_model(num_hidden_layers=2)
+    engine = make_engine(model, 4, max_num_seqs_per_rank=2, microbatches="auto", steps_per_call=1)
+    plain = make_engine(model, 4, max_num_seqs_per_rank=2)
+    prompts, sampling = [[1, 2], [3], [4, 5, 6]], SamplingParams(max_tokens=12)
+    found, wanted = (one.generate(prompts, sampling).outputs for one in (engine, plain))
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert all(len(taken) == Trial.ROUNDS for taken in engine.decode.trial._seconds.values())
+    # A half of an odd number of places there is not.
+    assert list(make_engine(model, 4, max_num_seqs_per_rank=3, microbatches="auto").decode.specs) == [1]
+
+
 def test_bad_settings():
     model = tiny_model(num_hidden_layers=2)
     with pytest.raises(UserError, match="microbatches 2 do not divide max_num_seqs_per_rank 3"):
         make_engine(model, 1, max_num_seqs_per_rank=3, microbatches=2)
-    with pytest.raises(UserError, match="microbatches 3 are not supported; supported: 1, 2"):
+    with pytest.raises(UserError, match="microbatches 3 are not supported; supported: 1, 2, auto"):
         make_engine(model, 1, max_num_seqs_per_rank=3, microbatches=3)
 
     class Whole:
