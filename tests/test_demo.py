@@ -9,9 +9,9 @@ import pytest
 
 from cmjax import cli_options
 from cmjax.cli import main
-from cmjax.cli_demo import Comparison, Completion, Reference, compare, completion_lines
+from cmjax.cli_demo import Comparison, Completion, Reference, compare, compare_to_one_device, completion_lines
 from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.model import Tokenizer, load
 from tests.parity import FOLDER, load_case
 
 PNG = b"\x89PNG\r\n"
@@ -44,6 +44,20 @@ def folder(tmp_path):
     shutil.copytree(FOLDER / "v3-ep320", path)
     write_reference(path, completions())
     return path
+
+
+def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder):
+    status, out, err = run(capsys, "--model", folder, *SMALL, "--quant", "int8", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["reference"]["source"] == "the same model in int8 on one device"
+    assert report["reference"]["num_equal"] == report["reference"]["num_tokens"] > 12
+    # The check can fail: a token that the model would not choose.
+    prompts, generated = ([one[name] for one in report["outputs"]] for name in ("prompt_ids", "token_ids"))
+    model = load(folder, quant="int8")
+    assert compare_to_one_device(model, prompts, generated).is_equal
+    generated[1][-1] = (generated[1][-1] + 1) % model.config.vocab_size
+    assert not compare_to_one_device(model, prompts, generated).is_equal
 
 
 def test_the_demo_at_ep320(capsys, tmp_path):

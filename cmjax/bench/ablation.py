@@ -1,7 +1,7 @@
 """What quantization costs: a model in floats, rounded to int8, and with each technique of the calibration added."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def make_models(
     dtype: Any,
     kinds: tuple[str, ...] = (),
     alone: bool = False,
+    names: Sequence[str] = TECHNIQUES,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Model]:
     """The models to compare, by name, the one in floats first.
@@ -33,6 +34,7 @@ def make_models(
         dtype: of float weights and of activations.
         kinds: outliers to plant (`plant_outliers`) before anything is quantized; the model in floats is without them.
         alone: each technique alone, not added to those before it.
+        names: the techniques, in this order.
         progress: called with the name of each model before it is made.
     """
     notify = progress or (lambda name: None)
@@ -47,7 +49,7 @@ def make_models(
     models[ROUNDED] = load(source, dtype=dtype, quant="int8")
     nothing = Techniques(**dict.fromkeys(TECHNIQUES, False))
     techniques = nothing
-    for name in TECHNIQUES:
+    for name in names:
         notify(name)
         techniques = dataclasses.replace(nothing if alone else techniques, **{name: True})
         out = work / name

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
@@ -51,7 +52,9 @@ def quantize_folder(
     Raises:
         UserError: what is wrong with the source, the output or the calibration text.
     """
-    _Job(Path(source), Path(out), input_ids, techniques or Techniques()).run(progress or (lambda *_: None))
+    # The products are small: a second BLAS thread only spins, and beside a busy process takes ten times as long.
+    with threadpool_limits(1, "blas"):
+        _Job(Path(source), Path(out), input_ids, techniques or Techniques()).run(progress or (lambda *_: None))
 
 
 class _Job:
