@@ -30,16 +30,15 @@ from cmjax.model.placed import (
     placed_layer_names,
     plan_placement,
 )
+from cmjax.model.prefill import PrefillBatch, local_tokens, prefill_pass, token_order
 from cmjax.model.quantize import Techniques
 from cmjax.model.quantize_folder import quantize_folder
 from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     PassOutput,
-    PrefillBatch,
     RankSpec,
     lm_head,
     mtp_head,
-    prefill_pass,
 )
 from cmjax.model.weights import TensorSource, load_checkpoint, load_params, save_hf
 from cmjax.model.yarn import YarnConfig
@@ -75,6 +74,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_params",
+    "local_tokens",
     "mtp_head",
     "named_leaves",
     "num_bytes",
@@ -92,4 +92,5 @@ __all__ = [
     "save",
     "save_hf",
     "token_id_array",
+    "token_order",
 ]

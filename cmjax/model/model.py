@@ -15,7 +15,8 @@ from cmjax.mesh import fabric
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import Params, named_leaves, quant_mode
 from cmjax.model.placed import default_wires, param_specs, place_params, plan_placement
-from cmjax.model.transformer import PrefillBatch, RankSpec, lm_head, mtp_head, prefill_pass
+from cmjax.model.prefill import PrefillBatch, prefill_pass
+from cmjax.model.transformer import RankSpec, lm_head, mtp_head
 from cmjax.model.weights import Quant, load_checkpoint
 from cmjax.moe import ExpertPlacement, FabricExchange
 from cmjax.quant import QUANT_MODES, QuantMode

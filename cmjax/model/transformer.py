@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.mesh import fabric
-from cmjax.model.cache import write_rows
 from cmjax.model.config import ModelConfig
-from cmjax.model.mla import LocalSequences, attend_expanded, mla_prolog, rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, Leaf, MoeParams, MtpParams, Params
+from cmjax.model.mla import rms_norm
+from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params
 from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
 from cmjax.quant import linear
 
@@ -49,27 +47,6 @@ class RankSpec:
     exchange: Exchange
     num_dispatched_shared: int
     microbatches: int = 1
-
-
-@flax.struct.dataclass
-class PrefillBatch:
-    """Packed prompts, the same on every rank; tokens are cut into equal contiguous segments, one a rank.
-
-    Attributes:
-        token_ids: `int32[tokens]`, a multiple of the ranks; sequences side by side, padding at the end.
-        next_token_ids: `int32[tokens]`, the token after each (the MTP module's input), -1 where it is not known yet.
-        positions: `int32[tokens]`.
-        slot_mapping: `int32[tokens]`, where the token's latent goes, -1 for padding.
-        query_start: `int32[sequences + 1]`, first token of each sequence; an unused sequence is empty.
-        block_table: `int32[sequences, max blocks]`, -1 padded; also holds the blocks of tokens computed before.
-    """
-
-    token_ids: Leaf
-    next_token_ids: Leaf
-    positions: Leaf
-    slot_mapping: Leaf
-    query_start: Leaf
-    block_table: Leaf
 
 
 @flax.struct.dataclass
@@ -293,73 +270,3 @@ def exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array
 
 def stack_loads(loads: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-
-
-def _local_sequences(batch: PrefillBatch, stop: jax.Array, first: jax.Array, count: int) -> LocalSequences:
-    """Cut the packed sequences, each up to its `stop`, to the tokens `[first, first + count)`."""
-    begin = jnp.clip(batch.query_start[:-1], first, first + count)
-    end = jnp.clip(stop, first, first + count)
-    last_token = batch.positions.shape[0] - 1
-    return LocalSequences(begin - first, end - begin, batch.positions[jnp.minimum(begin, last_token)])
-
-
-def prefill_pass(
-    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: PrefillBatch, spec: RankSpec
-) -> tuple[PassOutput, jax.Array | None]:
-    """Prefill the packed prompts: this rank's segment of tokens, and everybody's latents.
-
-    After it, the cache of every rank holds the latents of all the prompts, so that any of them can hand them on.
-
-    Args:
-        params: with experts by local slot.
-        expert_to_slot: `int32[moe layers, logical]`, this rank's rows of the placement.
-        cache: `[cache layers, slots, latent width]`.
-
-    Returns:
-        The output for the rank's `tokens / ranks` tokens, and the MTP module's hidden states for them (None without
-        one); those of tokens whose successor is unknown mean nothing, and leave no trace in the cache.
-    """
-    config, axis = spec.config, spec.axis_name
-    count = batch.token_ids.shape[0] // lax.axis_size(axis)
-    first = lax.axis_index(axis) * count
-    stop = batch.query_start[1:]
-
-    def local(a: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(a, first, count)
-
-    def attend_with(slot_mapping: jax.Array, stop: jax.Array, channel: str) -> Attend:
-        sequences = _local_sequences(batch, stop, first, count)
-
-        def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-            q_nope, q_pe, latent = mla_prolog(p, config, x, local(batch.positions))
-            latents = fabric.all_gather(latent, axis, tiled=True, channel=channel)
-            cache = write_rows(cache, layer, slot_mapping, latents)
-            attended = attend_expanded(
-                p, config, q_nope, q_pe, cache, layer, sequences, batch.block_table, spec.block_size
-            )
-            return attended, cache
-
-        return attend
-
-    is_valid = local(batch.slot_mapping) >= 0
-    context = PassContext(
-        config=config,
-        channel="prefill",
-        attend=attend_with(batch.slot_mapping, stop, "prefill/latents"),
-        moe=exchanged_moe(spec, expert_to_slot, is_valid),
-    )
-    hidden, cache, loads = main_pass(params, local(batch.token_ids), cache, context)
-    mtp_hidden = None
-    if params.mtp is not None:
-        next_token_ids = local(batch.next_token_ids)
-        slots = jnp.where(batch.next_token_ids < 0, -1, batch.slot_mapping)
-        # A last token whose successor is unknown has no row in the cache: nothing may read what the memory holds there.
-        is_open = (stop > batch.query_start[:-1]) & (batch.next_token_ids[jnp.maximum(stop - 1, 0)] < 0)
-        context = dataclasses.replace(
-            context,
-            attend=attend_with(slots, stop - is_open, "prefill/mtp_latents"),
-            moe=exchanged_moe(spec, expert_to_slot, is_valid & (next_token_ids >= 0)),
-        )
-        mtp_hidden, cache, mtp_loads = mtp_pass(params, params.mtp, hidden, next_token_ids, cache, context)
-        loads += mtp_loads
-    return PassOutput(hidden, cache, stack_loads(loads)), mtp_hidden

@@ -1,6 +1,5 @@
 """The decode role: requests in places, token by token."""
 
-import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 
@@ -39,10 +38,7 @@ class DecodeInstance(PlacedModel):
         super().__init__(model, instance, settings, "max_num_seqs_per_rank", **expert_counts)
         self.num_blocks = num_blocks
         self.num_drafts = settings.num_speculative_tokens
-        self.specs = {self.spec.rank.microbatches: self.spec}
-        if settings.microbatches == "auto" and settings.max_num_seqs_per_rank % 2 == 0:
-            self.specs[2] = dataclasses.replace(self.spec, rank=dataclasses.replace(self.spec.rank, microbatches=2))
-        self.trial = Trial(list(self.specs))
+        self.set_forms(may_split=settings.max_num_seqs_per_rank % 2 == 0)
         self.reset()
 
     def reset(self) -> None:
@@ -183,28 +179,6 @@ class DecodeInstance(PlacedModel):
             state.batch.positions.fill(-1)
             empty = jax.device_put(state, self.spec.by_rank())
             jax.block_until_ready(self._decode(empty, num_steps, spec).token_ids)
-
-
-class Trial:
-    """Which of several forms is fastest, found while they work: each in turn for a few calls, then the best."""
-
-    ROUNDS = 4
-
-    def __init__(self, forms: Sequence[int]) -> None:
-        self._seconds: dict[int, list[float]] = {form: [] for form in forms}
-
-    @property
-    def choice(self) -> int:
-        """The form for the next call."""
-        untried = [form for form, taken in self._seconds.items() if len(taken) < self.ROUNDS]
-        if len(self._seconds) > 1 and untried:
-            return min(untried, key=lambda form: len(self._seconds[form]))
-        return min(self._seconds, key=lambda form: float(np.median(self._seconds[form] or [0.0])))
-
-    def add(self, form: int, seconds: float) -> None:
-        """Take note of a call, as long as it is a trial."""
-        if len(self._seconds[form]) < self.ROUNDS:
-            self._seconds[form].append(seconds)
 
 
 def choose_rank(num_running: Sequence[int], pools: Sequence[BlockPool], num_blocks: int) -> int | None:

@@ -1,5 +1,8 @@
 """What the instances of every role share: a model on its devices, and the static part of its steps."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -37,6 +40,28 @@ def token_logprobs(found: Logprobs, index: tuple[int, ...], token_id: int, num_t
     """One place of host arrays, with as many of the best as a request asks for."""
     top = zip(found.top_ids[index].tolist(), found.top[index].tolist(), strict=True)
     return TokenLogprobs(token_id, float(found.chosen[index]), int(found.rank[index]), tuple(top)[:num_top])
+
+
+class Trial:
+    """Which of several forms is fastest, found while they work: each in turn for a few calls, then the best."""
+
+    ROUNDS = 4
+
+    def __init__(self, forms: Sequence[int]) -> None:
+        self._seconds: dict[int, list[float]] = {form: [] for form in forms}
+
+    @property
+    def choice(self) -> int:
+        """The form for the next call."""
+        untried = [form for form, taken in self._seconds.items() if len(taken) < self.ROUNDS]
+        if len(self._seconds) > 1 and untried:
+            return min(untried, key=lambda form: len(self._seconds[form]))
+        return min(self._seconds, key=lambda form: float(np.median(self._seconds[form] or [0.0])))
+
+    def add(self, form: int, seconds: float) -> None:
+        """Take note of a call, as long as it is a trial."""
+        if len(self._seconds[form]) < self.ROUNDS:
+            self._seconds[form].append(seconds)
 
 
 class PlacedModel:
@@ -77,6 +102,14 @@ class PlacedModel:
         maps = expert_maps(self.placement, instance.ep_size)
         self.expert_to_slot = jax.device_put(maps, NamedSharding(mesh, PartitionSpec(None, EP_AXIS)))
         self._loads: list[jax.Array] = []
+        self.specs = {self.spec.rank.microbatches: self.spec}
+        self.trial = Trial([*self.specs])
+
+    def set_forms(self, *, may_split: bool) -> None:
+        """With microbatches "auto": two of them may be tried."""
+        if self.settings.microbatches == "auto" and may_split:
+            self.specs[2] = dataclasses.replace(self.spec, rank=dataclasses.replace(self.spec.rank, microbatches=2))
+            self.trial = Trial([*self.specs])
 
     def reset(self) -> None:
         """Forget the load of steps that may have failed; the instances also forget what they hold."""

@@ -1,13 +1,14 @@
 """The prefill role: prompts to latents and first tokens."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from cmjax.mesh import Instance
-from cmjax.model import Model, PrefillBatch
+from cmjax.model import Model, PrefillBatch, token_order
 from cmjax.serve.block_pool import BlockPool, blocks_for, slot_mapping
 from cmjax.serve.instance import PlacedModel, bucket, check_finite, round_up, token_logprobs
 from cmjax.serve.request import Chunk, Request, plan_chunks
@@ -44,6 +45,7 @@ class PrefillInstance(PlacedModel):
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
         self.room = SamplingRoom()
+        self.set_forms(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
         self.reset()
 
     def reset(self) -> None:
@@ -63,11 +65,14 @@ class PrefillInstance(PlacedModel):
         tables = [self.pool.take(blocks_for(length, block_size)) for length in lengths]
         self.room = self.room.fit(r.sampling for r in requests)
         for chunks in plan_chunks(lengths, self.num_step_tokens, self.max_sequences):
-            output = self.step(self.pack(requests, tables, chunks), self._sampling(requests, chunks))
+            microbatches, begin = self.trial.choice, time.perf_counter()
+            output = self.step(self.pack(requests, tables, chunks), self._sampling(requests, chunks), microbatches)
             token_ids = np.asarray(output.token_ids)
+            self.trial.add(microbatches, time.perf_counter() - begin)
             for row, chunk in enumerate(chunks):
                 check_finite(token_ids[row : row + 1], f"prompt {requests[chunk.index].request_id}")
-            _note_logprobs(output, requests, chunks, token_ids)
+            order = token_order(self.num_step_tokens, self.instance.ep_size, microbatches)
+            _note_logprobs(output, requests, chunks, token_ids, order)
             ended = [
                 Prefilled(requests[c.index], tables[c.index], row, output.last_hidden, int(token_ids[row]))
                 for row, c in enumerate(chunks)
@@ -82,7 +87,9 @@ class PrefillInstance(PlacedModel):
         needed = sum(blocks_for(len(r.prompt_ids), self.settings.block_size) for r in requests)
         return needed <= self.pool.num_free
 
-    def step(self, batch: PrefillBatch, sampling: SamplingState | None = None) -> PrefillOutput:
+    def step(
+        self, batch: PrefillBatch, sampling: SamplingState | None = None, microbatches: int | None = None
+    ) -> PrefillOutput:
         """Run one prefill step; it may still be running when this returns."""
         output = prefill(
             self.params,
@@ -90,7 +97,7 @@ class PrefillInstance(PlacedModel):
             self.cache,
             batch,
             sampling,
-            spec=self.spec,
+            spec=self.spec if microbatches is None else self.specs[microbatches],
             num_logprobs=self.room.num_logprobs,
             num_prompt_logprobs=self.room.num_prompt_logprobs,
         )
@@ -103,7 +110,9 @@ class PrefillInstance(PlacedModel):
         compile it by running it on padding."""
         self.num_step_tokens = self._step_tokens(num_step_tokens)
         self.room = self.room.fit(r.sampling for r in requests)
-        jax.block_until_ready(self.step(self._empty_batch(), self._sampling(requests, [])).token_ids)
+        for microbatches in self.specs:
+            output = self.step(self._empty_batch(), self._sampling(requests, []), microbatches)
+            jax.block_until_ready(output.token_ids)
 
     def _sampling(self, requests: Sequence[Request], chunks: Sequence[Chunk]) -> SamplingState | None:
         state = self.room.state(self.max_sequences)
@@ -114,8 +123,8 @@ class PrefillInstance(PlacedModel):
 
     def _step_tokens(self, wanted: int) -> int:
         """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""
-        ranks = self.instance.ep_size
-        return min(bucket(wanted, ranks), max(self.settings.max_num_batched_tokens // ranks, 1) * ranks)
+        parts = self.instance.ep_size * (1 if self.settings.microbatches == 1 else 2)
+        return min(bucket(wanted, parts), max(self.settings.max_num_batched_tokens // parts, 1) * parts)
 
     def _empty_batch(self) -> PrefillBatch:
         num_tokens = self.num_step_tokens
@@ -148,7 +157,11 @@ class PrefillInstance(PlacedModel):
 
 
 def _note_logprobs(
-    output: PrefillOutput, requests: Sequence[Request], chunks: Sequence[Chunk], token_ids: np.ndarray
+    output: PrefillOutput,
+    requests: Sequence[Request],
+    chunks: Sequence[Chunk],
+    token_ids: np.ndarray,
+    order: np.ndarray,
 ) -> None:
     """Give requests the log probabilities that they asked for, of the prompt's tokens and of the first generated."""
     first, prompt = jax.tree.map(np.asarray, (output.logprobs, output.prompt_logprobs))
@@ -160,7 +173,7 @@ def _note_logprobs(
         if num_prompt is not None:
             following = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
             request.prompt_logprobs += [
-                token_logprobs(prompt, (begin + i,), token, num_prompt) for i, token in enumerate(following)
+                token_logprobs(prompt, (int(order[begin + i]),), token, num_prompt) for i, token in enumerate(following)
             ]
         if num_first is not None and is_last:
             request.logprobs.append(token_logprobs(first, (row,), int(token_ids[row]), num_first))

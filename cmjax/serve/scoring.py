@@ -83,7 +83,7 @@ class ScoringInstance(PrefillInstance):
             raise UserError(f"context {context}: must be 2 to the model's max_position_embeddings, {longest}")
         if not 1 <= stride < context:
             raise UserError(f"stride {stride}: must be 1 to {context - 1}, less than the context")
-        settings = dataclasses.replace(settings or EngineSettings(), max_model_len=context)
+        settings = dataclasses.replace(settings or EngineSettings(), max_model_len=context, microbatches=1)
         self.context, self.stride = context, stride
         # A step's worth of windows, and one that begins in it.
         budget = blocks_for(settings.max_num_batched_tokens, settings.block_size)

@@ -24,8 +24,8 @@ class EngineSettings:
             prefilled in several steps.
         steps_per_call: decode steps in one call of the compiled program.
         num_speculative_tokens: tokens that the model's MTP module guesses ahead in each step, and the step verifies.
-        microbatches: 1, or 2 that take turns in a decode step, so that exchanges hide behind work; "auto" tries both in
-            the first calls and stays with the faster.
+        microbatches: 1, or 2 that take turns in a step, so that exchanges hide behind work; "auto" tries both in the
+            first steps and stays with the faster.
         dispatch_dtype: what a row is on its way to the experts: a float dtype, or "int8"; None: "int8" where the model
             is quantized, else as it is.
         combine_dtype: what a row is on its way back: a float dtype; None: bfloat16 where the model is quantized, else

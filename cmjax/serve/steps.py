@@ -23,6 +23,7 @@ from cmjax.model import (
     PrefillBatch,
     RankSpec,
     lm_head,
+    local_tokens,
     mtp_head,
     param_specs,
     prefill_pass,
@@ -61,9 +62,11 @@ class PrefillOutput:
         logits: `float32[sequences, vocabulary]` there.
         last_hidden: `[sequences, hidden]` there, after the final norm; whole on every rank.
         slot_load: `int32[moe layers, slots]`, rows each physical expert received (the MTP layer's last).
-        all_logits: `float32[tokens, vocabulary]`, where asked for.
+        all_logits: `float32[tokens, vocabulary]`, where asked for; in the order of `cmjax.model.token_order`, which is
+            that of the batch where there is one microbatch.
         logprobs: of `token_ids`, where asked for.
-        prompt_logprobs: of `next_token_ids` at each token, where asked for; mean nothing where that is -1.
+        prompt_logprobs: of `next_token_ids` at each token, in the same order, where asked for; mean nothing where that
+            is -1.
     """
 
     cache: Leaf
@@ -139,27 +142,30 @@ def prefill(
     """
     num_ranks = spec.mesh.size
     num_sequences = batch.block_table.shape[0]
-    if batch.token_ids.shape[0] % num_ranks or num_sequences % num_ranks:
-        raise ValueError(f"{batch.token_ids.shape[0]} tokens, {num_sequences} sequences: not multiples of {num_ranks}")
+    parts = num_ranks * spec.rank.microbatches
+    if batch.token_ids.shape[0] % parts or num_sequences % num_ranks:
+        raise ValueError(
+            f"{batch.token_ids.shape[0]} tokens are no multiple of {parts}, or {num_sequences} sequences of {num_ranks}"
+        )
 
     def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch, sampling: Any) -> PrefillOutput:
         output, _ = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
         rank_id = lax.axis_index(EP_AXIS)
-        count = output.hidden.shape[0]
-        last = batch.query_start[1:] - 1 - rank_id * count
-        is_here = (batch.query_start[1:] > batch.query_start[:-1]) & (last >= 0) & (last < count)
-        mine = jnp.where(is_here[:, None], output.hidden[jnp.clip(last, 0, count - 1)], 0)
+        tokens = local_tokens(batch.token_ids.shape[0], spec.rank)
+        ends, is_used = batch.query_start[1:], batch.query_start[1:] > batch.query_start[:-1]
+        is_last = (ends[:, None] - 1 == tokens) & is_used[:, None]
+        mine = jnp.where(is_last.any(1)[:, None], output.hidden[is_last.argmax(1)], 0)
         last_hidden = fabric.psum(mine, EP_AXIS, channel="prefill/last_hidden")
         share = num_sequences // num_ranks
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
         if sampling is None:
             token_ids = greedy(logits)
         else:
-            ends = lax.dynamic_slice_in_dim(batch.query_start[1:], rank_id * share, share)
-            token_ids = sample(logits, sampling, batch.positions[jnp.maximum(ends - 1, 0)] + 1)
+            own_ends = lax.dynamic_slice_in_dim(ends, rank_id * share, share)
+            token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
         prompt_logprobs = None
         if num_prompt_logprobs is not None:
-            following = lax.dynamic_slice_in_dim(batch.next_token_ids, rank_id * count, count)
+            following = batch.next_token_ids[tokens]
             prompt_logprobs = _by_rows(
                 lambda hidden, ids: logprobs(lm_head(params, hidden), ids, num_prompt_logprobs),
                 output.hidden,
@@ -217,8 +223,7 @@ def score(
 
     def rank(params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch, reference: Any) -> ScoreOutput:
         output, mtp_hidden = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
-        count = output.hidden.shape[0]
-        following = lax.dynamic_slice_in_dim(batch.next_token_ids, lax.axis_index(EP_AXIS) * count, count)
+        following = batch.next_token_ids[local_tokens(batch.token_ids.shape[0], spec.rank)]
 
         def expect(
             hidden: jax.Array, following: jax.Array, other: jax.Array | None = None

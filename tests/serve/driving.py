@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cmjax.mesh import Supernode, carve
-from cmjax.model import Model
+from cmjax.model import Model, token_order
 from cmjax.serve import DecodeInstance, Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
 from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
 from cmjax.serve.request import Request, plan_chunks
@@ -66,7 +66,8 @@ def prefill_by_step(
             source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, with_all_logits=True
         )
         source.cache = output.cache
-        all_logits, token_ids = np.asarray(output.all_logits), np.asarray(output.token_ids)
+        order = token_order(source.num_step_tokens, source.instance.ep_size, source.spec.rank.microbatches)
+        all_logits, token_ids = np.asarray(output.all_logits)[order], np.asarray(output.token_ids)
         ended, logits, begin = [], {}, 0
         for row, chunk in enumerate(chunks):
             end = begin + chunk.stop - chunk.start

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from cmjax.errors import UserError
+from cmjax.model import token_order
 from cmjax.moe import FabricExchange
 from cmjax.serve import SamplingParams
-from cmjax.serve.decode_instance import Trial
+from cmjax.serve.instance import Trial
 from tests.helpers import max_error, tiny_model
 from tests.parity import load_case
 from tests.serve.driving import make_engine, model_of, step_through
@@ -37,6 +38,30 @@ def test_the_plain_steps_tokens(rng):
     for one, other in zip(*(result.outputs for result in results), strict=True):
         assert one.token_ids == other.token_ids
     np.testing.assert_array_equal(results[0].decode_load, results[1].decode_load)
+
+
+def test_prompts_in_two_halves(rng):
+    """Prefill's own form: prompts cut anywhere, chunks, drafts' latents, prompt logprobs in order."""
+    model = tiny_model(num_nextn_predict_layers=1, num_hidden_layers=4)
+    prompts = [rng.integers(0, 101, length).tolist() for length in (40, 3, 17, 1, 29, 12)]
+    sampling = SamplingParams(max_tokens=5, prompt_logprobs=1)
+    common = {"prefill_ep_size": 4, "max_num_seqs_per_rank": 2, "max_num_batched_tokens": 32}
+    plain, two = (
+        make_engine(model, 4, microbatches=count, num_speculative_tokens=1, **common).generate(prompts, sampling)
+        for count in (1, 2)
+    )
+    for one, other in zip(plain.outputs, two.outputs, strict=True):
+        assert one.token_ids == other.token_ids
+        for a, b in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            assert a.token_id == b.token_id
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    np.testing.assert_array_equal(plain.prefill_load, two.prefill_load)
+
+
+def test_token_order():
+    """Two microbatches of 3 ranks with 2 tokens each: rank 0 has tokens 0, 1 and 6, 7."""
+    np.testing.assert_array_equal(np.argsort(token_order(12, 3, 2)), [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11])
+    np.testing.assert_array_equal(token_order(12, 3, 1), range(12))
 
 
 def test_auto_stays_with_the_faster():

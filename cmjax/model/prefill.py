@@ -1,0 +1,192 @@
+"""The prefill pass on one rank: packed prompts, sequence-parallel, in one microbatch or two that take turns.
+
+With two, the first half of the packed tokens are A's and the second half B's; each is cut into a segment a rank. B
+attends to A's tokens, whose latents of a layer are always there first, and never the other way round. So three things
+run side by side (paper section 4.3.2): one half's attention and experts, the other's arithmetic around the exchange,
+and the exchange itself.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cmjax.mesh import fabric
+from cmjax.model.cache import write_rows
+from cmjax.model.mla import LocalSequences, attend_expanded, mla_prolog, rms_norm
+from cmjax.model.params import AttentionParams, Leaf, Params
+from cmjax.model.pipeline import Microbatch, pipelined_layers
+from cmjax.model.transformer import (
+    Attend,
+    PassContext,
+    PassOutput,
+    RankSpec,
+    embed,
+    exchanged_moe,
+    main_pass,
+    mtp_pass,
+    stack_loads,
+)
+
+
+@flax.struct.dataclass
+class PrefillBatch:
+    """Packed prompts, the same on every rank; tokens are cut into equal contiguous segments, one a rank.
+
+    Attributes:
+        token_ids: `int32[tokens]`, a multiple of the ranks; sequences side by side, padding at the end.
+        next_token_ids: `int32[tokens]`, the token after each (the MTP module's input), -1 where it is not known yet.
+        positions: `int32[tokens]`.
+        slot_mapping: `int32[tokens]`, where the token's latent goes, -1 for padding.
+        query_start: `int32[sequences + 1]`, first token of each sequence; an unused sequence is empty.
+        block_table: `int32[sequences, max blocks]`, -1 padded; also holds the blocks of tokens computed before.
+    """
+
+    token_ids: Leaf
+    next_token_ids: Leaf
+    positions: Leaf
+    slot_mapping: Leaf
+    query_start: Leaf
+    block_table: Leaf
+
+
+def token_order(num_tokens: int, num_ranks: int, microbatches: int) -> np.ndarray:
+    """Where each packed token stands among the ranks' tokens side by side, `int[tokens]`."""
+    segments = np.arange(num_tokens).reshape(microbatches, num_ranks, -1)
+    return np.argsort(segments.transpose(1, 0, 2).reshape(-1))
+
+
+class _Segments:
+    """This rank's tokens of each microbatch: `count` from `firsts[i]` on."""
+
+    def __init__(self, num_tokens: int, spec: RankSpec) -> None:
+        self.num_parts = spec.microbatches
+        self.part = num_tokens // self.num_parts  # tokens of a microbatch, all ranks
+        self.count = self.part // lax.axis_size(spec.axis_name)
+        rank = lax.axis_index(spec.axis_name)
+        self.firsts = [i * self.part + rank * self.count for i in range(self.num_parts)]
+
+    def of(self, values: jax.Array, which: int) -> jax.Array:
+        """Values of this rank's tokens of one microbatch."""
+        return lax.dynamic_slice_in_dim(values, self.firsts[which], self.count)
+
+    def all(self, values: jax.Array) -> jax.Array:
+        """Values of all this rank's tokens."""
+        return jnp.concatenate([self.of(values, which) for which in range(self.num_parts)])
+
+    def sequences(self, batch: PrefillBatch, stop: jax.Array, which: int) -> LocalSequences:
+        """The packed sequences, each up to its `stop`, cut to this rank's tokens of one microbatch."""
+        first = self.firsts[which]
+        begin = jnp.clip(batch.query_start[:-1], first, first + self.count)
+        end = jnp.clip(stop, first, first + self.count)
+        last_token = batch.positions.shape[0] - 1
+        return LocalSequences(begin - first, end - begin, batch.positions[jnp.minimum(begin, last_token)])
+
+
+def local_tokens(num_tokens: int, spec: RankSpec) -> jax.Array:
+    """Which packed tokens this rank's are, in the order of its hidden states: `int32[tokens / ranks]`."""
+    return _Segments(num_tokens, spec).all(jnp.arange(num_tokens, dtype=jnp.int32))
+
+
+def prefill_pass(
+    params: Params, expert_to_slot: jax.Array, cache: jax.Array, batch: PrefillBatch, spec: RankSpec
+) -> tuple[PassOutput, jax.Array | None]:
+    """Prefill the packed prompts: this rank's tokens (see `local_tokens`), and everybody's latents.
+
+    After it, the cache of every rank holds the latents of all the prompts, so that any of them can hand them on.
+
+    Args:
+        params: with experts by local slot.
+        expert_to_slot: `int32[moe layers, logical]`, this rank's rows of the placement.
+        cache: `[cache layers, slots, latent width]`.
+
+    Returns:
+        The output for the rank's `tokens / ranks` tokens, and the MTP module's hidden states for them (None without
+        one); those of tokens whose successor is unknown mean nothing, and leave no trace in the cache.
+    """
+    config = spec.config
+    segments = _Segments(batch.token_ids.shape[0], spec)
+    stop = batch.query_start[1:]
+    is_valid = batch.slot_mapping >= 0
+
+    def context(slot_mapping: jax.Array, stop: jax.Array, is_valid: jax.Array, name: str) -> _Contexts:
+        parts = range(segments.num_parts)
+        attends = [_attend(batch, slot_mapping, stop, segments, which, spec, name) for which in parts]
+        moe = exchanged_moe(spec, expert_to_slot, segments.all(is_valid))
+        halves = [
+            Microbatch(PassContext(config, "prefill", attend, moe), segments.of(is_valid, which))
+            for which, attend in enumerate(attends)
+        ]
+        return _Contexts(PassContext(config, "prefill", _in_turn(attends), moe), halves)
+
+    contexts = context(batch.slot_mapping, stop, is_valid, "latents")
+    token_ids = segments.all(batch.token_ids)
+    if spec.microbatches == 1:
+        hidden, cache, loads = main_pass(params, token_ids, cache, contexts.whole)
+    else:
+        a, b = contexts.halves
+        x = embed(params.embed, token_ids)
+        x, cache, loads = pipelined_layers(params, x, cache, contexts.whole, (a, b), expert_to_slot, spec)
+        hidden = rms_norm(x, params.norm, config.rms_norm_eps)
+    mtp_hidden = None
+    if params.mtp is not None:
+        slots = jnp.where(batch.next_token_ids < 0, -1, batch.slot_mapping)
+        # A last token whose successor is unknown has no row in the cache: nothing may read what the memory holds there.
+        is_open = (stop > batch.query_start[:-1]) & (batch.next_token_ids[jnp.maximum(stop - 1, 0)] < 0)
+        contexts = context(slots, stop - is_open, is_valid & (batch.next_token_ids >= 0), "mtp_latents")
+        next_token_ids = segments.all(batch.next_token_ids)
+        mtp_hidden, cache, mtp_loads = mtp_pass(params, params.mtp, hidden, next_token_ids, cache, contexts.whole)
+        loads += mtp_loads
+    return PassOutput(hidden, cache, stack_loads(loads)), mtp_hidden
+
+
+@flax.struct.dataclass
+class _Contexts:
+    """How a pass goes over all of a rank's tokens, and over each microbatch's."""
+
+    whole: PassContext = flax.struct.field(pytree_node=False)
+    halves: list[Microbatch] = flax.struct.field(pytree_node=False)
+
+
+def _attend(
+    batch: PrefillBatch,
+    slot_mapping: jax.Array,
+    stop: jax.Array,
+    segments: _Segments,
+    which: int,
+    spec: RankSpec,
+    name: str,
+) -> Attend:
+    """Attention of one microbatch's tokens on this rank, after everybody's latents of it are in the cache."""
+    config = spec.config
+    sequences = segments.sequences(batch, stop, which)
+    positions = segments.of(batch.positions, which)
+    slots = lax.slice_in_dim(slot_mapping, which * segments.part, (which + 1) * segments.part)
+    channel = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
+
+    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
+        latents = fabric.all_gather(latent, spec.axis_name, tiled=True, channel=channel)
+        cache = write_rows(cache, layer, slots, latents)
+        attended = attend_expanded(p, config, q_nope, q_pe, cache, layer, sequences, batch.block_table, spec.block_size)
+        return attended, cache
+
+    return attend
+
+
+def _in_turn(attends: list[Attend]) -> Attend:
+    """Attention of all microbatches' tokens, side by side as a rank has them."""
+    if len(attends) == 1:
+        return attends[0]
+
+    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        parts = []
+        for own, part in zip(attends, jnp.split(x, len(attends)), strict=True):
+            attended, cache = own(p, part, cache, layer)
+            parts.append(attended)
+        return jnp.concatenate(parts), cache
+
+    return attend
