@@ -45,6 +45,11 @@ def make_requests(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Req
     return [Request(i, [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
 
 
+def fill_cache(target: DecodeInstance) -> None:
+    """Zeros for latents: a new cache holds whatever the memory did, and a test may decode without a prompt before."""
+    target.cache = jax.device_put(np.zeros(target.cache.shape, target.cache.dtype), target.spec.by_rank())
+
+
 def reserve(target: DecodeInstance, requests: Sequence[Request]) -> None:
     """Give every request a place and blocks on a decode rank."""
     for request in requests:

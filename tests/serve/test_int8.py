@@ -21,7 +21,7 @@ from cmjax.quant import QUANT_MODES, linear, quantize
 from cmjax.serve import SamplingParams, decode
 from tests.helpers import tiny_model
 from tests.parity import FOLDER, load_case
-from tests.serve.driving import make_engine, make_requests, reserve, step_through
+from tests.serve.driving import fill_cache, make_engine, make_requests, reserve, step_through
 
 CASE = "v3-ep320"
 NUM_PROMPT, LENGTH = 7, 12
@@ -128,6 +128,7 @@ def sent(model, **formats):
     engine = make_engine(model, 8, num_prefill_instances=0, **formats)
     target = engine.decode
     requests = make_requests([[3], [4], [5]], 5)
+    fill_cache(target)
     reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)

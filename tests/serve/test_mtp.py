@@ -15,7 +15,7 @@ from cmjax.errors import UserError
 from cmjax.serve import SamplingParams, decode
 from tests.helpers import tiny_model
 from tests.parity import load_case
-from tests.serve.driving import make_engine, make_requests, model_of, reserve
+from tests.serve.driving import fill_cache, make_engine, make_requests, model_of, reserve
 from tests.serve.test_engine import check_all_free, check_greedy
 
 DEMO = {"max_model_len": 192, "max_num_batched_tokens": 512, "steps_per_call": 16}
@@ -220,6 +220,7 @@ def test_nothing_leaves_the_devices_between_steps():
     requests = make_requests([[3], [4]], 20)
     for request in requests:
         request.sampling = dataclasses.replace(request.sampling, temperature=1.0, presence_penalty=0.5)
+    fill_cache(target)
     reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)

@@ -28,7 +28,7 @@ from cmjax.serve import DecodeState, SamplingParams, StepSpec, decode, hand_off,
 from cmjax.serve.decode_instance import DecodeInstance
 from cmjax.serve.prefill_instance import PrefillInstance
 from tests.helpers import max_error, tiny_model
-from tests.serve.driving import Columns, make_engine, make_requests, prefill_by_step, reserve
+from tests.serve.driving import Columns, fill_cache, make_engine, make_requests, prefill_by_step, reserve
 
 V3 = {
     "model_type": "deepseek_v3",
@@ -230,6 +230,7 @@ def test_another_placement_does_not_recompile(engine, rng):
 def test_the_step_returns_the_load_of_every_slot(engine):
     target = engine.decode
     requests = make_requests([[3], [4], [5]], 5)
+    fill_cache(target)
     reserve(target, requests)
     for request in requests:
         request.token_ids.append(7)
