@@ -135,7 +135,7 @@ def engine_options(function: Function) -> Function:
             type=click.Choice(("1", "2", "auto")),
             default="1",
             show_default=True,
-            help="Two take turns in a decode step, one attending while the other's rows travel; auto tries both.",
+            help="Two take turns in a step, one attending while the other's rows travel; auto tries both.",
         ),
         click.option(
             "--redundant-experts",

@@ -8,6 +8,7 @@ import pytest
 from cmjax.bench import peer as bench_peer
 from cmjax.bench.report import in_turn
 from cmjax.cli import main
+from cmjax.cli_options import BUNDLED_MODEL
 from tests.parity import FOLDER
 
 
@@ -54,6 +55,55 @@ def test_the_forms_of_a_training_step(capsys):
     assert len(forms) == 6
     assert min(forms.values()) == 1
     assert "lax.ragged_dot" in forms
+
+
+def test_drafts_at_a_small_size(capsys):
+    options = ("--mtp", 2, "--ep", 2, "--seqs-per-rank", 1, "--seqs-per-rank", 2, "--steps", 2, "--rounds", 1)
+    # Prompts and calls are the command's own, and need more positions than the parity cases have.
+    status, out, err = run(capsys, "decode", *options, "--model", BUNDLED_MODEL, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert [row["seqs_per_rank"] for row in report["results"]] == [1, 2]
+    for row in report["results"]:
+        assert row["equal_sequences"] == row["num_sequences"]
+        assert math.isclose(row["tokens_a_step"], 1 + 2 * row["kept"])
+        assert 0.3 < row["teacher_forced"] < 1
+    status, out, err = run(capsys, "decode", "--mtp", 1, "--ep", 1, "--model", FOLDER / "v3-small")
+    assert (status, out) == (2, "")
+    assert "the model has no MTP module" in err
+
+
+@pytest.mark.soak
+def test_the_pipeline_at_a_small_size(capsys, tmp_path):
+    options = ("--ep", 2, "--seqs-per-rank", 2, "--cache", 16, "--rounds", 1, "--model", FOLDER / "v3-mtp")
+    status, out, err = run(capsys, "pipeline", *options, "--plot", tmp_path / "timeline.png", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["equal"] == 1
+    # The delay is what it is said to be.
+    assert 1.4 < report["results"]["plain_delayed_over_plain"] < 2.8
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spans_of_a_profile():
+    """An exchange lasts to the first operation that needs it; loops and operations outside the layers are no spans."""
+    from cmjax.bench.pipeline import Span, spans_of
+
+    scopes = {
+        "dot.1": "jit(decode)/while/body/a/attention/dot_general",
+        "fabric_ragged_all_to_all_start.1": "jit(decode)/while/body/a/dispatch/x",
+        "dot.2": "jit(decode)/while/body/b/oproj/dot_general",
+        "fabric_ragged_all_to_all_done.1": "jit(decode)/while/body/a/dispatch/x",
+        "dot.3": "jit(decode)/while/body/a/moe/loop_8/while/body/dot_general",
+        "dot.4": "jit(decode)/head/dot_general",
+    }
+    events = [(name, float(i), i + 0.5) for i, name in enumerate(scopes)]
+    assert spans_of(events[::-1], scopes) == [
+        Span("a", "attention", 0.0, 0.5),
+        Span("b", "attention", 2.0, 2.5),
+        Span("a", "exchange", 1.0, 4.0),
+        Span("a", "experts", 4.0, 4.5),
+    ]
 
 
 def test_contenders_take_turns():
