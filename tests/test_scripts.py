@@ -25,7 +25,13 @@ RUNS = {
 TRAINING = {"train_demo.py", "demo_data.py", "demo_log.py"}
 
 
-LONG = {"quantize.py", "generate.py at EP8", "custom_dispatch.py with XLA_FLAGS", "fabric_tour.py at 8 ranks"}
+LONG = {
+    "quantize.py",
+    "microbatches.py",
+    "generate.py at EP8",
+    "custom_dispatch.py with XLA_FLAGS",
+    "fabric_tour.py at 8 ranks",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in RUNS])

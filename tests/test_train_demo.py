@@ -138,6 +138,7 @@ def test_the_result_is_a_model(trained, rng):
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 def test_a_killed_run_goes_on(corpus, trained, tmp_path):
     """Killed once a checkpoint is there, it ends with the weights and the log of the run that was not."""
     work, out = tmp_path / "work", tmp_path / "out"
