@@ -57,6 +57,7 @@ def test_the_forms_of_a_training_step(capsys):
     assert "lax.ragged_dot" in forms
 
 
+@pytest.mark.soak
 def test_drafts_at_a_small_size(capsys):
     options = ("--mtp", 2, "--ep", 2, "--seqs-per-rank", 1, "--seqs-per-rank", 2, "--steps", 2, "--rounds", 1)
     # Prompts and calls are the command's own, and need more positions than the parity cases have.
