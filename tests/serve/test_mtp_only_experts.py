@@ -30,7 +30,9 @@ CONFIG = ModelConfig(
 def test_it_generates_the_references_tokens(devices):
     params = init_params(CONFIG, seed=3)
     engine = Engine(
-        Model(CONFIG, params, "none"), carve(devices[:9], ep_size=3), settings=EngineSettings(max_model_len=32)
+        Model(CONFIG, params, "none"),
+        carve(devices[:6], ep_size=3, num_prefill_instances=1),
+        settings=EngineSettings(max_model_len=32, max_num_seqs_per_rank=1, max_num_batched_tokens=12),
     )
     prompt = [5, 9, 60, 2]
     result = engine.generate([prompt], SamplingParams(max_tokens=4))
