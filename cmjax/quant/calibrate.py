@@ -118,7 +118,7 @@ def search_clip(
     least, best = np.full(num_blocks, np.inf), np.ones(num_blocks, np.float32)
     for share in grid:
         loss = weight - dequantize_host(round_to(weight, largest * np.float32(share)), np.float32)
-        errors = np.einsum("oi,ij,oj->o", loss, gram, loss, optimize=True)
+        errors = np.einsum("oi,oi->o", loss @ gram, loss)
         error = np.bincount(block, errors, num_blocks)
         best = np.where(error < least, np.float32(share), best)
         least = np.minimum(error, least)
