@@ -130,7 +130,7 @@ def pipeline(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank, cache_tokens=cache, rounds=rounds
     )
     if plot is not None:
-        bench_pipeline.draw(plot, spans, f"A call of decode steps on device 0 of {ep}, two microbatches")
+        bench_pipeline.draw(plot, spans, f"A decode step on device 0 of {ep}, two microbatches, exchanges delayed")
     _print(report, pipeline_tables(report), as_json)
 
 
@@ -278,7 +278,9 @@ def pipeline_tables(report: dict[str, Any]) -> "list[Table]":
     for name, suffix, key in (("as they are", "", "without_delay"), ("delayed", " delayed", "with_delay")):
         times = (f"{step_s[form + suffix] * 1e3:.1f}" for form in ("plain", "two"))
         table.add_row(name, *times, f"{report['results'][key]:.2f}", f"{report['bounds'][key]:g}")
+    exposed = f"{report['exposed']['plain']:.0%} with one, {report['exposed']['two']:.0%} with two"
     notes = {"equal": f"{report['definitions']['equal']}: {report['equal']:.2%}"}
+    notes["exposed"] = f"{report['definitions']['exposed']}: {exposed}"
     return [_definitions(table, report["definitions"] | notes)]
 
 

@@ -48,8 +48,10 @@ _NUM_PROMPTS = 2  # distinct ones, which all sequences go on from
 BOUNDS = {"with_delay": 0.75, "without_delay": 1.1}
 DEFINITIONS = {
     "delay": "the fabric completes an exchange no earlier than its bytes x delay after its start; the delay is such "
-    "that the exchanges of the plain step take as long as all the rest of it",
+    "that the exchanges of the plain step take as long as the whole step without delay",
     "ratio": "two microbatches over one, medians of the rounds, in which all four take turns",
+    "exposed": "of the time that exchanges take, what was still to come when the last device had done the work that it "
+    "hides behind",
     "equal": "tokens that are those of the plain step",
 }
 # Scopes of a step's operations -> the lane of the timeline that shows them.
@@ -103,21 +105,23 @@ def run(
     filled = Filled(model, devices[:ep_size], source, seqs_per_rank, num_steps, seed)
     plain = filled.instance.spec
     two = dataclasses.replace(plain, rank=dataclasses.replace(plain.rank, microbatches=2))
-    delay = _calibrate(lambda: filled.tokens(plain, num_steps))
+    waits: dict[str, list[np.ndarray]] = {}
 
-    def call(spec: StepSpec, delay: float) -> Callable[[], np.ndarray]:
-        def timed() -> np.ndarray:
+    def call(name: str, spec: StepSpec, delay: float) -> Callable[[], None]:
+        def timed() -> None:
             _set_delay(delay)
-            return filled.tokens(spec, num_steps)
+            before = _waits()
+            filled.tokens(spec, num_steps)
+            waits.setdefault(name, []).append(_waits() - before)
 
         return timed
 
-    forms = {"plain": plain, "two": two}
-    calls = {f"{name}{' delayed' * bool(d)}": call(spec, d) for d in (0.0, delay) for name, spec in forms.items()}
     try:
-        seconds = in_turn(calls, rounds)
+        delay = _calibrate(lambda: filled.tokens(plain, num_steps), rounds)
+        forms = {"plain": (plain, 0.0), "two": (two, 0.0), "plain delayed": (plain, delay), "two delayed": (two, delay)}
+        seconds = in_turn({name: call(name, *form) for name, form in forms.items()}, rounds)
         _set_delay(delay)
-        spans = _profile(filled, two, num_steps)
+        spans = _profile(filled, two)
     finally:
         fabric.configure(delay=None)
     step_s = {name: float(np.median(taken)) / num_steps for name, taken in seconds.items()}
@@ -139,6 +143,7 @@ def run(
             "without_delay": step_s["two"] / step_s["plain"],
             "plain_delayed_over_plain": step_s["plain delayed"] / step_s["plain"],
         },
+        "exposed": {name: _exposed(waits[f"{name} delayed"]) for name in ("plain", "two")},
         "equal": float(same.mean()),
         "bounds": BOUNDS,
         "definitions": DEFINITIONS,
@@ -150,29 +155,42 @@ def _set_delay(seconds_per_byte: float) -> None:
     fabric.configure(delay=model)
 
 
-def _calibrate(call: Callable[[], object]) -> float:
-    """The delay, in seconds a byte, with which a call takes twice as long as without."""
+def _calibrate(call: Callable[[], object], rounds: int) -> float:
+    """The delay, in seconds a byte, with which the exchanges of a call take as long as a call without delay.
 
-    def seconds(delay: float) -> float:
-        _set_delay(delay)
-        return float(np.median(in_turn({"call": call}, 3)["call"]))
+    The exchanges of the plain step come one after the other, and the books say what the delay makes of each.
+    """
+    unit = 1e-9
+    _set_delay(unit)
+    call()
+    before = _waits()
+    call()
+    bytes_in_turn = (_waits() - before)[0] / unit
+    _set_delay(0.0)
+    return float(np.median(in_turn({"call": call}, rounds)["call"])) / bytes_in_turn
 
-    delay = 1e-9
-    without = seconds(0.0)
-    while (longer := seconds(delay) - without) < 0.5 * without:
-        delay *= 2 if longer > 0.1 * without else 8
-    return delay * without / longer
+
+def _waits() -> np.ndarray:
+    """Seconds that all exchanges so far were made to take, and how much of it was still to come after all work."""
+    entries = fabric.books.snapshot().entries
+    return np.array([sum(entry.modelled_s for entry in entries), sum(entry.exposed_s for entry in entries)])
 
 
-def _profile(filled: Filled, spec: StepSpec, num_steps: int) -> list[Span]:
-    """What device 0 did in one call, by XLA's profiler: the operations' scopes say whose they are."""
+def _exposed(waits: list[np.ndarray]) -> float:
+    modelled, exposed = np.median(waits[1:], axis=0)  # the first call compiles
+    return float(exposed / modelled)
+
+
+def _profile(filled: Filled, spec: StepSpec) -> list[Span]:
+    """What device 0 did in one step, by XLA's profiler: the operations' scopes say whose they are."""
     inst = filled.instance
     arguments = (inst.params, inst.expert_to_slot, inst.cache, filled.state)
-    text = decode.lower(*arguments, spec=spec, num_steps=num_steps).compile().as_text()
+    text = decode.lower(*arguments, spec=spec, num_steps=1).compile().as_text()
     scopes = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", text or ""))
     with tempfile.TemporaryDirectory(prefix="cmjax-profile-") as folder:
+        filled.tokens(spec, 1)
         with jax.profiler.trace(folder):
-            filled.tokens(spec, num_steps)
+            filled.tokens(spec, 1)
         (file,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     operations = [

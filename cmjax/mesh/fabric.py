@@ -337,14 +337,15 @@ def after(token: Any, x: Any) -> Any:
     """`x`, to be had only once the exchange of `token` (or all of several) has been started; no copy, no work.
 
     Give it to the work that an exchange should hide behind: an executor with all its threads busy may otherwise run
-    that work before the start.
+    that work before the start. On virtual devices, which outnumber the threads, what else is ready goes first: all
+    devices have started before any goes on to work, as devices of their own would.
     """
     stamps = [one.stamp for one in jax.tree.leaves(token, is_leaf=lambda leaf: isinstance(leaf, Token))]
     return jax.tree.map(lambda leaf: _AFTER.bind(jnp.asarray(leaf), *stamps), x)
 
 
 def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: Any) -> Primitive:
-    """A primitive that is a handler doing nothing on CPU, and `portable` elsewhere or where there is no library."""
+    """A primitive that is a handler without work on CPU, and `portable` elsewhere or where there is no library."""
 
     def lower_portable(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         return mlir.lower_fun(portable, multiple_results=False)(ctx, *operands, **params)
@@ -353,7 +354,8 @@ def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., 
         if _SETTINGS.native().library is None:
             return lower_portable(ctx, *operands, **params)
         # The side effect keeps two empty arrays from becoming one, and one in a loop from leaving it.
-        target, unique = "cmjax_fabric_nothing", aliases is None
+        unique = aliases is None
+        target = "cmjax_fabric_nothing" if unique else "cmjax_fabric_yield"
         return jax.ffi.ffi_lowering(target, has_side_effect=unique, operand_output_aliases=aliases)(ctx, *operands)
 
     primitive = Primitive(f"fabric_{name}")

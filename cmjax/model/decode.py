@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from cmjax.model.cache import slots_of, write_rows
-from cmjax.model.mla import attend_absorbed, mla_prolog, rms_norm
+from cmjax.model.mla import (
+    CoreAttention,
+    Part,
+    absorbed_end,
+    absorbed_part,
+    absorbed_start,
+    mla_prolog,
+    rms_norm,
+)
 from cmjax.model.params import AttentionParams, Leaf, Params
 from cmjax.model.pipeline import Microbatch, pipelined_layers
 from cmjax.model.transformer import (
+    AttendInParts,
     PassContext,
     PassOutput,
     RankSpec,
@@ -40,20 +49,31 @@ class DecodeBatch:
 
 
 def decode_context(expert_to_slot: jax.Array, batch: DecodeBatch, spec: RankSpec, channel: str) -> PassContext:
-    """What the layers share of a pass over the newest tokens of sequences, all of whose metadata is made here."""
+    """What the layers share of a pass over the newest tokens of sequences."""
+    moe = exchanged_moe(spec, expert_to_slot, batch.positions >= 0)
+    return PassContext(spec.config, channel, decode_attention(batch, spec), moe)
+
+
+def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
+    """How the newest tokens of sequences attend; all the metadata of a pass is made here, once for its layers."""
     config = spec.config
     is_valid = batch.positions >= 0
     positions = jnp.maximum(batch.positions, 0)
     slots = jnp.where(is_valid, slots_of(batch.block_table, positions, spec.block_size), -1)
     lengths = jnp.where(is_valid, positions + 1, 0)
 
-    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[CoreAttention, jax.Array]:
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
         cache = write_rows(cache, layer, slots, latent)
-        attended = attend_absorbed(p, config, q_nope, q_pe, cache, layer, lengths, batch.block_table, spec.block_size)
-        return attended, cache
+        return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
-    return PassContext(config, channel, attend, exchanged_moe(spec, expert_to_slot, is_valid))
+    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Any, part: Part) -> CoreAttention:
+        return absorbed_part(config, core, cache, layer, lengths, batch.block_table, spec.block_size, part)
+
+    def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
+        return absorbed_end(p, config, core)
+
+    return AttendInParts(begin, part, end)
 
 
 def decode_pass(
@@ -68,7 +88,7 @@ def decode_pass(
         hidden, cache, loads = main_pass(params, batch.token_ids, cache, context)
         return PassOutput(hidden, cache, stack_loads(loads))
     parts = [jax.tree.map(lambda a, i=i: jnp.split(a, 2)[i], batch) for i in range(2)]
-    halves = [Microbatch(decode_context(expert_to_slot, one, spec, "decode"), one.positions >= 0) for one in parts]
+    halves = [Microbatch(decode_attention(one, spec), one.positions >= 0) for one in parts]
     x = embed(params.embed, batch.token_ids)
     x, cache, loads = pipelined_layers(params, x, cache, context, (halves[0], halves[1]), expert_to_slot, spec)
     return PassOutput(rms_norm(x, params.norm, spec.config.rms_norm_eps), cache, stack_loads(loads))

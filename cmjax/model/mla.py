@@ -4,6 +4,8 @@ Both forms read keys and values from the latent cache in chunks of blocks, with 
 scores nor expanded keys ever exceed one chunk, and a request's result does not depend on what else is in its batch.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,31 @@ class Softmax:
 
 
 @flax.struct.dataclass
+class CoreAttention:
+    """Core attention under way: the queries in the form that scores keys, and what their softmax has seen."""
+
+    query: jax.Array
+    state: Softmax
+    num_tokens: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def met(self) -> tuple[jax.Array, jax.Array]:
+        """What is there once the queries have met the keys so far."""
+        return self.query, self.state.peak
+
+
+# Part i of n of core attention, as (i, n): a share of the loop over keys. All in a row are the whole, bit for bit.
+Part = tuple[int, int]
+WHOLE: Part = (0, 1)
+
+
+def _share(num_trips: jax.Array, part: Part) -> tuple[jax.Array | int, jax.Array]:
+    """The trips of one part: `(first, end)`."""
+    index, count = part
+    return (num_trips * index // count if index else 0), num_trips * (index + 1) // count
+
+
+@flax.struct.dataclass
 class LocalSequences:
     """The part of each packed sequence whose queries are on this rank; all `int32[sequences]`.
 
@@ -129,14 +156,44 @@ def attend_expanded(
         sequences: which queries belong to which sequence.
         block_table: `int32[sequences, max blocks]`.
     """
+    core = expanded_start(config, q_nope, q_pe)
+    core = expanded_part(params, config, core, cache, layer, sequences, block_table, block_size)
+    return expanded_end(core)
+
+
+def expanded_start(config: ModelConfig, q_nope: jax.Array, q_pe: jax.Array) -> CoreAttention:
+    """Before any key; see `attend_expanded`."""
     tokens, heads, _ = q_nope.shape
-    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _PREFILL_CHUNK)
-    chunk = blocks_per_chunk * block_size
     tile = min(_QUERY_TILE, tokens)
-    table = _pad_table(block_table, blocks_per_chunk)
     queries = jnp.concatenate([q_nope, q_pe], axis=-1).transpose(1, 0, 2)
     # A tile may reach beyond the last token; slices must not be moved back to fit.
     queries = jnp.pad(queries, ((0, 0), (0, tile), (0, 0)))
+    return CoreAttention(queries, Softmax.start((heads, tokens + tile), config.v_head_dim), tokens)
+
+
+def expanded_end(core: CoreAttention) -> jax.Array:
+    """After all keys; see `attend_expanded`."""
+    out = core.state.result()[:, : core.num_tokens]
+    return out.transpose(1, 0, 2).reshape(core.num_tokens, -1).astype(core.query.dtype)
+
+
+def expanded_part(
+    params: AttentionParams,
+    config: ModelConfig,
+    core: CoreAttention,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    sequences: LocalSequences,
+    block_table: jax.Array,
+    block_size: int,
+    part: Part = WHOLE,
+) -> CoreAttention:
+    """The queries meet a share of the key chunks; arguments as of `attend_expanded`."""
+    queries, tokens = core.query, core.num_tokens
+    heads, tile = queries.shape[0], min(_QUERY_TILE, tokens)
+    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _PREFILL_CHUNK)
+    chunk = blocks_per_chunk * block_size
+    table = _pad_table(block_table, blocks_per_chunk)
     kv_length = jnp.where(sequences.count > 0, sequences.first_position + sequences.count, 0)
     num_chunks = -(-kv_length // chunk)
     last_chunk = jnp.cumsum(num_chunks)
@@ -160,20 +217,18 @@ def attend_expanded(
             visible = key_pos <= (sequences.first_position[seq] + local)[:, None]
             visible &= (local < sequences.count[seq])[:, None]
             scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", q, k) * config.softmax_scale, -jnp.inf)
-            part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, begin, tile, axis=1), state)
-            part = part.add(scores, v, "hqk,hkd->hqd")
-            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), state, part)
+            seen = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, begin, tile, axis=1), state)
+            seen = seen.add(scores, v, "hqk,hkd->hqd")
+            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), state, seen)
 
         first_tile = jnp.maximum(first_key - sequences.first_position[seq], 0) // tile
         last_tile = -(-sequences.count[seq] // tile)
         return dynamic_loop(first_tile, last_tile, attend_tile, state, expected_trips=1)
 
-    state = Softmax.start((heads, tokens + tile), config.v_head_dim)
     # A chunk for each sequence that the rank's tokens can belong to, at least.
-    expected = min(tokens, block_table.shape[0])
-    state = dynamic_loop(0, last_chunk[-1], attend_chunk, state, expected_trips=expected)
-    out = state.result()[:, :tokens]
-    return out.transpose(1, 0, 2).reshape(tokens, -1).astype(q_nope.dtype)
+    expected = -(-min(tokens, block_table.shape[0]) // part[1])
+    first, end = _share(last_chunk[-1], part)
+    return dataclasses.replace(core, state=dynamic_loop(first, end, attend_chunk, core.state, expected_trips=expected))
 
 
 def attend_absorbed(
@@ -199,30 +254,61 @@ def attend_absorbed(
         lengths: `int32[tokens]`, tokens in the cache that a query sees, its own included; 0 for an empty place.
         block_table: `int32[requests, max blocks]`.
     """
-    tokens, heads, _ = q_nope.shape
-    requests = block_table.shape[0]
+    core = absorbed_start(params, config, q_nope, q_pe, block_table.shape[0])
+    core = absorbed_part(config, core, cache, layer, lengths, block_table, block_size)
+    return absorbed_end(params, config, core)
+
+
+def absorbed_start(
+    params: AttentionParams, config: ModelConfig, q_nope: jax.Array, q_pe: jax.Array, requests: int
+) -> CoreAttention:
+    """Before any key; see `attend_absorbed`."""
+    w_uk, _ = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
+    q_latent = einsum_f32("bhn,hnl->bhl", q_nope, w_uk).astype(q_nope.dtype)
+    query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
+    return CoreAttention(query, Softmax.start(query.shape[:2], config.kv_lora_rank), q_nope.shape[0])
+
+
+def absorbed_part(
+    config: ModelConfig,
+    core: CoreAttention,
+    cache: jax.Array,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    block_table: jax.Array,
+    block_size: int,
+    part: Part = WHOLE,
+) -> CoreAttention:
+    """The queries meet a share of the key chunks (the last part, where there is only one chunk); arguments as of
+    `attend_absorbed`."""
+    requests, rows, _ = core.query.shape
     blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _DECODE_CHUNK)
     chunk = blocks_per_chunk * block_size
     table = _pad_table(block_table, blocks_per_chunk)
-    w_uk, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
-    q_latent = einsum_f32("bhn,hnl->bhl", q_nope, w_uk).astype(q_nope.dtype)
-    query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
-    seen = jnp.repeat(lengths.reshape(requests, -1), heads, axis=1)
+    lengths = lengths.reshape(requests, -1)
+    seen = jnp.repeat(lengths, rows // lengths.shape[1], axis=1)
     longest = seen.max(1)
 
     def attend_chunk(index: jax.Array | int, state: Softmax) -> Softmax:
         latent = read_blocks(cache, layer, table, index * blocks_per_chunk, blocks_per_chunk, block_size)
         key_pos = index * chunk + jnp.arange(chunk)
         latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
-        scores = einsum_f32("bqw,bcw->bqc", query, latent) * config.softmax_scale
+        scores = einsum_f32("bqw,bcw->bqc", core.query, latent) * config.softmax_scale
         scores = jnp.where(key_pos < seen[..., None], scores, -jnp.inf)
         return state.add(scores, latent[..., : config.kv_lora_rank], "bqc,bcl->bql")
 
-    state = Softmax.start(seen.shape, config.kv_lora_rank)
-    if table.shape[1] == blocks_per_chunk:
-        state = attend_chunk(0, state)
-    else:
-        num_chunks = table.shape[1] // blocks_per_chunk
-        state = dynamic_loop(0, -(-lengths.max() // chunk), attend_chunk, state, expected_trips=num_chunks)
-    mixed = state.result().reshape(tokens, heads, -1).astype(q_nope.dtype)
-    return einsum_f32("bhl,hvl->bhv", mixed, w_uv).reshape(tokens, -1).astype(q_nope.dtype)
+    index, count = part
+    num_chunks = table.shape[1] // blocks_per_chunk
+    if num_chunks == 1:
+        return core if index < count - 1 else dataclasses.replace(core, state=attend_chunk(0, core.state))
+    first, end = _share(-(-lengths.max() // chunk), part)
+    state = dynamic_loop(first, end, attend_chunk, core.state, expected_trips=-(-num_chunks // count))
+    return dataclasses.replace(core, state=state)
+
+
+def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttention) -> jax.Array:
+    """After all keys; see `attend_absorbed`."""
+    tokens, dtype = core.num_tokens, core.query.dtype
+    mixed = core.state.result().reshape(tokens, -1, config.kv_lora_rank).astype(dtype)
+    _, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
+    return einsum_f32("bhl,hvl->bhv", mixed, w_uv).reshape(tokens, -1).astype(dtype)

@@ -1,12 +1,12 @@
-"""Two microbatches that take turns: one attends while the other's rows travel to experts and back (section 4.2.3).
+"""Two microbatches that take turns: one attends while the other is with its experts (paper section 4.2.3).
 
-In a MoE layer each of the four exchanges, two dispatches and two combines, stands between its two halves beside the
-other microbatch's work, across layers too:
+Attention is in parts, a share of the keys each, so that each of the four exchanges of a MoE layer stands between its
+two halves beside work of the other microbatch that takes about as long, across layers too:
 
-    A's dispatch   behind   B's attention
-    B's dispatch   behind   A's experts
-    A's combine    behind   B's experts
-    B's combine    behind   A's attention of the next layer
+    A's dispatch   behind   the first part of B's attention
+    A's combine    behind   the rest of B's attention
+    B's dispatch   behind   the first part of A's attention in the next layer
+    B's combine    behind   the rest of A's attention in the next layer
 
 The scan over layers is cut where A has chosen its experts and B is done with the layer before: nothing is under way
 there, so that no buffer that peers may be reading goes through the scan's carry, where XLA could copy it.
@@ -15,7 +15,9 @@ Rows are independent of each other: the tokens are those of one batch, and produ
 differently in the last bit.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 import flax.struct
@@ -24,8 +26,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import fabric
+from cmjax.model.mla import CoreAttention, rms_norm
 from cmjax.model.params import LayerParams, MoeParams, Params
-from cmjax.model.transformer import LayerRun, PassContext, RankSpec, attention_half, layer_runs, run_stack
+from cmjax.model.transformer import (
+    AttendInParts,
+    LayerRun,
+    PassContext,
+    RankSpec,
+    after_attention,
+    layer_runs,
+    run_stack,
+)
 from cmjax.moe import ExpertParams, SplitExchange, gate, run_experts, swiglu
 
 
@@ -34,11 +45,11 @@ class Microbatch:
     """Half of a pass's tokens.
 
     Attributes:
-        context: how they attend.
+        attend: how they attend.
         is_valid: `bool[tokens]`; padding goes to no expert.
     """
 
-    context: PassContext
+    attend: AttendInParts
     is_valid: jax.Array
 
 
@@ -50,6 +61,23 @@ class _Routed:
     normed: jax.Array
     slot_idx: jax.Array
     weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One of a run's layers, and its place there."""
+
+    params: LayerParams
+    mlp: MoeParams
+    index: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Back:
+    """Rows on their way back from the experts, and what the shared experts that every rank has made of the tokens."""
+
+    in_flight: Any
+    shared: jax.Array | None
 
 
 Pair = tuple[jax.Array, jax.Array]
@@ -79,7 +107,8 @@ def pipelined_layers(
             x, cache, _ = run_stack(layers, None, run, x, cache, whole)
         else:
             x_a, x_b = jnp.split(x, 2)
-            (x_a, x_b), cache, load = _MoeRun(layers, experts, run, halves, maps, spec).run((x_a, x_b), cache)
+            channel = f"{whole.channel}/layer{run.first_layer}"
+            (x_a, x_b), cache, load = _MoeRun(layers, experts, run, halves, maps, spec, channel).run((x_a, x_b), cache)
             x = jnp.concatenate([x_a, x_b])
             loads.append(load)
     return x, cache, loads
@@ -87,7 +116,7 @@ def pipelined_layers(
 
 @dataclasses.dataclass(frozen=True)
 class _MoeRun:
-    """Consecutive MoE layers: their parameters, and whose rows they are for."""
+    """Consecutive MoE layers: their parameters, whose rows they are for, and the names of their exchanges."""
 
     layers: LayerParams
     experts: ExpertParams
@@ -95,15 +124,17 @@ class _MoeRun:
     halves: tuple[Microbatch, Microbatch]
     maps: jax.Array
     spec: RankSpec
+    channel: str
 
     def run(self, x: Pair, cache: jax.Array) -> tuple[Pair, jax.Array, jax.Array]:
         """All of them; the last one is apart, since no attention follows it."""
         last = self.place.count - 1
-        routed, cache = self._attend(0, self._params(0), 0, x[0], cache)
+        core, cache = self._begin(0, self._at(0), x[0], cache)
+        routed, _ = self._end(0, self._at(0), x[0], core, cache)
 
         def step(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
             routed, x_b, cache = carry
-            routed, x_b, cache, load = self._layer(index, routed, x_b, cache, is_last=False)
+            routed, x_b, cache, load = self._both(self._at(index), self._at(index + 1), routed, x_b, cache)
             return (routed, x_b, cache), load
 
         loads = []
@@ -111,82 +142,119 @@ class _MoeRun:
         if last:
             (routed, x_b, cache), load = lax.scan(step, (routed, x_b, cache), jnp.arange(last))
             loads.append(load)
-        x_a, x_b, cache, load = self._layer(last, routed, x_b, cache, is_last=True)
+        x_a, x_b, cache, load = self._both(self._at(last), None, routed, x_b, cache)
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])
 
-    def _params(self, index: Any) -> LayerParams:
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
+    def _at(self, index: Any) -> _Layer:
+        params = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
+        return _Layer(params, cast(MoeParams, params.mlp), index)
 
-    def _attend(
-        self, which: int, layer: LayerParams, index: Any, x: jax.Array, cache: jax.Array
-    ) -> tuple[_Routed, jax.Array]:
-        half, spec = self.halves[which], self.spec
-        mlp = cast(MoeParams, layer.mlp)
+    def _both(
+        self, layer: _Layer, following: _Layer | None, a: _Routed, x_b: jax.Array, cache: jax.Array
+    ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+        """From A's choices in a layer to those in the following one (if there is none, its result), and B's result."""
+        to_a = self._dispatch(0, a)
+        core, cache = self._begin(1, layer, x_b, cache, to_a)
+        back_a, load_a = self._experts(0, layer, a, to_a, core)
+        b, behind = self._end(1, layer, x_b, core, cache, back_a.in_flight)
+        to_b = self._dispatch(1, b)
+        if behind is b.normed:
+            behind = _after(to_b, behind)  # B's rows leave before A's are waited for
+        x_a = self._combine(0, a, back_a, behind)
+        if following is None:
+            back_b, load_b = self._experts(1, layer, b, to_b, None)
+            return x_a, self._combine(1, b, back_b, None), cache, load_a + load_b
+        core, cache = self._begin(0, following, x_a, cache, to_b)
+        back_b, load_b = self._experts(1, layer, b, to_b, core)
+        a, behind = self._end(0, following, x_a, core, cache, back_b.in_flight)
+        return a, self._combine(1, b, back_b, behind), cache, load_a + load_b
+
+    def _begin(
+        self, which: int, layer: _Layer, x: jax.Array, cache: jax.Array, going: Any = None
+    ) -> tuple[CoreAttention, jax.Array]:
+        """Attention up to its first part, which the other's dispatch `going` hides behind."""
+        attend = self.halves[which].attend
+        with _scope(which, "attention"):
+            normed = rms_norm(x, layer.params.input_norm, self.spec.config.rms_norm_eps)
+            if not attend.has_lanes:
+                normed = _after(going, normed)
+            with jax.named_scope("projections"):
+                core, cache = attend.begin(layer.params.attn, normed, cache, self._cache_layer(layer))
+            if attend.has_lanes:
+                core = dataclasses.replace(core, query=_after(going, core.query))
+            return self._part(which, layer, core, cache, 0), cache
+
+    def _end(
+        self, which: int, layer: _Layer, x: jax.Array, core: CoreAttention, cache: jax.Array, going: Any = None
+    ) -> tuple[_Routed, Any]:
+        """The rest of attention, and the gate; also what the other's combine `going` hides behind."""
+        attend, spec = self.halves[which].attend, self.spec
+        with _scope(which, "attention"):
+            core = dataclasses.replace(core, query=_after(going, core.query))
+            core = self._part(which, layer, core, cache, 1)
+            behind: Any = core.met
+            if attend.has_lanes:
+                core = self._part(which, layer, core, cache, 2)
+            attended = attend.end(layer.params.attn, core)
         with jax.named_scope("ab"[which]):
-            x, normed, cache = attention_half(layer, self.place.first_layer + index, x, cache, half.context)
+            x, normed = after_attention(layer.params, attended, x, spec.config)
             slot_idx, weights = gate(
                 normed,
-                mlp.router,
-                mlp.router_bias,
-                self.maps[self.place.stack_start + index],
-                half.is_valid,
+                layer.mlp.router,
+                layer.mlp.router_bias,
+                self.maps[self.place.stack_start + layer.index],
+                self.halves[which].is_valid,
                 router_config=spec.config.router,
                 num_dispatched_shared=spec.num_dispatched_shared,
             )
-        return _Routed(x, normed, slot_idx, weights), cache
+        return _Routed(x, normed, slot_idx, weights), (behind if attend.has_lanes else normed)
 
-    def _layer(
-        self, index: Any, a: _Routed, x_b: jax.Array, cache: jax.Array, *, is_last: bool
-    ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """From A's choices in layer `index` to those in the next (after the last: its result), and B's result."""
-        exchange, layer = cast(SplitExchange, self.spec.exchange), self._params(index)
-        channel = f"{self.halves[0].context.channel}/layer{self.place.first_layer}"
+    def _part(self, which: int, layer: _Layer, core: CoreAttention, cache: jax.Array, index: int) -> CoreAttention:
+        attend = self.halves[which].attend
+        part = (index, 3 if attend.has_lanes else 2)
+        with jax.named_scope(f"part{index}"):
+            return attend.part(layer.params.attn, core, cache, self._cache_layer(layer), part)
 
-        def start(which: int, one: _Routed) -> Any:
-            with jax.named_scope("ab"[which]), jax.named_scope("dispatch"):
-                return exchange.dispatch_start(one.normed, one.slot_idx, channel=f"{channel}/{'ab'[which]}/dispatch")
+    def _cache_layer(self, layer: _Layer) -> Any:
+        return self.place.first_layer + layer.index
 
-        def compute(which: int, one: _Routed, going: Any, behind: Any, before: Any) -> tuple[jax.Array, Any, jax.Array]:
-            """Receive rows behind some work, and run experts once `before` has been started."""
-            with jax.named_scope("ab"[which]):
-                with jax.named_scope("dispatch"):
-                    received, handle = exchange.dispatch_done(going, hide_behind=behind)
-                load = received.num_tokens_per_expert
-                received = dataclasses.replace(received, messages=_after(before, received.messages))
-                stack_index = self.place.stack_start + index
-                rows = run_experts(received, self.experts, stack_index, one.slot_idx.shape, one.x.dtype)
-                with jax.named_scope("combine"):
-                    back = exchange.combine_start(rows, one.weights, handle, channel=f"{channel}/{'ab'[which]}/combine")
-            return rows, back, load
+    def _dispatch(self, which: int, one: _Routed) -> Any:
+        exchange = cast(SplitExchange, self.spec.exchange)
+        with _scope(which, "dispatch"):
+            return exchange.dispatch_start(one.normed, one.slot_idx, channel=f"{self.channel}/{'ab'[which]}/dispatch")
 
-        def finish(which: int, one: _Routed, shared: jax.Array | None, back: Any, behind: Any) -> jax.Array:
-            with jax.named_scope("ab"[which]), jax.named_scope("combine"):
-                y = exchange.combine_done(back, hide_behind=behind)
-                return one.x + (y if shared is None else y + shared).astype(one.x.dtype)
+    def _experts(
+        self, which: int, layer: _Layer, one: _Routed, going: Any, core: CoreAttention | None
+    ) -> tuple[_Back, jax.Array]:
+        """Receive the rows behind the other's attention `core`, run the experts, send the rows back."""
+        exchange, shared = cast(SplitExchange, self.spec.exchange), layer.mlp.shared
+        y = None
+        if shared is not None:  # those that every rank has a copy of
+            with _scope(which, "shared_expert"):
+                y = swiglu(_after(going, one.normed), shared.w13, shared.w2).astype(jnp.float32)
+        behind = (y, None if core is None else core.met)
+        with _scope(which, "dispatch"):
+            received, handle = exchange.dispatch_done(going, hide_behind=behind)
+        with jax.named_scope("ab"[which]):
+            stack_index = self.place.stack_start + layer.index
+            rows = run_experts(received, self.experts, stack_index, one.slot_idx.shape, one.x.dtype)
+        with _scope(which, "combine"):
+            back = exchange.combine_start(rows, one.weights, handle, channel=f"{self.channel}/{'ab'[which]}/combine")
+        return _Back(back, y), received.num_tokens_per_expert
 
-        to_a = start(0, a)
-        shared_a = self._shared(0, layer, _after(to_a, a.normed))
-        b, cache = self._attend(1, layer, index, _after(to_a, x_b), cache)
-        to_b = start(1, b)
-        shared_b = self._shared(1, layer, _after(to_b, b.normed))
-        rows_a, back_a, load_a = compute(0, a, to_a, (b.normed, shared_a), to_b)
-        rows_b, back_b, load_b = compute(1, b, to_b, (rows_a, shared_b), back_a)
-        result: Any = finish(0, a, shared_a, back_a, rows_b)
-        behind = None
-        if not is_last:
-            result, cache = self._attend(0, self._params(index + 1), index + 1, _after(back_b, result), cache)
-            behind = result.normed
-        return result, finish(1, b, shared_b, back_b, behind), cache, load_a + load_b
+    def _combine(self, which: int, one: _Routed, back: _Back, behind: Any) -> jax.Array:
+        exchange = cast(SplitExchange, self.spec.exchange)
+        with _scope(which, "combine"):
+            y = exchange.combine_done(back.in_flight, hide_behind=behind)
+            return one.x + (y if back.shared is None else y + back.shared).astype(one.x.dtype)
 
-    def _shared(self, which: int, layer: LayerParams, normed: jax.Array) -> jax.Array | None:
-        """The shared experts that every rank has a copy of."""
-        shared = cast(MoeParams, layer.mlp).shared
-        if shared is None:
-            return None
-        with jax.named_scope("ab"[which]), jax.named_scope("shared_expert"):
-            return swiglu(normed, shared.w13, shared.w2).astype(jnp.float32)
+
+@contextlib.contextmanager
+def _scope(which: int, name: str) -> Iterator[None]:
+    with jax.named_scope("ab"[which]), jax.named_scope(name):
+        yield
 
 
 def _after(in_flight: Any, x: jax.Array) -> jax.Array:
     """`x`, once the exchange has been started; on one rank there is none."""
-    return x if in_flight.token is None else fabric.after(in_flight.token, x)
+    return x if in_flight is None or in_flight.token is None else fabric.after(in_flight.token, x)

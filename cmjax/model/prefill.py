@@ -16,11 +16,21 @@ from jax import lax
 
 from cmjax.mesh import fabric
 from cmjax.model.cache import write_rows
-from cmjax.model.mla import LocalSequences, attend_expanded, mla_prolog, rms_norm
+from cmjax.model.mla import (
+    CoreAttention,
+    LocalSequences,
+    Part,
+    expanded_end,
+    expanded_part,
+    expanded_start,
+    mla_prolog,
+    rms_norm,
+)
 from cmjax.model.params import AttentionParams, Leaf, Params
 from cmjax.model.pipeline import Microbatch, pipelined_layers
 from cmjax.model.transformer import (
     Attend,
+    AttendInParts,
     PassContext,
     PassOutput,
     RankSpec,
@@ -116,10 +126,7 @@ def prefill_pass(
         parts = range(segments.num_parts)
         attends = [_attend(batch, slot_mapping, stop, segments, which, spec, name) for which in parts]
         moe = exchanged_moe(spec, expert_to_slot, segments.all(is_valid))
-        halves = [
-            Microbatch(PassContext(config, "prefill", attend, moe), segments.of(is_valid, which))
-            for which, attend in enumerate(attends)
-        ]
+        halves = [Microbatch(attend, segments.of(is_valid, which)) for which, attend in enumerate(attends)]
         return _Contexts(PassContext(config, "prefill", _in_turn(attends), moe), halves)
 
     contexts = context(batch.slot_mapping, stop, is_valid, "latents")
@@ -159,7 +166,7 @@ def _attend(
     which: int,
     spec: RankSpec,
     name: str,
-) -> Attend:
+) -> AttendInParts:
     """Attention of one microbatch's tokens on this rank, after everybody's latents of it are in the cache."""
     config = spec.config
     sequences = segments.sequences(batch, stop, which)
@@ -167,17 +174,18 @@ def _attend(
     slots = lax.slice_in_dim(slot_mapping, which * segments.part, (which + 1) * segments.part)
     channel = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
 
-    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[CoreAttention, jax.Array]:
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
         latents = fabric.all_gather(latent, spec.axis_name, tiled=True, channel=channel)
-        cache = write_rows(cache, layer, slots, latents)
-        attended = attend_expanded(p, config, q_nope, q_pe, cache, layer, sequences, batch.block_table, spec.block_size)
-        return attended, cache
+        return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
 
-    return attend
+    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Any, part: Part) -> CoreAttention:
+        return expanded_part(p, config, core, cache, layer, sequences, batch.block_table, spec.block_size, part)
+
+    return AttendInParts(begin, part, lambda _, core: expanded_end(core), has_lanes=True)
 
 
-def _in_turn(attends: list[Attend]) -> Attend:
+def _in_turn(attends: list[AttendInParts]) -> Attend:
     """Attention of all microbatches' tokens, side by side as a rank has them."""
     if len(attends) == 1:
         return attends[0]

@@ -16,13 +16,38 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.model.config import ModelConfig
-from cmjax.model.mla import rms_norm
+from cmjax.model.mla import WHOLE, CoreAttention, Part, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params
 from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
 from cmjax.quant import linear
 
 # (attention params, normalized x, cache, cache layer) -> (attention output before o_proj, cache)
 Attend = Callable[[AttentionParams, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendInParts:
+    """An `Attend` that lets other work come in between: `begin`, `part` i of n for each i, `end`; called, all in a row.
+
+    Attributes:
+        begin: `(attention params, normalized x, cache, cache layer) -> (core attention before any key, cache)`.
+        part: `(attention params, core attention, cache, cache layer, (i, n)) -> core attention`.
+        end: `(attention params, core attention) -> attention output before o_proj`.
+        has_lanes: whether the arithmetic around exchanges is a lane of its own, which attention goes on beside
+            (prefill), rather than part of the other microbatch's turn (decode).
+    """
+
+    begin: Callable[[AttentionParams, jax.Array, jax.Array, Any], tuple[CoreAttention, jax.Array]]
+    part: Callable[[AttentionParams, CoreAttention, jax.Array, Any, Part], CoreAttention]
+    end: Callable[[AttentionParams, CoreAttention], jax.Array]
+    has_lanes: bool = False
+
+    def __call__(self, p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        """The attention output before o_proj, and the cache."""
+        core, cache = self.begin(p, x, cache, layer)
+        return self.end(p, self.part(p, core, cache, layer, WHOLE)), cache
+
+
 # (normalized x, MoE params, the stack's experts, index in the stack, row of the placement, channel) -> (float32 output,
 # tokens of each expert)
 Moe = Callable[[jax.Array, MoeParams, ExpertParams, Any, Any, str], tuple[jax.Array, jax.Array]]
@@ -125,16 +150,13 @@ def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | Non
     return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), experts
 
 
-def attention_half(
-    params: LayerParams, cache_layer: Any, x: jax.Array, cache: jax.Array, context: PassContext
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer up to its MLP: `(x, normalized x, cache)`."""
-    eps = context.config.rms_norm_eps
-    with jax.named_scope("attention"):
-        attended, cache = context.attend(params.attn, rms_norm(x, params.input_norm, eps), cache, cache_layer)
+def after_attention(
+    params: LayerParams, attended: jax.Array, x: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """A layer from its attention to its MLP: `(x, normalized x)`."""
     with jax.named_scope("oproj"):
         x = x + linear(attended, params.attn.o, params.attn.o_bias)
-    return x, rms_norm(x, params.post_attn_norm, eps), cache
+    return x, rms_norm(x, params.post_attn_norm, config.rms_norm_eps)
 
 
 def _decoder_layer(
@@ -153,7 +175,11 @@ def _decoder_layer(
     `params` is this layer's; `experts` are its whole stack's, in which it is number `stack_index`;
     `map_index` is its row of the placement.
     """
-    x, normed, cache = attention_half(params, cache_layer, x, cache, context)
+    config = context.config
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, params.input_norm, config.rms_norm_eps)
+        attended, cache = context.attend(params.attn, normed, cache, cache_layer)
+    x, normed = after_attention(params, attended, x, config)
     mlp = params.mlp
     if not isinstance(mlp, MoeParams):
         with jax.named_scope("mlp"):

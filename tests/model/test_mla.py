@@ -9,7 +9,18 @@ import pytest
 
 from cmjax.model import init_params, reference
 from cmjax.model.cache import read_blocks, slots_of, write_rows
-from cmjax.model.mla import LocalSequences, attend_absorbed, attend_expanded, mla_prolog
+from cmjax.model.mla import (
+    LocalSequences,
+    absorbed_end,
+    absorbed_part,
+    absorbed_start,
+    attend_absorbed,
+    attend_expanded,
+    expanded_end,
+    expanded_part,
+    expanded_start,
+    mla_prolog,
+)
 from tests.helpers import assert_close, tiny_config
 
 LAYERS, LAYER = 2, 1
@@ -100,6 +111,32 @@ def test_expanded_on_a_segment_of_the_tokens(rng):
         packed.q_nope[segment], packed.q_pe[segment], packed.cache, sequences, packed.table, block_size=16
     )
     assert_close(out, packed.expected()[segment], scale=5)
+
+
+@pytest.mark.parametrize("block_size", LENGTHS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_in_a_row_are_the_whole(rng, block_size, count):
+    """Bit for bit, also where there are fewer chunks of keys than parts."""
+    lengths = np.array(LENGTHS[block_size])
+    packed = Packed(rng, lengths, block_size)
+    sequences, last, seen = whole(lengths), packed.ends - 1, lengths.astype(np.int32)
+    q_nope, q_pe, cache, table = packed.q_nope, packed.q_pe, packed.cache, packed.table
+
+    @jax.jit
+    def in_parts(q_nope, q_pe, cache, sequences, seen, table):
+        core = expanded_start(CONFIG, q_nope, q_pe)
+        one = absorbed_start(ATTN, CONFIG, q_nope[last], q_pe[last], len(lengths))
+        for index in range(count):
+            keys = table, block_size, (index, count)
+            core = expanded_part(ATTN, CONFIG, core, cache, LAYER, sequences, *keys)
+            one = absorbed_part(CONFIG, one, cache, LAYER, seen, *keys)
+        return expanded_end(core), absorbed_end(ATTN, CONFIG, one)
+
+    expanded, absorbed = in_parts(q_nope, q_pe, cache, sequences, seen, table)
+    wanted = run_expanded(q_nope, q_pe, cache, sequences, table, block_size=block_size)
+    np.testing.assert_array_equal(expanded, wanted)
+    wanted = run_absorbed(q_nope[last], q_pe[last], cache, seen, table, block_size=block_size)
+    np.testing.assert_array_equal(absorbed, wanted)
 
 
 def test_expanded_without_any_query(rng):

@@ -5,16 +5,24 @@ import pytest
 
 from cmjax.model import pipeline
 from cmjax.moe import DispatchInFlight, dispatch_done
-from cmjax.serve import decode
+from cmjax.serve import decode, prefill
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 
-# (microbatch, exchange) -> the work beside it, as scopes of the program.
+# (microbatch, exchange) -> the work beside it, as scopes of the program: the other's attention, B's of this layer and
+# A's of the next.
 BEHIND = {
-    ("a", "dispatch"): ("b", "attention"),
-    ("b", "dispatch"): ("a", "moe"),
-    ("a", "combine"): ("b", "moe"),
-    ("b", "combine"): ("a", "attention"),  # of the next layer
+    ("a", "dispatch"): ("b", "part0"),
+    ("a", "combine"): ("b", "part1"),
+    ("b", "dispatch"): ("a", "part0"),
+    ("b", "combine"): ("a", "part1"),
+}
+# Prefill's third lane: (microbatch, whose arithmetic before or after an exchange, an operation of it) -> the other's
+# work that goes on meanwhile.
+BESIDE = {
+    ("a", "dispatch", "sort"): ("b", "projections"),
+    ("a", "combine", "reduce_sum"): ("b", "part2"),
+    ("b", "combine", "reduce_sum"): ("a", "part2"),
 }
 
 
@@ -79,22 +87,48 @@ def faults(graph):
                 yield f"{name}: the work waits for its end"
 
 
+def waits_between(graph):
+    """What keeps arithmetic and attention from being lanes of their own."""
+    for (microbatch, exchange, operation), (other, work) in BESIDE.items():
+        arithmetic = graph.find(microbatch, exchange, operation)
+        beside = graph.find(other, work)
+        name = f"{microbatch}/{exchange} beside {other}/{work}"
+        if not arithmetic or not beside:
+            yield f"{name}: there is no such work"
+        if any(i in graph.needs[j] or j in graph.needs[i] for i in arithmetic for j in beside):
+            yield f"{name}: one waits for the other"
+
+
 @pytest.fixture(scope="module")
 def traced():
-    def trace():
-        engine = make_engine(tiny_model(num_hidden_layers=4), 4, max_num_seqs_per_rank=2, microbatches=2)
-        target = engine.decode
-        state = jax.device_put(target.host_state(), target.spec.by_rank())
-        arguments = (target.params, target.expert_to_slot, target.cache, state)
-        jaxpr = decode.trace(*arguments, spec=target.spec, num_steps=2).jaxpr
+    def trace(phase="decode"):
+        # Long enough for a loop over several chunks of keys.
+        settings = {"max_model_len": 512, "max_num_seqs_per_rank": 2, "max_num_batched_tokens": 64, "microbatches": 2}
+        engine = make_engine(tiny_model(num_hidden_layers=4, max_position_embeddings=512), 4, **settings)
+        if phase == "decode":
+            target = engine.decode
+            state = jax.device_put(target.host_state(), target.spec.by_rank())
+            arguments = (target.params, target.expert_to_slot, target.cache, state)
+            jaxpr = decode.trace(*arguments, spec=target.spec, num_steps=2).jaxpr
+        else:
+            source = engine.prefill[0]
+            batch = source.pack([], [], [])
+            jaxpr = prefill.trace(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).jaxpr
         *_, body = layer_bodies(jaxpr.jaxpr)  # that of the layers is within that of the steps
         return Graph(body)
 
     return trace
 
 
-def test_every_exchange_stands_beside_the_others_work(traced):
-    assert list(faults(traced())) == []
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_every_exchange_stands_beside_the_others_attention(traced, phase):
+    assert list(faults(traced(phase))) == []
+
+
+def test_arithmetic_is_a_lane_in_prefill(traced):
+    assert list(waits_between(traced("prefill"))) == []
+    # In decode it is part of a microbatch's turn.
+    assert len(list(waits_between(traced("decode")))) == len(BESIDE)
 
 
 def test_the_check_sees_a_start_that_may_come_late(traced, monkeypatch):
@@ -120,4 +154,4 @@ def test_the_check_sees_work_that_waits(traced, monkeypatch):
     jax.clear_caches()
     found = list(faults(traced()))
     jax.clear_caches()
-    assert "a/dispatch behind b/attention: the work waits for its end" in found
+    assert "a/dispatch behind b/part0: the work waits for its end" in found

@@ -17,7 +17,7 @@ import jaxlib
 
 _SOURCES = ("fabric.cc", "exchange.cc", "ffi.cc")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
-_HANDLERS = ("enter", "start", "done", "nothing")
+_HANDLERS = ("enter", "start", "done", "nothing", "yield")
 
 
 class BuildError(RuntimeError):

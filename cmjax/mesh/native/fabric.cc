@@ -267,6 +267,10 @@ void Fabric::CompleteWithError(Completion done, std::string message) {
       1, [done = std::move(done), message = std::move(message)](int) { done(&message); }, nullptr);
 }
 
+void Fabric::Later(Completion done) {
+  pool_.Run(1, [done = std::move(done)](int) { done(nullptr); }, nullptr);
+}
+
 void Fabric::SetTimeout(double seconds) {
   std::lock_guard<std::mutex> lock(mutex_);
   timeout_s_ = seconds;

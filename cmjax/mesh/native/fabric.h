@@ -30,6 +30,9 @@ class Fabric {
   std::unique_ptr<std::string> Start(const Call& call, Ticket* ticket);
   void Finish(const Ticket& ticket, const Call& call, const Buffers& buffers, Completion done);
 
+  // Calls `done` on another thread, soon.
+  void Later(Completion done);
+
   void SetTimeout(double seconds);
   // Completion is held back until latency_s + bytes / bytes_per_s after the last rank's start. No plane = off.
   void SetDelay(const std::string& plane, double latency_s, double bytes_per_s);

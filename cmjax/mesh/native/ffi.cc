@@ -134,6 +134,15 @@ ffi::Future Done(int32_t device, std::string_view channel, std::string_view plan
 // Results are memory as it was (or aliased operands); operands only fix the order.
 ffi::Error Nothing(ffi::RemainingArgs, ffi::RemainingRets) { return ffi::Error::Success(); }
 
+// As Nothing, but gives its thread to whatever else is ready before what comes next: where devices outnumber threads,
+// every device's start is before any device's work.
+ffi::Future Yield(ffi::RemainingArgs, ffi::RemainingRets) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  Fabric::Get().Later(Fulfil(std::move(promise)));
+  return future;
+}
+
 }  // namespace
 
 #define CMJAX_FABRIC_ATTRS()                                                                           \
@@ -149,6 +158,7 @@ ffi::Error Nothing(ffi::RemainingArgs, ffi::RemainingRets) { return ffi::Error::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_enter, Enter, ffi::Ffi::Bind().Ctx<ffi::RunId>().CMJAX_FABRIC_ATTRS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_start, Start, ffi::Ffi::Bind().Ctx<ffi::RunId>().CMJAX_FABRIC_ATTRS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_done, Done, ffi::Ffi::Bind().CMJAX_FABRIC_ATTRS());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_yield, Yield, ffi::Ffi::Bind().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_fabric_nothing, Nothing, ffi::Ffi::Bind().RemainingArgs().RemainingRets());
 
 // Plain C, for ctypes.
