@@ -71,11 +71,11 @@ def assert_same_choices(found, wanted):
     np.testing.assert_array_equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
-# Most of the time is compilation: EP32 goes with the long tests.
-EP32 = pytest.param(32, marks=pytest.mark.soak)
+# Most of the time is compilation: one way from one device to 320 is enough here, the others go with the long tests.
+EP32, FAKE_EP320 = (pytest.param(ep_size, marks=pytest.mark.soak) for ep_size in (32, 320))
 
 
-@pytest.mark.parametrize("ep_size", [1, EP32, 320])
+@pytest.mark.parametrize("ep_size", [1, EP32, FAKE_EP320])
 def test_fake_is_int8_to_rounding(ep_size):
     found, wanted = logits(ep_size, "fake"), logits(ep_size, "int8")
     assert (found != wanted).any()  # they are two computations
@@ -115,8 +115,8 @@ def relative(found, wanted):
     return np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
 
 
-def rounded(model, mode="int8"):
-    params = convert_params(model.params, mode, np.float32)
+def rounded(model):
+    params = convert_params(model.params, "int8", np.float32)
     return Model(model.config, params, params_digest(model.config, params))
 
 
@@ -147,8 +147,7 @@ def test_the_books_show_the_saving():
     for quant, formats, there, back in (
         (None, {}, 512, 512),
         ("int8", {}, 128 + 8, 256),
-        ("int8", {"dispatch_dtype": "float32"}, 512, 256),
-        ("int8", {"combine_dtype": "float32"}, 128 + 8, 512),
+        ("int8", {"dispatch_dtype": "bfloat16", "combine_dtype": "float32"}, 256, 512),
     ):
         assert sent(rounded(model) if quant else model, **formats) == (rows, rows * (there + back)), formats
 
@@ -170,12 +169,11 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(rng, mode, bad):
         np.testing.assert_array_equal(y[::2], good[::2])
 
 
-@pytest.mark.parametrize("mode", QUANT_MODES)
-def test_nan_activations_are_an_error_that_names_the_prompt(mode):
+def test_nan_activations_are_an_error_that_names_the_prompt():
     """The NaN travels to other ranks' experts beside the rows of prompt 0, which must not be the one named."""
     model = tiny_model(num_hidden_layers=2)
     params = jax.tree.map(np.array, model.params)
     params.embed[9] = np.nan
-    engine = make_engine(rounded(Model(model.config, params, "nan"), mode), 4, prefill_ep_size=2)
+    engine = make_engine(rounded(Model(model.config, params, "nan")), 4, prefill_ep_size=2)
     with pytest.raises(UserError, match="prompt 1: its logits are not finite"):
         engine.generate([[1, 2, 3], [4, 9]], SamplingParams(max_tokens=3))
