@@ -85,7 +85,7 @@ def on_mesh(mesh, fn, *args, check_vma=False):
     ("shape", "axes", "axis"),
     [
         ((8,), ("ep",), "ep"),
-        ((64,), ("ep",), "ep"),
+        ((20,), ("ep",), "ep"),
         ((3, 8), ("dp", "ep"), "ep"),
         ((8, 3), ("ep", "tp"), "ep"),
         ((2, 3, 4), ("a", "b", "c"), ("a", "c")),

@@ -57,10 +57,9 @@ def test_combine_dtype_bfloat16():
     assert 1e-5 < relative(eight, exact()) < 5e-3
 
 
-@pytest.mark.parametrize("ep_size", [1, 8])
-def test_a_bfloat16_model_is_near_float32(ep_size):
+def test_a_bfloat16_model_is_near_float32():
     """A token whose router choice flips is far off by right, so the typical error counts."""
-    found = logits(ep_size, dtype="bfloat16")
+    found = logits(8, dtype="bfloat16")
     assert found.dtype == np.float32
     error = np.abs(found - exact()).max(-1)
     assert 1e-4 < np.median(error) < 0.15 * exact().std()
