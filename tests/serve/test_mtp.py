@@ -13,12 +13,14 @@ import cmjax
 from cmjax.cli_options import BUNDLED_MODEL
 from cmjax.errors import UserError
 from cmjax.serve import SamplingParams, decode
+from cmjax.serve.sampling import SamplingRoom
 from tests.helpers import tiny_model
 from tests.parity import load_case
 from tests.serve.driving import fill_cache, make_engine, make_requests, model_of, reserve
 from tests.serve.test_engine import check_all_free, check_greedy
 
-DEMO = {"max_model_len": 192, "max_num_batched_tokens": 512, "steps_per_call": 16}
+# Few tokens a prefill step: any prompt needs more than half of one, and so all steps are one program.
+DEMO = {"max_model_len": 192, "max_num_batched_tokens": 64, "steps_per_call": 16}
 
 
 @functools.cache
@@ -35,7 +37,11 @@ def completions(count):
 
 @functools.cache
 def demo_engine(num_drafts):
-    return make_engine(demo_model(), 1, max_num_seqs_per_rank=8, num_speculative_tokens=num_drafts, **DEMO)
+    """With room from the start for whatever the tests ask for: each step is compiled once."""
+    engine = make_engine(demo_model(), 1, max_num_seqs_per_rank=8, num_speculative_tokens=num_drafts, **DEMO)
+    for instance in (engine.decode, *engine.prefill):
+        instance.room = SamplingRoom().fit([*SETTINGS, SamplingParams(stop_token_ids=(0,))])
+    return engine
 
 
 @pytest.mark.parametrize(("name", "ep_size", "num_drafts"), [("v3-mtp", 1, 1), ("v3-ep320", 320, 1)])
@@ -153,7 +159,8 @@ def test_logprobs_of_prompts():
     prompts = [list(range(1, 40)), [5], [7, 8, 9]]
     asked = [SamplingParams(max_tokens=3, prompt_logprobs=n, logprobs=n) for n in (2, 0, 5)]
     for prompt, params, output in zip(prompts, asked, engine.generate(prompts, asked).outputs, strict=True):
-        ids = np.array([prompt + output.token_ids])
+        ids = np.zeros((1, 48), np.int32)  # of one length, and so one program
+        ids[0, : len(prompt) + 3] = prompt + output.token_ids
         every = scipy.special.log_softmax(np.asarray(model.logits(ids), np.float64)[0], axis=-1)
         assert output.prompt_logprobs[0] is None
         assert len(output.prompt_logprobs) == len(prompt)
