@@ -15,7 +15,9 @@ from cmjax.model import Tokenizer, load
 from tests.parity import FOLDER, load_case
 
 PNG = b"\x89PNG\r\n"
-SMALL = ("--ep", "8", "--prompts", "6", "--max-tokens", "4")
+# One prefill instance: each is a compilation of its own.
+EP8 = ("--ep", "8", "--prefill-instances", "1")
+SMALL = (*EP8, "--prompts", "6", "--max-tokens", "4")
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -60,15 +62,18 @@ def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder)
     assert not compare_to_one_device(model, prompts, generated).is_equal
 
 
-def test_the_demo_at_ep320(capsys, tmp_path):
-    status, out, err = run(capsys, "--json", "--out", tmp_path)
+# As it is run without options, 32 tokens, with the long tests: the steps are the same, only more of them.
+@pytest.mark.parametrize("num_tokens", [8, pytest.param(32, marks=pytest.mark.soak)])
+def test_the_demo_at_ep320(num_tokens, capsys, tmp_path):
+    options = () if num_tokens == 32 else ("--max-tokens", num_tokens)
+    status, out, err = run(capsys, *options, "--json", "--out", tmp_path)
     assert (status, err) == (0, "")
     report = json.loads(out)
     compared = report["reference"]
     assert "transformers" in compared["source"]
     assert compared["num_sequences"] == len(report["outputs"]) == 320
     assert compared["num_equal"] == compared["num_tokens"]
-    assert compared["num_tokens"] + compared["num_unclear"] == 320 * 32
+    assert compared["num_tokens"] + compared["num_unclear"] == 320 * num_tokens
     assert compared["num_tokens"] > compared["num_unclear"]
     assert [one["ep_size"] for one in report["instances"]] == [32, 32, 320]
     assert report["instances"][2]["placement"] == {
@@ -79,7 +84,7 @@ def test_the_demo_at_ep320(capsys, tmp_path):
     }
     tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
     for output in report["outputs"]:
-        assert len(output["token_ids"]) == 32
+        assert len(output["token_ids"]) == num_tokens
         assert output["text"] == tokenizer.decode(output["token_ids"])
         assert tokenizer.encode(output["prompt"]) == output["prompt_ids"]
     assert report["traffic"]["rdma"]["kv_handoff"]["calls"] == 320
@@ -114,7 +119,7 @@ def test_prompts_come_again_and_tokens_end_with_the_reference(folder, capsys, tm
     entries = completions()
     entries[1] = entries[1] | {"token_ids": entries[1]["token_ids"][:5], "margins": entries[1]["margins"][:5]}
     write_reference(folder, entries)
-    options = ("--model", folder, "--ep", 8, "--prompts", 5, "--max-tokens", 100, "--out", tmp_path, "--json")
+    options = ("--model", folder, *EP8, "--prompts", 5, "--max-tokens", 100, "--out", tmp_path, "--json")
     status, out, _ = run(capsys, *options)
     report = json.loads(out)
     assert status == 0
