@@ -241,7 +241,11 @@ def draw(path: Path, spans: list[Span], title: str) -> None:
     for row, (microbatch, lane) in enumerate(lanes):
         bars = [s for s in spans if (s.microbatch, s.lane) == (microbatch, lane)]
         axes.broken_barh(
-            [((s.begin - first) * 1e3, (s.end - s.begin) * 1e3) for s in bars], (row - 0.4, 0.8), color=colors[lane]
+            [((s.begin - first) * 1e3, (s.end - s.begin) * 1e3) for s in bars],
+            (row - 0.4, 0.8),
+            facecolor=colors[lane],
+            # A line between a dispatch and the combine that follows at once; other bars are made of many operations.
+            edgecolor="white" if lane == "exchange" else colors[lane],
         )
     axes.set_yticks(range(len(lanes)), [f"{microbatch.upper()} {lane}" for microbatch, lane in lanes])
     axes.invert_yaxis()
