@@ -25,6 +25,8 @@ from tests.helpers import tiny_model
 from tests.parity import FOLDER, load_case
 
 EP320, SMALL = "v3-ep320", "v3-small"
+# One prefill instance: each is a compilation of its own.
+EP2 = ("--ep", 2, "--prefill-instances", 1)
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -89,7 +91,7 @@ def test_tokens_equal_the_reference_and_the_report_is_whole(capsys):
 def test_stop_tokens_end_a_request_and_tables_show_it(capsys):
     case = load_case(EP320)
     stop = int(case.generated[0, 2])
-    options = [*prompt_options(case.prompt), "--max-tokens", 24, "--ep", 8, "--stop-token-ids", stop]
+    options = [*prompt_options(case.prompt), "--max-tokens", 24, *EP2, "--stop-token-ids", stop]
     status, out, err = run(capsys, "generate", "--model", case.path, *options)
     assert (status, err) == (0, "")
     for title in ("Expert placement", "Generated", "Phases", "Traffic", "Load of the routed experts"):
@@ -100,21 +102,12 @@ def test_stop_tokens_end_a_request_and_tables_show_it(capsys):
     assert (first["token_ids"], first["finish_reason"]) == (case.generated[0, :3].tolist(), "stop")
 
 
-@pytest.mark.parametrize("ep", [1, 3])
-def test_any_ep_size_gives_the_same_tokens(ep, capsys):
-    case = load_case(SMALL)
-    report = generate(capsys, "--model", case.path, *prompt_options(case.prompt[:1]), "--max-tokens", 4, "--ep", ep)
-    clear = min(case.num_clear(0), 4)
-    assert report["outputs"][0]["token_ids"][:clear] == case.generated[0, :clear].tolist()
-    assert report["instances"][-1]["ep_size"] == ep
-
-
 def test_formats_and_sizes_reach_the_engine(capsys):
     options = ("--dtype", "bfloat16", "--dispatch-dtype", "int8", "--combine-dtype", "float32", "--block-size", 4)
     options += ("--max-model-len", 9, "--max-num-seqs", 2, "--max-num-batched-tokens", 8, "--steps-per-call", 3)
     options += ("--mtp", 0, "--microbatches", 2)
     path = FOLDER / SMALL
-    report = generate(capsys, "--model", path, "--prompt-ids", "1,2,3,4,5", "--max-tokens", 3, "--ep", 2, *options)
+    report = generate(capsys, "--model", path, "--prompt-ids", "1,2,3,4,5", "--max-tokens", 3, *EP2, *options)
     assert len(report["outputs"][0]["token_ids"]) == 3
     assert report["settings"] == {
         "max_model_len": 9,
@@ -133,12 +126,18 @@ def test_formats_and_sizes_reach_the_engine(capsys):
 
 
 def test_more_prompts_than_places_wait(capsys):
-    prompts = np.arange(1, 6)[:, None].repeat(3, axis=1)
-    report = generate(
-        capsys, "--model", FOLDER / SMALL, *prompt_options(prompts), "--max-tokens", 3, "--ep", 2, "--max-num-seqs", 1
-    )
-    assert [output["prompt_ids"] for output in report["outputs"]] == prompts.tolist()
-    assert all(len(output["token_ids"]) == 3 for output in report["outputs"])
+    """Here on three ranks, a number that nothing divides; and the tokens stay the reference's."""
+    case = load_case(SMALL)
+    prompts = np.tile(case.prompt, (3, 1))
+    sizes = ("--max-tokens", 4, "--ep", 3, "--prefill-instances", 1, "--max-num-seqs", 1)
+    report = generate(capsys, "--model", case.path, *prompt_options(prompts), *sizes)
+    assert report["instances"][-1]["ep_size"] == 3
+    assert len(prompts) > 3
+    for row, output in enumerate(report["outputs"]):
+        clear = min(case.num_clear(row % len(case.prompt)), 4)
+        assert output["prompt_ids"] == prompts[row].tolist()
+        assert output["token_ids"][:clear] == case.generated[row % len(case.prompt), :clear].tolist()
+        assert len(output["token_ids"]) == 4
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def test_text_prompts_come_before_those_of_ids(text_model, capsys):
     texts = ["def mean(values):\n    return", "üλ🙂"]
     ids = [tokenizer.encode(text) for text in texts]
     assert all(prompt[0] == tokenizer.bos_token_id for prompt in ids)
-    options = ("--model", text_model, "--max-tokens", 5, "--ep", 2)
+    options = ("--model", text_model, "--max-tokens", 5, *EP2)
     report = generate(capsys, *options, "--prompt", texts[0], "--prompt-ids", "7,8", "--prompt", texts[1])
     outputs = report["outputs"]
     assert [output["prompt_ids"] for output in outputs] == [*ids, [7, 8]]
@@ -173,7 +172,7 @@ def test_text_prompts_come_before_those_of_ids(text_model, capsys):
 
 def test_the_table_shows_text_as_it_is(text_model, capsys):
     text = "def f(a):\n    # [bold]not markup[/bold] [/]\n    return a[0"
-    status, out, err = run(capsys, "generate", "--model", text_model, "--prompt", text, "--max-tokens", 3, "--ep", 2)
+    status, out, err = run(capsys, "generate", "--model", text_model, "--prompt", text, "--max-tokens", 3, *EP2)
     assert (status, err) == (0, "")
     lines = out.splitlines()
     start = next(i for i, line in enumerate(lines) if "continuation" in line)
@@ -192,7 +191,7 @@ def test_readable_text():
 def test_sampling_and_drafts(capsys):
     """Equal seeds give equal tokens, with drafts and without; log probabilities where they are asked for."""
     case = load_case("v3-mtp")
-    base = ("--model", case.path, "--prompt-ids", "1,2,3", "--max-tokens", 6, "--ep", 2, "--temperature", 0.9)
+    base = ("--model", case.path, "--prompt-ids", "1,2,3", "--max-tokens", 6, *EP2, "--temperature", 0.9)
     base += ("--top-p", 0.9, "--seed", 7, "--logprobs", 2)
     plain, drafting = generate(capsys, *base), generate(capsys, *base, "--mtp", 1)
     first, second = (report["outputs"][0] for report in (plain, drafting))
@@ -211,7 +210,7 @@ def test_sampling_and_drafts(capsys):
 def test_text_without_a_tokenizer(capsys):
     status, out, err = run(capsys, "generate", "--model", FOLDER / SMALL, "--prompt", "x", "--ep", 2)
     assert_one_line(status, out, err, "tokenizer.json: not found; text needs the model's tokenizer")
-    report = generate(capsys, "--model", FOLDER / SMALL, "--prompt-ids", "1,2", "--max-tokens", 2, "--ep", 2)
+    report = generate(capsys, "--model", FOLDER / SMALL, "--prompt-ids", "1,2", "--max-tokens", 2, *EP2)
     assert report["outputs"][0].keys() == {"prompt_ids", "token_ids", "finish_reason"}
 
 
