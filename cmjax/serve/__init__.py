@@ -4,10 +4,12 @@ from cmjax.serve.block_pool import BlockPool
 from cmjax.serve.decode_instance import DecodeInstance
 from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.engine import Engine, GenerateResult, Timings
+from cmjax.serve.handle import RequestError, RequestHandle, RequestUpdate
 from cmjax.serve.prefill_instance import PrefillInstance
 from cmjax.serve.request import RequestOutput, SamplingParams, TokenLogprobs
 from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
+from cmjax.serve.stats import EngineStats, InstanceStats
 from cmjax.serve.steps import PrefillOutput, StepSpec, new_cache, prefill, score
 from cmjax.serve.transfer import hand_off, prefill_tp_rank
 
@@ -18,10 +20,15 @@ __all__ = [
     "DecodeState",
     "Engine",
     "EngineSettings",
+    "EngineStats",
     "GenerateResult",
+    "InstanceStats",
     "PrefillInstance",
     "PrefillOutput",
+    "RequestError",
+    "RequestHandle",
     "RequestOutput",
+    "RequestUpdate",
     "SamplingParams",
     "ScoringInstance",
     "Settled",

@@ -8,7 +8,8 @@ from typing import Literal
 
 from cmjax.errors import UserError
 
-FinishReason = Literal["length", "stop"]
+# "abort": the client cancelled it; "error": it ended without a result.
+FinishReason = Literal["length", "stop", "abort", "error"]
 
 
 # Field -> (least, most, whether the least itself is allowed), as OpenAI and vLLM have them.

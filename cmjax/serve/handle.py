@@ -1,0 +1,154 @@
+"""What a client holds of a request under way: its new tokens as they come, its end, and the way to cancel it."""
+
+import asyncio
+import dataclasses
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from cmjax.serve.request import FinishReason, RequestOutput, TokenLogprobs
+
+
+class RequestError(Exception):
+    """A request ended without its result: the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestUpdate:
+    """What one call of a step gave a request.
+
+    Attributes:
+        token_ids: new since the last update; several where a call has several steps or keeps drafts, perhaps none.
+        logprobs: of each of them, where asked for.
+        prompt_logprobs: of each prompt token (None for the first), with the first update only, where asked for.
+        finish_reason: None while it goes on.
+        error: what went wrong, where `finish_reason` is "error".
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass
+class RequestTimes:
+    """When what happened to a request, in seconds of `time.monotonic()`; None for what has not happened.
+
+    Attributes:
+        arrival: it was submitted.
+        scheduled: its first prefill step began.
+        prefilled: its first token was there.
+        first_token, last_token: the client got its first, and its newest, tokens.
+        finished: it ended.
+    """
+
+    arrival: float
+    scheduled: float | None = None
+    prefilled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+
+
+class RequestHandle:
+    """A submitted request. Read its updates once, with `for` in a thread or `async for` in an event loop.
+
+    Attributes:
+        request_id: unique in its engine.
+        prompt_ids: as submitted.
+        token_ids: generated so far.
+        finish_reason: None while it runs.
+        times: see `RequestTimes`.
+        num_preemptions: how often it had to give its blocks back and start over from its tokens.
+    """
+
+    def __init__(self, request_id: str, prompt_ids: list[int], arrival: float, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self.prompt_ids = prompt_ids
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+        self.times = RequestTimes(arrival)
+        self.num_preemptions = 0
+        self._logprobs: list[TokenLogprobs] | None = None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._cancel = cancel
+        self._lock = threading.Lock()
+        self._listener: Callable[[RequestUpdate], None] | None = None
+        self._early: list[RequestUpdate] = []
+        self._done = threading.Event()
+
+    def cancel(self) -> None:
+        """End the request with `finish_reason` "abort", if it still runs; its place and blocks are free at the end of
+        the call under way. Returns at once, from any thread."""
+        self._cancel()
+
+    def listen(self, listener: Callable[[RequestUpdate], None]) -> None:
+        """Have `listener` called with every update, those that came before first; in the engine's thread, so it must
+        not take long, nor raise."""
+        with self._lock:
+            if self._listener is not None:
+                raise RuntimeError(f"request {self.request_id} has a listener already")
+            early, self._early, self._listener = self._early, [], listener
+            for update in early:
+                listener(update)
+
+    def __iter__(self) -> Iterator[RequestUpdate]:
+        updates: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
+        self.listen(updates.put)
+        while True:
+            update = updates.get()
+            yield update
+            if update.finish_reason is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[RequestUpdate]:
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[RequestUpdate] = asyncio.Queue()
+
+        def forward(update: RequestUpdate) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        self.listen(forward)
+        while True:
+            update = await updates.get()
+            yield update
+            if update.finish_reason is not None:
+                return
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Wait for the end, at most `timeout` seconds.
+
+        Raises:
+            RequestError: the request ended with an error or was cancelled.
+            TimeoutError: it has not ended.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s")
+        if self.finish_reason not in ("stop", "length"):
+            raise RequestError(self.error or f"request {self.request_id} was cancelled")
+        return RequestOutput(self.prompt_ids, self.token_ids, self.finish_reason, self._logprobs, self._prompt_logprobs)
+
+    def update(self, update: RequestUpdate, now: float) -> None:
+        """Take note of an update and pass it on; called by the engine alone."""
+        with self._lock:
+            self.token_ids += update.token_ids
+            if update.logprobs is not None:
+                self._logprobs = [*(self._logprobs or []), *update.logprobs]
+            if update.prompt_logprobs is not None:
+                self._prompt_logprobs = update.prompt_logprobs
+            if update.token_ids:
+                self.times.first_token = self.times.first_token or now
+                self.times.last_token = now
+            if update.finish_reason is not None:
+                self.finish_reason, self.error = update.finish_reason, update.error
+                self.times.finished = now
+            if self._listener is None:
+                self._early.append(update)
+            else:
+                self._listener(update)
+        if update.finish_reason is not None:
+            self._done.set()
