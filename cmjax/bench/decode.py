@@ -129,7 +129,10 @@ def prefilled_prompts(
     source = PrefillInstance(model, Instance("prefill0", "prefill", (device,)), settings, blocks)
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.vocab_size, (num_prompts, cache_tokens))
-    requests = [Request(index, prompt.tolist(), SamplingParams(max_tokens=1)) for index, prompt in enumerate(prompts)]
+    requests = [
+        Request(f"prompt {index}", prompt.tolist(), SamplingParams(max_tokens=1))
+        for index, prompt in enumerate(prompts)
+    ]
     return source, next(source.run(requests))
 
 
@@ -159,8 +162,8 @@ class Filled:
         placed = []
         for index in range(num_sequences):
             prompt = prompts[index % len(prompts)]
-            request = Request(index, prompt.request.prompt_ids, SamplingParams(max_tokens=num_steps + 1))
-            if not self.instance.reserve(request):
+            request = Request(f"prompt {index}", prompt.request.prompt_ids, SamplingParams(max_tokens=num_steps + 1))
+            if not self.instance.router.reserve(request):
                 raise AssertionError("an empty decode instance has no room for its places")
             placed.append(dataclasses.replace(prompt, request=request))
         hand_off(source, self.instance, placed)

@@ -18,7 +18,7 @@ from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model, ModelConfig, init_params, load, num_params, save_hf
 from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, decode, hand_off
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.request import Request, plan_chunks
+from cmjax.serve.request import Request
 
 # DeepSeek-V3's shape, scaled down to about 200 million parameters.
 CONFIG = ModelConfig(
@@ -156,16 +156,15 @@ def _prefill_instance(model: Model, prompts: np.ndarray) -> tuple[PrefillInstanc
     instance = Instance("prefill0", "prefill", tuple(jax.devices()[:1]))
     source = PrefillInstance(model, instance, settings, batch * blocks_for(length, _BLOCK_SIZE))
     params = SamplingParams(max_tokens=1)
-    return source, [Request(index, prompt.tolist(), params) for index, prompt in enumerate(prompts)]
+    return source, [Request(f"prompt {index}", prompt.tolist(), params) for index, prompt in enumerate(prompts)]
 
 
 def prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
     """A call that prefills `prompts int[batch, length]` in one step on the first device."""
     source, requests = _prefill_instance(model, prompts)
-    lengths = [len(request.prompt_ids) for request in requests]
-    tables = [source.pool.take(blocks_for(length, _BLOCK_SIZE)) for length in lengths]
-    (chunks,) = plan_chunks(lengths, source.num_step_tokens, source.max_sequences)
-    packed = source.pack(requests, tables, chunks)
+    for request in requests:
+        source.router.add(request)
+    packed = source.pack(source.router.next_step(source.num_step_tokens, source.max_sequences))
     return lambda: np.asarray(source.step(packed).token_ids)
 
 
@@ -179,7 +178,7 @@ def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[
     params = SamplingParams(max_tokens=num_steps + 1)
     requests = [dataclasses.replace(request, sampling=params) for request in requests]
     for request in requests:
-        target.reserve(request)
+        target.router.reserve(request)
     for ended in source.run(requests):
         hand_off(source, target, ended)
         for one in ended:

@@ -128,21 +128,20 @@ class _Run:
         """Prefill, then time the calls; the first round compiles, and does not count."""
         target, source = self.engine.decode, self.engine.prefill[0]
         sampling = SamplingParams(max_tokens=self.max_tokens)
-        requests = [Request(index, prompt, sampling) for index, prompt in enumerate(self.prompts)]
+        requests = [Request(f"prompt {index}", prompt, sampling) for index, prompt in enumerate(self.prompts)]
         waiting = list(requests)
         while waiting:
             group: list[Request] = []
-            while waiting and source.can_hold([*group, waiting[0]]) and target.reserve(waiting[0]):
+            while waiting and source.router.can_hold([*group, waiting[0]]) and target.router.reserve(waiting[0]):
                 group.append(waiting.pop(0))
             for ended in source.run(group):
                 hand_off(source, target, ended)
                 for one in ended:
                     one.request.append([one.token_id])
-        target.batch_changed()
         seconds, taken = [], 0
         for _ in range(self.num_calls):
             begin = time.perf_counter()
-            taken += target.call(self.num_steps)
+            taken += sum(one.num_tokens for one in target.call(self.num_steps))
             seconds.append(time.perf_counter() - begin)
         kept = target.take_kept_drafts()
         if self.token_ids:
@@ -151,7 +150,7 @@ class _Run:
             self.kept += kept
         self.token_ids = [request.token_ids for request in requests]
         for request in requests:
-            target.release(request)
+            target.router.release(request)
 
 
 def _result(model: Model, prompts: list[list[int]], batch: int, plain: _Run, drafting: _Run) -> dict[str, Any]:

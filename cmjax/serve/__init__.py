@@ -3,8 +3,9 @@
 from cmjax.serve.block_pool import BlockPool
 from cmjax.serve.decode_instance import DecodeInstance
 from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
-from cmjax.serve.engine import Engine, GenerateResult, Timings
+from cmjax.serve.engine import Engine
 from cmjax.serve.handle import RequestError, RequestHandle, RequestUpdate
+from cmjax.serve.offline import GenerateResult, Timings
 from cmjax.serve.prefill_instance import PrefillInstance
 from cmjax.serve.request import RequestOutput, SamplingParams, TokenLogprobs
 from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together

@@ -36,12 +36,15 @@ class Settled:
     """The tokens that a step settled, which the MTP module has yet to see; k drafts a step.
 
     Attributes:
-        hidden: `[requests, k + 1, hidden]`, the model's hidden states of consecutive positions.
+        hidden: `[places, k + 1, hidden]`, the model's hidden states of consecutive positions; of every place that a
+            rank has, whether its sequence takes part or not.
+        places: `int32[requests]`, each one's place on its rank.
         next_token_ids: `int32[requests, k + 1]`, the token after each.
         counts: `int32[requests]`, how many there are, 1 to k + 1; the last is the one before the newest token.
     """
 
     hidden: Leaf
+    places: Leaf
     next_token_ids: Leaf
     counts: Leaf
 
@@ -160,7 +163,7 @@ def _draft(
     positions = batch.positions[:, None] - settled.counts[:, None] + index
     positions = jnp.where(is_running[:, None] & (index < settled.counts[:, None]), positions, -1)
     drafts = jnp.zeros((len(is_running), 0), jnp.int32)
-    hidden, next_token_ids = settled.hidden, settled.next_token_ids
+    hidden, next_token_ids = settled.hidden[settled.places], settled.next_token_ids
     load = jnp.zeros((0, 0), jnp.int32)
     for ahead in range(num_drafts):
         rows = DecodeBatch(next_token_ids.reshape(-1), positions.reshape(-1), batch.last_positions, batch.block_table)
@@ -241,8 +244,14 @@ def _settle(
     settled = state.settled
     if settled is not None:
         # One that waits for its latents, or has ended, keeps what it has.
-        new = Settled(hidden.reshape(settled.hidden.shape), sampled, counts)
-        settled = jax.tree.map(lambda a, b: jnp.where(is_running.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, settled)
+        target = jnp.where(is_running, settled.places, len(settled.hidden))
+        kept_hidden = settled.hidden.at[target].set(hidden.reshape(*sampled.shape, -1), mode="drop")
+        settled = Settled(
+            kept_hidden,
+            settled.places,
+            jnp.where(is_running[:, None], sampled, settled.next_token_ids),
+            jnp.where(is_running, counts, settled.counts),
+        )
     history = state.history
     if history is not None:
         history = _appended(history, sampled, jnp.where(is_running, counts, 0))

@@ -1,87 +1,46 @@
-"""The engine: prefill instances, a decode instance, and the way of a request through them."""
+"""The engine: prefill and decode instances as peers, requests from submission to their last token."""
 
-import contextlib
-import dataclasses
+import itertools
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import psutil
 
 from cmjax.errors import UserError
-from cmjax.mesh import Pools, Supernode, carve
+from cmjax.mesh import Pools, Supernode, carve, fabric
 from cmjax.model import Model, check_token_ids, token_id_array
 from cmjax.serve.block_pool import blocks_for
 from cmjax.serve.decode_instance import DecodeInstance
-from cmjax.serve.instance import PlacedModel
+from cmjax.serve.handle import RequestHandle
+from cmjax.serve.offline import GenerateResult, Progress, run_to_end
 from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.request import Request, RequestOutput, SamplingParams
-from cmjax.serve.settings import EngineSettings, cache_bytes
-from cmjax.serve.transfer import hand_off
+from cmjax.serve.request import MAX_LOGPROBS, Request, SamplingParams
+from cmjax.serve.sampling import SamplingRoom
+from cmjax.serve.scheduler import Scheduler
+from cmjax.serve.settings import EngineSettings, check_caches_fit
+from cmjax.serve.slo import SloController
+from cmjax.serve.stats import EngineStats
+from cmjax.serve.workers import Core, DecodeWorker, PrefillWorker, Worker, warm_up_handoff
 
-# (what is under way, tokens so far, tokens in all)
-Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass
-class Timings:
-    """Seconds and counts of a `generate` call; compilation is apart from the phases.
-
-    Attributes:
-        compile_s: compiling and warming up the steps.
-        prefill_s, prefill_tokens: prefill steps and the prompt tokens they computed.
-        handoff_s: copying latents to the decode ranks.
-        decode_s, decode_tokens, decode_steps: decode calls, the tokens taken from them, the steps they ran.
-    """
-
-    compile_s: float = 0.0
-    prefill_s: float = 0.0
-    prefill_tokens: int = 0
-    handoff_s: float = 0.0
-    decode_s: float = 0.0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens per second of prefill."""
-        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Generated tokens per second of decode."""
-        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateResult:
-    """What `Engine.generate` returns.
-
-    Attributes:
-        outputs: in the order of the prompts.
-        timings: of the call.
-        prefill_load, decode_load: `int64[moe layers, routed experts]`, rows by logical expert, the MTP layer's last.
-        kept_drafts: `int64[k + 1]`, in how many of the requests' steps 0, 1, ... k drafts were kept.
-    """
-
-    outputs: list[RequestOutput]
-    timings: Timings
-    prefill_load: np.ndarray
-    decode_load: np.ndarray
-    kept_drafts: np.ndarray
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Share of the drafts that were kept; 0 without any."""
-        num_drafts = len(self.kept_drafts) - 1
-        offered = num_drafts * int(self.kept_drafts.sum())
-        return float(self.kept_drafts @ np.arange(num_drafts + 1)) / offered if offered else 0.0
+# What a server's steps are compiled for: greedy requests alone, and whatever else a client may ask for.
+SERVING_ROOMS = (
+    SamplingRoom(),
+    SamplingRoom(
+        is_sampled=True,
+        num_bias=16,
+        num_stop=8,
+        has_penalties=True,
+        num_logprobs=MAX_LOGPROBS,
+        num_prompt_logprobs=MAX_LOGPROBS,
+    ),
+)
 
 
 class Engine:
-    """Serves a model on a machine: prefill instances and one decode instance as peers.
+    """Serves a model on a machine: prefill and decode instances as peers.
+
+    `generate` is for a list of prompts. `start`, then `submit` from any thread, is for requests that come and go.
 
     Args:
         model: from `cmjax.load`.
@@ -114,71 +73,176 @@ class Engine:
                 prefill_ep_size=prefill_ep_size,
                 num_prefill_instances=num_prefill_instances,
             )
-        self._check_memory()
+        sizes = [(one.ep_size, self.settings.num_prefill_blocks) for one in self.pools.prefill]
+        sizes += [(one.ep_size, self.settings.num_decode_blocks) for one in self.pools.decode]
+        check_caches_fit(model.config, self.settings, sizes, model.dtype)
         counts = {
             "num_redundant_experts": self.settings.num_redundant_experts,
             "num_shared_replicas": self.settings.num_shared_replicas,
         }
-        self.decode = DecodeInstance(model, self.pools.decode[0], self.settings, self._decode_blocks, **counts)
-        self.prefill = [PrefillInstance(model, one, self.settings, self._prefill_blocks) for one in self.pools.prefill]
+        blocks = self.settings.num_decode_blocks
+        decodes = [DecodeInstance(model, one, self.settings, blocks, **counts) for one in self.pools.decode]
+        self.decode = decodes[0]
+        self.prefill = [
+            PrefillInstance(model, one, self.settings, self.settings.num_prefill_blocks) for one in self.pools.prefill
+        ]
+        self.core = Core(Scheduler(self.settings.handoff_timeout_s))
+        if self.pools.is_shared:
+            self.core.device_lock = threading.RLock()
+        self._ids = itertools.count()
+        self._is_started = False
+        self._is_closing = False
+        self._requests: set[Request] = set()
+        self.decode_workers: dict[str, DecodeWorker] = {}
+        self.prefill_workers: dict[str, PrefillWorker] = {}
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, progress: Callable[[str], None] | None = None) -> None:
+        """Start the instances' threads and compile their steps, so that no request waits for a compilation later.
+
+        Args:
+            progress: called with what is being compiled.
+        """
+        if self._is_started:
+            return
+        self._start_workers(self.settings.steps_per_call)
+        self._is_started = True
+        tell = progress or (lambda _: None)
+        tell("the decode steps")
+        for task in [worker.compile_for_serving(SERVING_ROOMS) for worker in self._workers]:
+            task.result()
+        tell("the hand-off")
+        warm_up_handoff(self.prefill_workers, self.decode_workers)
+        for one in self.decode_workers.values():
+            if self.settings.tpot_slo_ms is not None:
+                one.controller = SloController(self.settings.tpot_slo_ms / 1e3, one.instance.slot_counts)
+        with self.core.changed:
+            for worker in self._workers:
+                worker.rejoin()
+        self.take_load()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Take no more requests, wait for those that run, at most `timeout` seconds, cancel the rest, and stop."""
+        self._is_closing = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self.core.changed:
+            while self._requests and (deadline is None or time.monotonic() < deadline):
+                self.core.changed.wait(0.1)
+                self._forget_finished()
+            left = list(self._requests)
+        for request in left:
+            self._cancel(request)
+        with self.core.changed:
+            while left and not all(request.stage == "done" for request in left) and self.is_healthy:
+                self.core.changed.wait(0.1)
+        self._stop_workers()
+        self._is_started = False
 
     @property
-    def _decode_blocks(self) -> int:
-        return self.settings.max_num_seqs_per_rank * self.settings.max_blocks
+    def is_healthy(self) -> bool:
+        """Whether every role has an instance that works."""
+        return all(any(w.is_alive() for w in some.values()) for some in (self.prefill_workers, self.decode_workers))
 
     @property
-    def _prefill_blocks(self) -> int:
-        # Room for the longest prompt, and for a full step of short ones.
-        budget = blocks_for(self.settings.max_num_batched_tokens, self.settings.block_size)
-        return self.settings.max_blocks + budget
+    def _workers(self) -> list[Worker]:
+        return [*self.prefill_workers.values(), *self.decode_workers.values()]
 
-    def _check_memory(self) -> None:
-        """Refuse caches that cannot fit, before anything is allocated."""
-        config, settings, dtype = self.model.config, self.settings, self.model.dtype
-        longest = config.max_position_embeddings
-        if settings.max_model_len > longest:
-            raise UserError(
-                f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}"
-            )
-        sizes = [(instance.ep_size, self._prefill_blocks) for instance in self.pools.prefill]
-        sizes.append((self.pools.decode[0].ep_size, self._decode_blocks))
-        needed = sum(ranks * cache_bytes(config, blocks, settings.block_size, dtype) for ranks, blocks in sizes)
-        available = psutil.virtual_memory().available
-        if needed > available:
-            raise UserError(
-                f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower "
-                f"max_model_len ({settings.max_model_len}), max_num_seqs_per_rank ({settings.max_num_seqs_per_rank}) "
-                f"or max_num_batched_tokens ({settings.max_num_batched_tokens})"
-            )
+    def _start_workers(self, num_steps: int) -> None:
+        decodes = {self.pools.decode[0].name: self.decode}
+        self.decode_workers = {
+            name: DecodeWorker(name, self.core, one, num_steps, None) for name, one in decodes.items()
+        }
+        self.prefill_workers = {
+            spec.name: PrefillWorker(spec.name, self.core, one, self.decode_workers)
+            for spec, one in zip(self.pools.prefill, self.prefill, strict=True)
+        }
+        with self.core.changed:
+            for worker in self._workers:
+                worker.rejoin()
+        for worker in self._workers:
+            worker.start()
 
-    def _requests(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Request]:
-        """Check the prompts and make requests of them."""
-        if isinstance(sampling, SamplingParams):
-            sampling = [sampling] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts, but {len(sampling)} sampling params")
-        requests = []
-        for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-            ids = check_token_ids(token_id_array(prompt, f"prompt {index}"), self.model.config)
-            if ids.ndim != 1 or not ids.size:
-                raise UserError(f"prompt {index} is {'empty' if ids.ndim == 1 else 'no list of token ids'}")
-            request = Request(index, ids.tolist(), params)
-            limit = self.settings.max_model_len
-            if len(ids) + params.max_tokens > limit:
-                raise UserError(
-                    f"prompt {index} of {len(ids)} tokens with max_tokens {params.max_tokens} exceeds "
-                    f"max_model_len {limit}"
-                )
-            outside = [token for token in params.logit_bias if not 0 <= token < self.model.config.vocab_size]
-            if outside:
-                last = self.model.config.vocab_size - 1
-                raise UserError(
-                    f"prompt {index}: logit_bias of token {outside[0]}, outside the vocabulary (0 to {last})"
-                )
-            requests.append(request)
-        return requests
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> RequestHandle:
+        """Take a request; returns at once, from any thread.
+
+        Args:
+            prompt_ids: at least one token.
+            sampling: how to continue it.
+            request_id: what messages call it; by default a number.
+            priority: lower ones go first.
+            tenant: waiting requests of one priority take turns by tenant.
+
+        Raises:
+            UserError: an empty prompt, a token outside the vocabulary, a request that does not fit the cache, an engine
+                that is shutting down.
+        """
+        name = request_id or f"request {next(self._ids)}"
+        request = self._request(name, prompt_ids, sampling or SamplingParams())
+        request.priority, request.tenant, request.arrival = priority, tenant, self.core.clock()
+        handle = RequestHandle(name, request.prompt_ids, request.arrival, lambda: self._cancel(request))
+        request.handle = handle
+        with self.core.changed:
+            if self._is_closing or not self._workers:
+                raise UserError("the engine takes no requests: it has not been started, or is shutting down")
+            self._forget_finished()
+            self._requests.add(request)
+            self.core.scheduler.submit(request)
+            self.core.scheduler.fail_hopeless()
+            self.core.scheduler.admit()
+            self.core.publish()
+        return handle
+
+    def _cancel(self, request: Request) -> None:
+        with self.core.changed:
+            if request.stage == "decode" and request.decode_name in self.decode_workers:
+                self.decode_workers[request.decode_name].cancel(request)
+            else:
+                self.core.scheduler.cancel(request)
+            self.core.scheduler.admit()
+            self.core.publish()
+
+    def _forget_finished(self) -> None:
+        self._requests = {request for request in self._requests if request.stage != "done"}
+
+    def _request(self, name: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+        """Check a prompt and make a request of it."""
+        config, limit = self.model.config, self.settings.max_model_len
+        ids = check_token_ids(token_id_array(prompt, name), config)
+        if ids.ndim != 1 or not ids.size:
+            raise UserError(f"{name} is {'empty' if ids.ndim == 1 else 'no list of token ids'}")
+        if len(ids) + sampling.max_tokens > limit:
+            raise UserError(
+                f"{name} of {len(ids)} tokens with max_tokens {sampling.max_tokens} exceeds max_model_len {limit}"
+            )
+        outside = [token for token in sampling.logit_bias if not 0 <= token < config.vocab_size]
+        if outside:
+            last = config.vocab_size - 1
+            raise UserError(f"{name}: logit_bias of token {outside[0]}, outside the vocabulary (0 to {last})")
+        request = Request(name, ids.tolist(), sampling)
+        needed = blocks_for(request.num_tokens, self.settings.block_size)
+        if needed > self.settings.num_decode_blocks:
+            raise UserError(
+                f"{name} needs {needed} cache blocks, a decode rank has {self.settings.num_decode_blocks}: raise "
+                "num_kv_blocks"
+            )
+        return request
 
     def generate(
         self,
@@ -188,6 +252,8 @@ class Engine:
     ) -> GenerateResult:
         """Continue prompts of token ids; more of them than there are places wait for their turn.
 
+        For an engine that has not been started.
+
         Args:
             prompts: lists of token ids, each at least one token.
             sampling: for all, or one each.
@@ -196,103 +262,60 @@ class Engine:
         Raises:
             UserError: an empty prompt, a token id outside the vocabulary, a prompt that does not fit the cache.
         """
-        requests = self._requests(prompts, SamplingParams() if sampling is None else sampling)
-        timings = Timings()
+        if self._is_started:
+            raise UserError("the engine has been started: submit its requests")
+        sampling = SamplingParams() if sampling is None else sampling
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but {len(params)} sampling params")
+        pairs = zip(prompts, params, strict=True)
+        requests = [self._request(f"prompt {index}", *pair) for index, pair in enumerate(pairs)]
+        # A call takes no more steps than any of the requests can use, its first token coming from prefill.
+        most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
+        self._start_workers(max(1, min(self.settings.steps_per_call, most)))
         try:
-            self._run(requests, timings, progress or (lambda *_: None))
+            timings = run_to_end(self.core, self.prefill_workers, self.decode_workers, requests, progress)
         except BaseException:
-            # What was under way is lost, and a cache given to a failed step with it: start the next call afresh.
-            instances: list[PlacedModel] = [*self.prefill, self.decode]
-            for instance in instances:
+            self._stop_workers()
+            # What was under way is lost: start the next call afresh.
+            for instance in (*self.prefill, self.decode):
                 instance.reset()
+            self.core.scheduler = Scheduler(self.settings.handoff_timeout_s)
             raise
+        self._stop_workers()
         prefill_load, decode_load = self.take_load()
         outputs = [r.output() for r in requests]
         return GenerateResult(outputs, timings, prefill_load, decode_load, self.decode.take_kept_drafts())
 
-    def _run(self, requests: Sequence[Request], timings: Timings, notify: Progress) -> None:
-        num_done, num_output = 0, sum(r.sampling.max_tokens for r in requests)
-        notify("compile", 0, num_output)
-        with _timed(timings, "compile_s"):
-            self._warm_up(requests)
-        self.take_load()
-        notify("prefill", 0, num_output)  # compiled: what is counted from here on is the requests' own
-        waiting, num_steps = deque(requests), self._num_steps(requests)
-        while waiting or self.decode.running():
-            for num_first in self._admit(waiting, timings):
-                num_done += num_first
-                notify("prefill", num_done, num_output)
-            self._release_finished()
-            if self.decode.running():
-                with _timed(timings, "decode_s"):
-                    taken = self.decode.call(num_steps)
-                timings.decode_tokens += taken
-                timings.decode_steps += num_steps
-                num_done += taken
-                notify("decode", num_done, num_output)
-                self._release_finished()
-
-    def _admit(self, waiting: deque[Request], timings: Timings) -> Iterator[int]:
-        """Reserve decode places for waiting requests, prefill them, hand them over; yield each step's first tokens.
-
-        The decode side reserves first, so that a prefilled prompt always has a place to go.
-        """
-        shares: list[list[Request]] = [[] for _ in self.prefill]
-        while waiting:
-            index = min(range(len(shares)), key=lambda i: (sum(len(r.prompt_ids) for r in shares[i]), i))
-            if not self.prefill[index].can_hold([*shares[index], waiting[0]]) or not self.decode.reserve(waiting[0]):
-                break
-            shares[index].append(waiting.popleft())
-        runs = [(source, source.run(share)) for source, share in zip(self.prefill, shares, strict=True) if share]
-        longest = max((len(r.prompt_ids) for share in shares for r in share), default=1)
-        while runs:
-            # The instances take their steps at the same time, on devices of their own.
-            with _timed(timings, "prefill_s"), ThreadPoolExecutor(len(runs)) as threads:
-                steps = list(threads.map(lambda run: next(run[1], None), runs))
-            for (source, _), ended in zip(runs, steps, strict=True):
-                if not ended:
-                    continue
-                with _timed(timings, "handoff_s"):
-                    hand_off(source, self.decode, ended, min_tokens=longest)
-                for one in ended:
-                    one.request.append([one.token_id])
-                    timings.prefill_tokens += len(one.request.prompt_ids)
-                yield len(ended)
-            runs = [run for run, step in zip(runs, steps, strict=True) if step is not None]
-        self.decode.batch_changed()
-
-    def _release_finished(self) -> None:
-        for request in self.decode.running():
-            if request.finish_reason:
-                self.decode.release(request)
-
-    def _num_steps(self, requests: Sequence[Request]) -> int:
-        """Decode steps of a call: no more than any of the requests can use, its first token coming from prefill."""
-        most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
-        return min(self.settings.steps_per_call, most)
-
-    def _warm_up(self, requests: Sequence[Request]) -> None:
-        """Compile the steps these requests will need, so that the phases time only themselves."""
-        if not requests:
-            return
-        lengths = [len(r.prompt_ids) for r in requests]
-        share = min(sum(lengths), sum(lengths) // len(self.prefill) + max(lengths))
-        # One after another: programs that several threads start on shared devices could queue in different orders.
-        for instance in self.prefill:
-            instance.warm_up(share, requests)
-        if num_steps := self._num_steps(requests):
-            self.decode.warm_up(num_steps, requests)
-        for instance in self.prefill:
-            hand_off(instance, self.decode, [], min_tokens=max(lengths))
+    # -- what is counted ----------------------------------------------------------------------------------------------
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:
         """Return and forget the rows by logical expert since the last call: prefill's and decode's."""
         prefill = [one.take_expert_load() for one in self.prefill]
         return np.sum(prefill, axis=0), self.decode.take_expert_load()
 
-
-@contextlib.contextmanager
-def _timed(timings: Timings, name: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    setattr(timings, name, getattr(timings, name) + time.perf_counter() - begin)
+    def stats(self) -> EngineStats:
+        """What the engine does at present, and what it has done since its start."""
+        core = self.core
+        with core.changed:
+            kept = self.decode.kept_drafts
+            num_drafts = len(kept) - 1
+            accepted = [int(kept[place + 1 :].sum()) for place in range(num_drafts)]
+            traffic: dict[str, int] = {}
+            for entry in fabric.books.snapshot().entries:
+                traffic[entry.plane] = traffic.get(entry.plane, 0) + entry.wire_bytes
+            return EngineStats(
+                instances=[worker.stats() for worker in self._workers],
+                num_waiting=core.scheduler.num_waiting,
+                num_running=core.scheduler.num_running,
+                num_preemptions=core.scheduler.num_preemptions,
+                num_handoffs=core.num_handoffs,
+                num_failed_handoffs=core.scheduler.num_failed_handoffs,
+                num_prompt_tokens=core.num_prompt_tokens,
+                num_generation_tokens=core.num_generation_tokens,
+                num_drafts=int(kept.sum()) if num_drafts else 0,
+                num_draft_tokens=int(kept.sum()) * num_drafts,
+                num_accepted_tokens=sum(accepted),
+                num_accepted_tokens_per_pos=accepted,
+                plane_bytes=traffic,
+            )

@@ -1,7 +1,7 @@
 """What the instances of every role share: a model on its devices, and the static part of its steps."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from cmjax.mesh import EP_AXIS, Instance
 from cmjax.model import Model, RankSpec, default_wires, expert_maps, place_params, plan_placement
 from cmjax.moe import ExpertPlacement, SplitExchange
 from cmjax.serve.request import TokenLogprobs
-from cmjax.serve.sampling import NOT_FINITE, Logprobs
+from cmjax.serve.sampling import Logprobs, Sampling, SamplingRoom
 from cmjax.serve.settings import EngineSettings, check_exchange_fits
 from cmjax.serve.steps import StepSpec
 
@@ -27,13 +27,9 @@ def bucket(value: int, multiple: int) -> int:
     return multiple << max(0, (-(-value // multiple) - 1).bit_length())
 
 
-def check_finite(token_ids: np.ndarray, where: str) -> None:
-    """Raise `UserError` where a step found logits that are not finite: no token follows from them."""
-    if (token_ids == NOT_FINITE).any():
-        raise UserError(
-            f"{where}: its logits are not finite: the checkpoint holds NaN or infinite weights, or "
-            "overflows in this dtype"
-        )
+NOT_FINITE_MESSAGE = (
+    "its logits are not finite: the checkpoint holds NaN or infinite weights, or overflows in this dtype"
+)
 
 
 def token_logprobs(found: Logprobs, index: tuple[int, ...], token_id: int, num_top: int) -> TokenLogprobs:
@@ -102,6 +98,7 @@ class PlacedModel:
         maps = expert_maps(self.placement, instance.ep_size)
         self.expert_to_slot = jax.device_put(maps, NamedSharding(mesh, PartitionSpec(None, EP_AXIS)))
         self._loads: list[jax.Array] = []
+        self.rooms = [SamplingRoom()]
         self.specs = {self.spec.rank.microbatches: self.spec}
         self.trial = Trial([*self.specs])
 
@@ -110,6 +107,15 @@ class PlacedModel:
         if self.settings.microbatches == "auto" and may_split:
             self.specs[2] = dataclasses.replace(self.spec, rank=dataclasses.replace(self.spec.rank, microbatches=2))
             self.trial = Trial([*self.specs])
+
+    def room_for(self, samplings: Iterable[Sampling]) -> SamplingRoom:
+        """The smallest room that has been made for these requests; one more, that has all, where none will do."""
+        needed = SamplingRoom().fit(samplings)
+        for room in self.rooms:
+            if room.covers(needed):
+                return room
+        self.rooms.append(self.rooms[-1].union(needed))
+        return self.rooms[-1]
 
     def reset(self) -> None:
         """Forget the load of steps that may have failed; the instances also forget what they hold."""

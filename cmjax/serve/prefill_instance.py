@@ -1,20 +1,26 @@
 """The prefill role: prompts to latents and first tokens."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
+from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model, PrefillBatch, token_order
-from cmjax.serve.block_pool import BlockPool, blocks_for, slot_mapping
-from cmjax.serve.instance import PlacedModel, bucket, check_finite, round_up, token_logprobs
-from cmjax.serve.request import Chunk, Request, plan_chunks
-from cmjax.serve.sampling import SamplingRoom, SamplingState
+from cmjax.serve.block_pool import slot_mapping
+from cmjax.serve.instance import NOT_FINITE_MESSAGE, PlacedModel, bucket, round_up, token_logprobs
+from cmjax.serve.request import Chunk, Request, SamplingParams
+from cmjax.serve.router import PrefillRouter
+from cmjax.serve.sampling import NOT_FINITE, SamplingRoom, SamplingState
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import PrefillOutput, new_cache, prefill
+
+# Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
+SMALL_STEP_TOKENS = 256
 
 
 @dataclasses.dataclass
@@ -26,7 +32,7 @@ class Prefilled:
         blocks: the instance's blocks that hold it.
         row: its row of `last_hidden`.
         last_hidden: `[sequences, hidden]`, whole on every rank.
-        token_id: the first generated token.
+        token_id: the first generated token, or `NOT_FINITE`.
     """
 
     request: Request
@@ -34,6 +40,11 @@ class Prefilled:
     row: int
     last_hidden: jax.Array
     token_id: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a token follows from its logits."""
+        return self.token_id != NOT_FINITE
 
 
 class PrefillInstance(PlacedModel):
@@ -44,53 +55,61 @@ class PrefillInstance(PlacedModel):
         self.num_blocks = num_blocks
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
-        self.room = SamplingRoom()
+        self.sizes: list[int] = []
         self.set_forms(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
         self.reset()
 
     def reset(self) -> None:
         """Forget every prompt: a new cache, all blocks free."""
         super().reset()
-        self.pool = BlockPool(self.num_blocks)
+        self.router = PrefillRouter(self.num_blocks, self.settings.block_size)
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Prefilled]]:
         """Prefill whole prompts, in as many steps as the token budget needs.
 
         Yields the prompts that each step ends, whose latents stay until the next step is asked for, and frees their
-        blocks after that. There must be room for all of them: see `can_hold`.
+        blocks after that. There must be room for all of them: see `PrefillRouter.can_hold`.
         """
-        block_size = self.settings.block_size
-        lengths = [len(r.prompt_ids) for r in requests]
-        tables = [self.pool.take(blocks_for(length, block_size)) for length in lengths]
-        self.room = self.room.fit(r.sampling for r in requests)
-        for chunks in plan_chunks(lengths, self.num_step_tokens, self.max_sequences):
-            microbatches, begin = self.trial.choice, time.perf_counter()
-            output = self.step(self.pack(requests, tables, chunks), self._sampling(requests, chunks), microbatches)
-            token_ids = np.asarray(output.token_ids)
-            self.trial.add(microbatches, time.perf_counter() - begin)
-            for row, chunk in enumerate(chunks):
-                check_finite(token_ids[row : row + 1], f"prompt {requests[chunk.index].request_id}")
-            order = token_order(self.num_step_tokens, self.instance.ep_size, microbatches)
-            _note_logprobs(output, requests, chunks, token_ids, order)
-            ended = [
-                Prefilled(requests[c.index], tables[c.index], row, output.last_hidden, int(token_ids[row]))
-                for row, c in enumerate(chunks)
-                if c.stop == lengths[c.index]
-            ]
+        for request in requests:
+            self.router.add(request)
+        while chunks := self.router.next_step(self.num_step_tokens, self.max_sequences):
+            ended = self.compute(chunks)
+            self.router.computed(chunks)
+            for one in ended:
+                if one.is_finite:
+                    continue
+                raise UserError(f"{one.request.request_id}: {NOT_FINITE_MESSAGE}")
             yield ended
             for one in ended:
-                self.pool.free(one.blocks)
+                self.router.release(one.request)
 
-    def can_hold(self, requests: Sequence[Request]) -> bool:
-        """Whether the prompts' blocks are free together."""
-        needed = sum(blocks_for(len(r.prompt_ids), self.settings.block_size) for r in requests)
-        return needed <= self.pool.num_free
+    def compute(self, chunks: Sequence[Chunk]) -> list[Prefilled]:
+        """Run one step; the prompts that it ends. Their requests get the log probabilities that they asked for."""
+        requests = [chunk.request for chunk in chunks]
+        room = self.room_for(request.sampling for request in requests)
+        num_tokens = self._shape_for(sum(chunk.stop - chunk.start for chunk in chunks))
+        microbatches, begin = self.trial.choice, time.perf_counter()
+        batch = self.pack(chunks, num_tokens)
+        output = self.step(batch, self._sampling(room, requests), microbatches, room)
+        token_ids = np.asarray(output.token_ids)
+        self.trial.add(microbatches, time.perf_counter() - begin)
+        _note_logprobs(output, chunks, token_ids, token_order(num_tokens, self.instance.ep_size, microbatches))
+        return [
+            Prefilled(chunk.request, chunk.blocks, row, output.last_hidden, int(token_ids[row]))
+            for row, chunk in enumerate(chunks)
+            if chunk.is_last
+        ]
 
     def step(
-        self, batch: PrefillBatch, sampling: SamplingState | None = None, microbatches: int | None = None
+        self,
+        batch: PrefillBatch,
+        sampling: SamplingState | None = None,
+        microbatches: int | None = None,
+        room: SamplingRoom | None = None,
     ) -> PrefillOutput:
         """Run one prefill step; it may still be running when this returns."""
+        room = room or self.rooms[0]
         output = prefill(
             self.params,
             self.expert_to_slot,
@@ -98,27 +117,43 @@ class PrefillInstance(PlacedModel):
             batch,
             sampling,
             spec=self.spec if microbatches is None else self.specs[microbatches],
-            num_logprobs=self.room.num_logprobs,
-            num_prompt_logprobs=self.room.num_prompt_logprobs,
+            num_logprobs=room.num_logprobs,
+            num_prompt_logprobs=room.num_prompt_logprobs,
         )
         self.cache = output.cache
         self.record_load(output.slot_load)
         return output
 
-    def warm_up(self, num_step_tokens: int, requests: Sequence[Request] = ()) -> None:
+    def warm_up(self, num_step_tokens: int, samplings: Iterable[SamplingParams] = ()) -> None:
         """Settle the tokens of a step, at most `max_num_batched_tokens`, and what the requests' sampling needs, and
         compile it by running it on padding."""
         self.num_step_tokens = self._step_tokens(num_step_tokens)
-        self.room = self.room.fit(r.sampling for r in requests)
-        for microbatches in self.specs:
-            output = self.step(self._empty_batch(), self._sampling(requests, []), microbatches)
-            jax.block_until_ready(output.token_ids)
+        self.compile_steps([self.num_step_tokens], [self.room_for(samplings)])
 
-    def _sampling(self, requests: Sequence[Request], chunks: Sequence[Chunk]) -> SamplingState | None:
-        state = self.room.state(self.max_sequences)
+    def warm_up_serving(self, rooms: Sequence[SamplingRoom]) -> None:
+        """Compile the steps of a server: of a full budget and of a few prompts, for each room."""
+        self.num_step_tokens = self._step_tokens(self.settings.max_num_batched_tokens)
+        small = self._step_tokens(min(SMALL_STEP_TOKENS, self.num_step_tokens))
+        self.rooms = list(rooms)
+        self.compile_steps(sorted({small, self.num_step_tokens}), rooms)
+
+    def compile_steps(self, sizes: Sequence[int], rooms: Sequence[SamplingRoom]) -> None:
+        """Compile steps of so many tokens, by running them on padding."""
+        for num_tokens, room, microbatches in itertools.product(sizes, rooms, self.specs):
+            output = self.step(self._empty_batch(num_tokens), self._sampling(room, []), microbatches, room)
+            jax.block_until_ready(output.token_ids)
+        self.sizes = sorted({*self.sizes, *sizes})
+
+    def _shape_for(self, num_tokens: int) -> int:
+        """The smallest compiled step that so many tokens fit."""
+        fitting = [size for size in self.sizes if num_tokens <= size <= self.num_step_tokens]
+        return min(fitting, default=self.num_step_tokens)
+
+    def _sampling(self, room: SamplingRoom, requests: Sequence[Request]) -> SamplingState | None:
+        state = room.state(self.max_sequences)
         if state is not None:
-            for row, chunk in enumerate(chunks):
-                state.set_row(row, requests[chunk.index].sampling, requests[chunk.index].seed)
+            for row, request in enumerate(requests):
+                state.set_row(row, request.sampling, request.seed)
         return state
 
     def _step_tokens(self, wanted: int) -> int:
@@ -126,8 +161,7 @@ class PrefillInstance(PlacedModel):
         parts = self.instance.ep_size * (1 if self.settings.microbatches == 1 else 2)
         return min(bucket(wanted, parts), max(self.settings.max_num_batched_tokens // parts, 1) * parts)
 
-    def _empty_batch(self) -> PrefillBatch:
-        num_tokens = self.num_step_tokens
+    def _empty_batch(self, num_tokens: int) -> PrefillBatch:
         return PrefillBatch(
             token_ids=np.zeros(num_tokens, np.int32),
             next_token_ids=np.full(num_tokens, -1, np.int32),
@@ -137,12 +171,12 @@ class PrefillInstance(PlacedModel):
             block_table=np.full((self.max_sequences, self.settings.max_blocks), -1, np.int32),
         )
 
-    def pack(self, requests: Sequence[Request], tables: Sequence[list[int]], chunks: Sequence[Chunk]) -> PrefillBatch:
-        """Pack chunks of prompts side by side, padded to `num_step_tokens`."""
-        batch = self._empty_batch()
+    def pack(self, chunks: Sequence[Chunk], num_tokens: int | None = None) -> PrefillBatch:
+        """Pack chunks of prompts side by side, padded to `num_tokens` (`num_step_tokens`)."""
+        batch = self._empty_batch(num_tokens or self.num_step_tokens)
         begin = 0
         for row, chunk in enumerate(chunks):
-            prompt, blocks = requests[chunk.index].prompt_ids, tables[chunk.index]
+            prompt, blocks = chunk.request.prefill_ids, chunk.blocks
             end = begin + chunk.stop - chunk.start
             positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
             following = [*prompt, -1][chunk.start + 1 : chunk.stop + 1]
@@ -156,25 +190,19 @@ class PrefillInstance(PlacedModel):
         return batch
 
 
-def _note_logprobs(
-    output: PrefillOutput,
-    requests: Sequence[Request],
-    chunks: Sequence[Chunk],
-    token_ids: np.ndarray,
-    order: np.ndarray,
-) -> None:
+def _note_logprobs(output: PrefillOutput, chunks: Sequence[Chunk], token_ids: np.ndarray, order: np.ndarray) -> None:
     """Give requests the log probabilities that they asked for, of the prompt's tokens and of the first generated."""
     first, prompt = jax.tree.map(np.asarray, (output.logprobs, output.prompt_logprobs))
     begin = 0
     for row, chunk in enumerate(chunks):
-        request = requests[chunk.index]
+        request = chunk.request
         num_first, num_prompt = request.sampling.logprobs, request.sampling.prompt_logprobs
-        is_last = chunk.stop == len(request.prompt_ids)
-        if num_prompt is not None:
+        if num_prompt is not None and not request.is_resumed:
             following = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-            request.prompt_logprobs += [
+            # Computed once more after a failure, they replace what was there.
+            request.prompt_logprobs[chunk.start + 1 :] = [
                 token_logprobs(prompt, (int(order[begin + i]),), token, num_prompt) for i, token in enumerate(following)
             ]
-        if num_first is not None and is_last:
-            request.logprobs.append(token_logprobs(first, (row,), int(token_ids[row]), num_first))
+        if num_first is not None and chunk.is_last and not request.is_resumed:
+            request.logprobs = [token_logprobs(first, (row,), int(token_ids[row]), num_first)]
         begin += chunk.stop - chunk.start

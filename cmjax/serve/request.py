@@ -1,12 +1,15 @@
-"""Requests: what a client asks for, what becomes of it, and the packing of prompts into prefill steps."""
+"""Requests: what a client asks for, and what becomes of it."""
 
 import dataclasses
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from cmjax.serve.handle import RequestHandle
 
 # "abort": the client cancelled it; "error": it ended without a result.
 FinishReason = Literal["length", "stop", "abort", "error"]
@@ -114,40 +117,80 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
-@dataclasses.dataclass
+Stage = Literal["waiting", "prefill", "handoff", "decode", "done"]
+
+
+@dataclasses.dataclass(eq=False)
 class Request:
     """A request on its way through the engine.
 
     Attributes:
-        request_id: its index among the prompts of the call.
+        request_id: what messages call it, such as "prompt 3".
         prompt_ids: at least one token.
         sampling: how to continue it.
         token_ids: generated so far.
         seed: of its noise.
+        arrival, priority, tenant: by which waiting requests are put in order; lower priorities go first.
+        stage: "waiting" for a place, in "prefill", in "handoff", in "decode" or "done".
+        num_attempts: how often it has been sent on its way; more than one after failures and preemptions.
+        num_failures: of them, those that a failing instance or hand-off ended.
+        prefill_name, num_computed, prefill_blocks: the prefill instance, how many tokens it has computed, and where.
+        decode_name, decode_rank, decode_place, decode_blocks: where it decodes, reserved before its prefill.
         num_settled: how many of the newest tokens' hidden states the decode instance holds for the MTP module.
-        decode_rank, decode_place, decode_blocks: where it decodes, reserved before its prefill.
+        handle: what its client holds, where there is one.
     """
 
-    request_id: int
+    request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=lambda: [None])
     seed: int = 0
-    num_settled: int = 1
+    arrival: float = 0.0
+    priority: int = 0
+    tenant: str = ""
+    stage: Stage = "waiting"
+    num_attempts: int = 0
+    num_failures: int = 0
+    prefill_name: str = ""
+    num_computed: int = 0
+    prefill_blocks: list[int] = dataclasses.field(default_factory=list)
+    decode_name: str = ""
     decode_rank: int = -1
     decode_place: int = -1
     decode_blocks: list[int] = dataclasses.field(default_factory=list)
+    num_settled: int = 1
     finish_reason: FinishReason | None = None
+    handle: "RequestHandle | None" = None
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
 
     @property
     def num_tokens(self) -> int:
         """The most tokens its cache will hold: the last generated one is never put in."""
         return len(self.prompt_ids) + self.sampling.max_tokens - 1
 
-    def __post_init__(self) -> None:
-        self.seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
+    @property
+    def num_cached(self) -> int:
+        """Tokens that its cache must hold for the next step: all but the newest generated one."""
+        return len(self.prompt_ids) + max(len(self.token_ids) - 1, 0)
+
+    @property
+    def prefill_ids(self) -> list[int]:
+        """What a prefill computes: the prompt, and after a preemption also the generated tokens but the newest."""
+        return self.prompt_ids + self.token_ids[:-1]
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether it goes on from tokens that it has; the token that prefill makes is none of its own then."""
+        return bool(self.token_ids)
+
+    @property
+    def will_decode(self) -> bool:
+        """Whether it needs more than the token that prefill makes."""
+        return self.sampling.max_tokens > 1
 
     def append(self, token_ids: Sequence[int]) -> int:
         """Take generated tokens until the request ends; return how many were taken."""
@@ -164,7 +207,7 @@ class Request:
     def output(self) -> RequestOutput:
         """The finished request."""
         if self.finish_reason is None:
-            raise ValueError(f"request {self.request_id} has not finished")
+            raise ValueError(f"{self.request_id} has not finished")
         sampling = self.sampling
         return RequestOutput(
             self.prompt_ids,
@@ -177,28 +220,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Part of a prompt prefilled in one step: tokens `[start, stop)` of the request at `index`."""
+    """Part of a prompt prefilled in one step: tokens `[start, stop)` of what the request has to compute, into its
+    `blocks`."""
 
-    index: int
+    request: Request
+    blocks: list[int]
     start: int
     stop: int
 
-
-def plan_chunks(prompt_lengths: Sequence[int], max_tokens: int, max_sequences: int) -> list[list[Chunk]]:
-    """Cut prompts into steps of at most `max_tokens` tokens and `max_sequences` chunks, in order.
-
-    Example: lengths [5, 4] with 6 tokens a step give [[0: 0-5, 1: 0-1], [1: 1-4]].
-    """
-    steps: list[list[Chunk]] = []
-    room = 0
-    for index, length in enumerate(prompt_lengths):
-        start = 0
-        while start < length:
-            if room == 0 or len(steps[-1]) == max_sequences:
-                steps.append([])
-                room = max_tokens
-            stop = min(length, start + room)
-            steps[-1].append(Chunk(index, start, stop))
-            room -= stop - start
-            start = stop
-    return steps
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends the prompt."""
+        return self.stop == self.request.num_cached

@@ -107,8 +107,9 @@ class SamplingRoom:
     """What the compiled steps have to offer to the requests of a batch, in few sizes, so that few are compiled.
 
     Attributes:
-        is_sampled: some request does not just take the best token until its length is reached.
-        num_bias, num_stop: biases and stop tokens of a request, at most.
+        is_sampled: some request does not just take the best token.
+        num_bias, num_stop: biases and stop tokens of a request, at most. Where nothing is sampled, the stop tokens are
+            left to the host: it drops what a call has made behind one.
         has_penalties: some request has any.
         num_logprobs, num_prompt_logprobs: best tokens at a place, at most; None where no request asks.
     """
@@ -127,15 +128,28 @@ class SamplingRoom:
             num_bias, num_stop = (
                 1 << (n - 1).bit_length() if n else 0 for n in map(len, (one.logit_bias, one.stop_token_ids))
             )
-            room = SamplingRoom(
-                room.is_sampled or one.temperature > 0 or one.has_penalties or bool(num_bias or num_stop),
-                max(room.num_bias, num_bias),
-                max(room.num_stop, num_stop),
-                room.has_penalties or one.has_penalties,
-                _most(room.num_logprobs, one.logprobs),
-                _most(room.num_prompt_logprobs, one.prompt_logprobs),
+            is_sampled = one.temperature > 0 or one.has_penalties or num_bias > 0
+            room = room.union(
+                SamplingRoom(is_sampled, num_bias, num_stop, one.has_penalties, one.logprobs, one.prompt_logprobs)
             )
         return room
+
+    def covers(self, other: "SamplingRoom") -> bool:
+        """Whether this is room for all that `other` is room for."""
+        num_stop = other.num_stop if other.is_sampled else 0
+        wanted = dataclasses.replace(other, num_stop=num_stop)
+        return self == self.union(wanted)
+
+    def union(self, other: "SamplingRoom") -> "SamplingRoom":
+        """Room for both."""
+        return SamplingRoom(
+            self.is_sampled or other.is_sampled,
+            max(self.num_bias, other.num_bias),
+            max(self.num_stop, other.num_stop),
+            self.has_penalties or other.has_penalties,
+            _most(self.num_logprobs, other.num_logprobs),
+            _most(self.num_prompt_logprobs, other.num_prompt_logprobs),
+        )
 
     def state(self, rows: int) -> SamplingState | None:
         """Host arrays for a batch; None where no request needs them."""

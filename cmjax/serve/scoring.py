@@ -10,9 +10,10 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model
 from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import check_finite
+from cmjax.serve.instance import NOT_FINITE_MESSAGE
 from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.request import Request, SamplingParams, plan_chunks
+from cmjax.serve.request import Request, SamplingParams
+from cmjax.serve.sampling import NOT_FINITE
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import ScoreOutput, score
 
@@ -113,11 +114,11 @@ def score_together(
     first = scorers[0]
     windows = plan_windows([len(text) for text in texts], first.context, first.stride)
     scores = [[TextScores.empty(len(text)) for text in texts] for _ in scorers]
-    waiting = [Request(w.text, list(texts[w.text][w.start : w.stop]), SamplingParams()) for w in windows]
+    waiting = [Request(f"text {w.text}", list(texts[w.text][w.start : w.stop]), SamplingParams()) for w in windows]
     begin = 0
     while begin < len(waiting):
         end = begin + 1
-        while end < len(waiting) and first.can_hold(waiting[begin : end + 1]):
+        while end < len(waiting) and first.router.can_hold(waiting[begin : end + 1]):
             end += 1
         for window, found in zip(windows[begin:end], _expectations(scorers, waiting[begin:end]), strict=True):
             for own, expectations in zip(scores, found, strict=True):
@@ -169,31 +170,29 @@ def _expectations(
     scorers: Sequence[ScoringInstance], windows: Sequence[Request]
 ) -> Iterator[tuple[_Expectations, ...]]:
     """Run windows through as many steps as they need; yield what each scorer makes of each, in order."""
-    first = scorers[0]
-    tables = [
-        [one.pool.take(blocks_for(len(w.prompt_ids), one.settings.block_size)) for w in windows] for one in scorers
-    ]
-    parts: list[list[tuple[_Expectations, ...]]] = [[] for _ in windows]
-    for chunks in plan_chunks([len(w.prompt_ids) for w in windows], first.num_step_tokens, first.max_sequences):
-        found, reference = [], None
-        for one, own in zip(scorers, tables, strict=True):
-            batch = one.pack(windows, own, chunks)
+    first = scorers[0]  # whose blocks are everybody's: the caches have one size
+    parts: dict[Request, list[tuple[_Expectations, ...]]] = {window: [] for window in windows}
+    for window in windows:
+        first.router.add(window)
+    while chunks := first.router.next_step(first.num_step_tokens, first.max_sequences):
+        found, reference, batch = [], None, first.pack(chunks)
+        for one in scorers:
             output = score(one.params, one.expert_to_slot, one.cache, batch, reference, spec=one.spec)
             one.cache = output.cache
             one.record_load(output.slot_load)
             if reference is None and len(scorers) > 1:
                 reference = output.hidden, one.params.embed if one.params.head is None else one.params.head
             found.append(_Expectations.of(output))
+        first.router.computed(chunks)
         begin = 0
         for chunk in chunks:
             end = begin + chunk.stop - chunk.start
             here = tuple(expectations.part(slice(begin, end)) for expectations in found)
-            for expectations in here:
-                check_finite(expectations.token_ids, f"text {windows[chunk.index].request_id}")
-            parts[chunk.index].append(here)
+            if any((expectations.token_ids == NOT_FINITE).any() for expectations in here):
+                raise UserError(f"{chunk.request.request_id}: {NOT_FINITE_MESSAGE}")
+            parts[chunk.request].append(here)
             begin = end
-    for one, own in zip(scorers, tables, strict=True):
-        for table in own:
-            one.pool.free(table)
-    for part in parts:
+    for window in windows:
+        first.router.release(window)
+    for part in parts.values():
         yield tuple(jax.tree.map(lambda *arrays: np.concatenate(arrays), *own) for own in zip(*part, strict=True))

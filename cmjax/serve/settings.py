@@ -1,7 +1,7 @@
 """The engine's settings, and the memory they ask for."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import psutil
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
 from cmjax.moe import Exchange, ExpertPlacement, FabricExchange, WireDtype, buffer_bytes, message_bytes
+from cmjax.serve.block_pool import blocks_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,11 @@ class EngineSettings:
             as it is.
         num_redundant_experts, num_shared_replicas: of the decode instance; None: see `ExpertPlacement.plan`.
         exchange: replaces dispatch and combine (`cmjax.moe.Exchange`).
+        num_kv_blocks: cache blocks of a decode rank; None: for `max_num_seqs_per_rank` requests of `max_model_len`.
+            With fewer, sequences get theirs as they grow, and the least urgent make room where there are none left.
+        handoff_timeout_s: seconds after which a hand-off that has not arrived is sent again.
+        tpot_slo_ms: target for the time per output token, which decides how many sequences of a rank run together;
+            None: all.
     """
 
     max_model_len: int = 1024
@@ -46,12 +52,19 @@ class EngineSettings:
     num_redundant_experts: int | None = None
     num_shared_replicas: int | None = None
     exchange: Callable[..., Exchange] = FabricExchange
+    num_kv_blocks: int | None = None
+    handoff_timeout_s: float = 60.0
+    tpot_slo_ms: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < (field.name != "num_speculative_tokens"):
                 raise UserError(f"{field.name} {value} is {'negative' if value < 0 else 'not positive'}")
+        for name in ("num_kv_blocks", "handoff_timeout_s", "tpot_slo_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} {value} is not positive")
         if self.microbatches not in (1, 2, "auto"):
             raise UserError(f"microbatches {self.microbatches} are not supported; supported: 1, 2, auto")
         if self.microbatches == 2 and self.max_num_seqs_per_rank % 2:
@@ -67,12 +80,39 @@ class EngineSettings:
     @property
     def max_blocks(self) -> int:
         """Width of a block table: the blocks of the longest request."""
-        return -(-self.max_model_len // self.block_size)
+        return blocks_for(self.max_model_len, self.block_size)
+
+    @property
+    def num_decode_blocks(self) -> int:
+        """Blocks of a decode rank."""
+        return self.num_kv_blocks or self.max_num_seqs_per_rank * self.max_blocks
+
+    @property
+    def num_prefill_blocks(self) -> int:
+        """Blocks of a prefill instance: room for the longest prompt, and for two steps of short ones."""
+        return self.max_blocks + 2 * blocks_for(self.max_num_batched_tokens, self.block_size)
 
 
 def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: Any) -> int:
     """Bytes of one rank's latent cache."""
     return config.num_cache_layers * num_blocks * block_size * config.latent_width * np.dtype(dtype).itemsize
+
+
+def check_caches_fit(
+    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[int, int]], dtype: Any
+) -> None:
+    """Refuse caches that cannot fit, before anything is allocated; `sizes`: (ranks, blocks a rank) of each instance."""
+    longest = config.max_position_embeddings
+    if settings.max_model_len > longest:
+        raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
+    needed = sum(ranks * cache_bytes(config, blocks, settings.block_size, dtype) for ranks, blocks in sizes)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower "
+            f"max_model_len ({settings.max_model_len}), max_num_seqs_per_rank ({settings.max_num_seqs_per_rank}) "
+            f"or max_num_batched_tokens ({settings.max_num_batched_tokens})"
+        )
 
 
 def check_exchange_fits(

@@ -1,28 +1,33 @@
 """The KV hand-off from a prefill instance to the ranks of a decode instance (paper section 4.3.3).
 
 With MLA's single latent head every prefill rank holds the same latents, so the source is free to choose; a fixed map
-spreads the decode ranks evenly over the prefill ranks. The copies go on the books of the RDMA plane, apart from the
-exchanges of decode.
+spreads the decode ranks evenly over the prefill ranks. A prompt travels in rounds of some tokens: the prefill side
+reads and sends them one after another, and the decode side writes what has arrived between two of its calls. The copies
+go on the books of the RDMA plane, apart from the exchanges of decode.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.serve.block_pool import slot_mapping
 from cmjax.serve.decode_instance import DecodeInstance
 from cmjax.serve.instance import bucket
 from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
+from cmjax.serve.request import Request
 from cmjax.serve.steps import StepSpec
 
+# A rank's share of a round: whole short prompts, and no more of a long one than decode can take between two calls.
+MAX_ROUND_TOKENS = 256
+_EVERYWHERE = PartitionSpec()
 _PLANE = "rdma"
 _RECORD = "kv_handoff"
 
@@ -80,109 +85,222 @@ def _insert(
     return spec.on_ranks(rank, by_rank, by_rank)(cache, kept, latents, slots, hidden, places)
 
 
-@dataclasses.dataclass
-class _Parcel:
-    """What one decode rank is sent: slots and rows on the prefill side, slots and places on its own."""
+@dataclasses.dataclass(frozen=True)
+class Parcel:
+    """Tokens `[start, stop)` of a prefilled prompt, on their way to the place reserved for it.
 
-    decode_rank: int
-    from_slots: np.ndarray
-    to_slots: np.ndarray
-    rows: np.ndarray
-    places: np.ndarray
-    num_tokens: int = 0
-    num_requests: int = 0
-
-    @classmethod
-    def pack(cls, decode_rank: int, group: Sequence[Prefilled], sizes: tuple[int, int, int]) -> "_Parcel":
-        """Put the group's prompts side by side; `sizes` is (tokens, requests, block size), padded with -1."""
-        num_tokens, num_requests, block_size = sizes
-        slots, rows = np.full(num_tokens, -1, np.int32), np.full(num_requests, -1, np.int32)
-        parcel = cls(decode_rank, slots, slots.copy(), rows, rows.copy())
-        for index, one in enumerate(group):
-            positions = np.arange(len(one.request.prompt_ids), dtype=np.int32)
-            part = slice(parcel.num_tokens, parcel.num_tokens + len(positions))
-            parcel.from_slots[part] = slot_mapping(one.blocks, positions, block_size)
-            parcel.to_slots[part] = slot_mapping(one.request.decode_blocks, positions, block_size)
-            parcel.rows[index], parcel.places[index] = one.row, one.request.decode_place
-            parcel.num_tokens = part.stop
-            parcel.num_requests = index + 1
-        return parcel
-
-
-def hand_off(
-    source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled], *, min_tokens: int = 1
-) -> None:
-    """Copy the prompts' latents (the MTP layer's included) and last hidden states to their reserved decode places.
-
-    Args:
-        source: has just prefilled them, in one step.
-        target: where their places and blocks are reserved.
-        prefilled: the prompts, perhaps none.
-        min_tokens: the copy is shaped for at least that many tokens a rank: few shapes, few compilations.
+    Attributes:
+        attempt, decode_rank: what they were when it was sent; a request that has moved on since takes no delivery.
     """
-    groups: dict[int, list[Prefilled]] = defaultdict(list)
+
+    prefilled: Prefilled
+    start: int
+    stop: int
+    attempt: int
+    decode_rank: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Latents of each layer."""
+        return self.stop - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt is whole with it."""
+        return self.stop == self.prefilled.request.num_cached
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its request still waits for it."""
+        request = self.prefilled.request
+        return (request.num_attempts, request.decode_rank) == (self.attempt, self.decode_rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Handoff:
+    """One round of a hand-off: for every decode rank at most so many tokens.
+
+    Attributes:
+        parcels: by decode rank, side by side.
+        latents: `[decode ranks, layers, tokens, width]`, on the decode devices, perhaps not yet there.
+        hidden: `[decode ranks * places, hidden]`, the last hidden states of the prompts that end.
+    """
+
+    parcels: dict[int, list[Parcel]]
+    latents: jax.Array
+    hidden: jax.Array
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has arrived."""
+        return all(array.is_ready() for array in (self.latents, self.hidden))  # type: ignore[attr-defined]
+
+
+def round_tokens(target: DecodeInstance) -> int:
+    """Tokens that a decode rank receives in one round."""
+    return min(MAX_ROUND_TOKENS, bucket(target.settings.max_model_len, target.settings.block_size))
+
+
+def hand_off(source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled]) -> list[Request]:
+    """Copy the prompts' latents (the MTP layer's included) and last hidden states to their reserved decode places, and
+    wait for them: `send`, then `insert` of each round. Returns the requests that have arrived."""
+    return [request for one in send(source, target, prefilled) for request in insert(target, one)]
+
+
+def warm_up_source(source: PrefillInstance, target: DecodeInstance) -> None:
+    """Compile what the prefill side of a hand-off runs, by reading nothing."""
+    _gather_round(source, target, {}, None)
+
+
+def warm_up_target(target: DecodeInstance) -> None:
+    """Compile what the decode side of a hand-off runs, by writing nothing."""
+    insert(target, _assemble(target, {}, {}))
+
+
+def send(source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled]) -> Iterator[Handoff]:
+    """Start copying prompts that one step of `source` has just ended to `target`, round by round.
+
+    Each round is on its way when it is yielded. The latents are read in the order of the source's programs, so that its
+    blocks may be used again by its next step.
+    """
+    for parcels in plan_rounds(prefilled, round_tokens(target)):
+        yield _on_their_way(source, target, parcels, prefilled[0].last_hidden)
+
+
+def plan_rounds(prefilled: Sequence[Prefilled], max_tokens: int) -> list[dict[int, list[Parcel]]]:
+    """Cut prompts into rounds of at most `max_tokens` tokens for each decode rank, in order."""
+    rounds: list[dict[int, list[Parcel]]] = []
+    filled: dict[int, int] = defaultdict(int)  # decode rank -> tokens it has been given, over all rounds
     for one in prefilled:
-        groups[one.request.decode_rank].append(one)
-    block_size, places = source.settings.block_size, target.settings.max_num_seqs_per_rank
-    most = max((sum(len(one.request.prompt_ids) for one in group) for group in groups.values()), default=0)
-    sizes = (bucket(max(most, min_tokens), block_size), places, block_size)
-    parcels = {rank: _Parcel.pack(rank, group, sizes) for rank, group in groups.items()}
-    received = _send(source, target, parcels, prefilled[0].last_hidden if prefilled else None, sizes)
-    nothing = _Parcel.pack(-1, [], sizes)
-    arrived = [parcels.get(rank, nothing) for rank in range(target.instance.ep_size)]
-    target.cache, target.hidden = _insert(
-        target.cache,
-        target.hidden,
-        received[0],
-        np.stack([parcel.to_slots for parcel in arrived]),
-        received[1],
-        np.stack([parcel.places for parcel in arrived]),
-        spec=target.spec,
-    )
+        request, start = one.request, 0
+        while start < request.num_cached:
+            index, used = divmod(filled[request.decode_rank], max_tokens)
+            stop = min(request.num_cached, start + max_tokens - used)
+            if index == len(rounds):
+                rounds.append({})
+            parcel = Parcel(one, start, stop, request.num_attempts, request.decode_rank)
+            rounds[index].setdefault(request.decode_rank, []).append(parcel)
+            filled[request.decode_rank] += stop - start
+            start = stop
+    return rounds
 
 
-def _send(
+def insert(target: DecodeInstance, handoff: Handoff) -> list[Request]:
+    """Write a round into the cache of `target`; returns the requests that are whole with it.
+
+    Parcels whose request has been cancelled, or sent again, are left out: their blocks are somebody else's.
+    """
+    num_ranks, num_tokens, num_places = target.instance.ep_size, round_tokens(target), target.router.num_places
+    slots = np.full((num_ranks, num_tokens), -1, np.int32)
+    places = np.full((num_ranks, num_places), -1, np.int32)
+    arrived = []
+    for rank, parcels in handoff.parcels.items():
+        begin = row = 0
+        for parcel in parcels:
+            request, end = parcel.prefilled.request, begin + parcel.num_tokens
+            if parcel.is_current:
+                positions = np.arange(parcel.start, parcel.stop, dtype=np.int32)
+                slots[rank, begin:end] = slot_mapping(request.decode_blocks, positions, target.settings.block_size)
+                if parcel.is_last:
+                    places[rank, row] = request.decode_place
+                    arrived.append(request)
+            row += parcel.is_last
+            begin = end
+    latents, hidden = handoff.latents, handoff.hidden
+    target.cache, target.hidden = _insert(target.cache, target.hidden, latents, slots, hidden, places, spec=target.spec)
+    for request in arrived:
+        request.num_settled = 1
+    return arrived
+
+
+def _on_their_way(
     source: PrefillInstance,
     target: DecodeInstance,
-    parcels: dict[int, _Parcel],
-    last_hidden: jax.Array | None,
-    sizes: tuple[int, int, int],
-) -> tuple[jax.Array, jax.Array]:
-    """Move the parcels' arrays to their decode devices: latents and hidden states, a part a rank (zeros for none)."""
-    config, dtype = source.model.config, source.model.dtype
-    prefill_size, decode_size = source.instance.ep_size, target.instance.ep_size
+    parcels: dict[int, list[Parcel]],
+    last_hidden: jax.Array,
+) -> Handoff:
+    """Read a round, and start moving it to its decode devices."""
     devices = target.instance.devices
-    latents = [np.zeros((1, config.num_cache_layers, sizes[0], config.latent_width), dtype)] * decode_size
-    hidden = [np.zeros((sizes[1], config.hidden_size), dtype)] * decode_size
-    by_peer: dict[int, list[_Parcel]] = defaultdict(list)
-    for rank, parcel in parcels.items():
-        by_peer[prefill_tp_rank(rank, prefill_size, decode_size)].append(parcel)
-    nothing = _Parcel.pack(-1, [], sizes)
-    # Each prefill rank sends to one of its decode ranks at a time.
-    for turn in itertools.zip_longest(*by_peer.values()):
-        sending = dict(zip(by_peer, turn, strict=True))
-        now = [sending.get(peer) or nothing for peer in range(prefill_size)]
-        slots, rows = np.stack([p.from_slots for p in now]), np.stack([p.rows for p in now])
-        taken = _gather(source.cache, last_hidden, slots, rows, spec=source.spec)
-        parts = [{shard.device: shard.data for shard in array.addressable_shards} for array in taken]
-        for peer, parcel in sending.items():
-            if parcel is not None:
-                device = source.instance.devices[peer]
-                latents[parcel.decode_rank] = parts[0][device]
-                hidden[parcel.decode_rank] = parts[1][device]
-                _record(device, devices[parcel.decode_rank], parcel, target)
+    found = _gather_round(source, target, parcels, last_hidden)
+    moved = jax.device_put([*found.values()], [(devices[rank],) * 2 for rank in found])
+    for rank in found:
+        peer = prefill_tp_rank(rank, source.instance.ep_size, target.instance.ep_size)
+        for parcel in parcels[rank]:
+            _record(source.instance.devices[peer], devices[rank], parcel, target)
+    return _assemble(target, parcels, dict(zip(found, moved, strict=True)))
+
+
+def _assemble(
+    target: DecodeInstance, parcels: dict[int, list[Parcel]], moved: dict[int, tuple[jax.Array, jax.Array]]
+) -> Handoff:
+    """One array of all ranks' parts; ranks that get nothing have idle ones."""
+    latents, hidden = (list(parts) for parts in _idle_parts(target))
+    for rank, parts in moved.items():
+        latents[rank], hidden[rank] = parts
 
     def on_ranks(parts: list) -> jax.Array:
-        moved = jax.device_put(parts, list(devices))
-        shape = (decode_size * parts[0].shape[0], *parts[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, target.spec.by_rank(), moved)
+        shape = (len(parts) * parts[0].shape[0], *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, target.spec.by_rank(), parts)
 
-    return on_ranks(latents), on_ranks(hidden)
+    return Handoff(parcels, on_ranks(latents), on_ranks(hidden))
 
 
-def _record(source: jax.Device, destination: jax.Device, parcel: _Parcel, target: DecodeInstance) -> None:
+def _gather_round(
+    source: PrefillInstance,
+    target: DecodeInstance,
+    parcels: dict[int, list[Parcel]],
+    last_hidden: jax.Array | None,
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """Read a round on the prefill devices: decode rank -> (latents, hidden states)."""
+    config, block_size = source.model.config, source.settings.block_size
+    num_peers, num_tokens, num_places = source.instance.ep_size, round_tokens(target), target.router.num_places
+    if last_hidden is None:
+        shape = (source.max_sequences, config.hidden_size)
+        last_hidden = jax.device_put(np.zeros(shape, source.model.dtype), NamedSharding(source.spec.mesh, _EVERYWHERE))
+    by_peer: dict[int, list[int]] = defaultdict(list)
+    for rank in parcels:
+        by_peer[prefill_tp_rank(rank, num_peers, target.instance.ep_size)].append(rank)
+    found: dict[int, tuple[jax.Array, jax.Array]] = {}
+    # Each prefill rank sends to one of its decode ranks at a time. Without any it is one turn, for the compilation.
+    for turn in itertools.zip_longest(*by_peer.values()) if by_peer else [()]:
+        slots = np.full((num_peers, num_tokens), -1, np.int32)
+        rows = np.full((num_peers, num_places), -1, np.int32)
+        sending = {peer: rank for peer, rank in zip(by_peer, turn, strict=False) if rank is not None}
+        for peer, rank in sending.items():
+            begin = row = 0
+            for parcel in parcels[rank]:
+                positions, end = np.arange(parcel.start, parcel.stop, dtype=np.int32), begin + parcel.num_tokens
+                slots[peer, begin:end] = slot_mapping(parcel.prefilled.blocks, positions, block_size)
+                if parcel.is_last:
+                    rows[peer, row] = parcel.prefilled.row
+                    row += 1
+                begin = end
+        taken = _gather(source.cache, last_hidden, slots, rows, spec=source.spec)
+        parts = [{shard.device: shard.data for shard in array.addressable_shards} for array in taken]
+        for peer, rank in sending.items():
+            device = source.instance.devices[peer]
+            found[rank] = parts[0][device], parts[1][device]
+    return found
+
+
+def _idle_parts(target: DecodeInstance) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What stands for the parts of ranks that get nothing in a round; made once, since it is as large as all parts."""
+    if target.idle_parts is None:
+        config, dtype, num_ranks = target.model.config, target.model.dtype, target.instance.ep_size
+        shapes = (
+            (num_ranks, config.num_cache_layers, round_tokens(target), config.latent_width),
+            (num_ranks * target.router.num_places, config.hidden_size),
+        )
+        zeros = jax.jit(lambda: tuple(jnp.zeros(s, dtype) for s in shapes), out_shardings=target.spec.by_rank())
+        by_device = [{shard.device: shard.data for shard in array.addressable_shards} for array in zeros()]
+        latents, hidden = ([parts[device] for device in target.instance.devices] for parts in by_device)
+        target.idle_parts = latents, hidden
+    return target.idle_parts
+
+
+def _record(source: jax.Device, destination: jax.Device, parcel: Parcel, target: DecodeInstance) -> None:
     config, itemsize = target.model.config, target.model.dtype.itemsize
     num_bytes = config.num_cache_layers * parcel.num_tokens * config.latent_width * itemsize
-    if target.hidden is not None:
-        num_bytes += parcel.num_requests * config.hidden_size * itemsize
+    if target.hidden is not None and parcel.is_last:
+        num_bytes += config.hidden_size * itemsize
     fabric.record(_PLANE, _RECORD, source.id, destination.id, num_bytes)

@@ -12,7 +12,7 @@ from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, token_order
 from cmjax.serve import DecodeInstance, Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
 from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
-from cmjax.serve.request import Request, plan_chunks
+from cmjax.serve.request import Request
 from tests.parity import ParityCase
 
 MACHINE = Supernode.preset("cloudmatrix384")
@@ -42,7 +42,7 @@ def model_of(case: ParityCase) -> Model:
 def make_requests(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
     """One request a prompt, all with the same limit."""
     sampling = SamplingParams(max_tokens=max_tokens)
-    return [Request(i, [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
+    return [Request(f"prompt {i}", [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
 
 
 def fill_cache(target: DecodeInstance) -> None:
@@ -53,7 +53,7 @@ def fill_cache(target: DecodeInstance) -> None:
 def reserve(target: DecodeInstance, requests: Sequence[Request]) -> None:
     """Give every request a place and blocks on a decode rank."""
     for request in requests:
-        assert target.reserve(request)
+        assert target.router.reserve(request)
 
 
 def prefill_by_step(
@@ -61,12 +61,13 @@ def prefill_by_step(
 ) -> Iterator[tuple[list[Prefilled], dict[int, np.ndarray]]]:
     """Prefill the prompts; yields each step's ended prompts, and the logits `[tokens, V]` it computed by request.
 
-    The prompts' blocks stay taken until the caller frees them.
+    The prompts' blocks stay taken until the caller releases them.
     """
-    lengths = [len(r.prompt_ids) for r in requests]
-    tables = [source.pool.take(-(-length // source.settings.block_size)) for length in lengths]
-    for chunks in plan_chunks(lengths, source.num_step_tokens, source.max_sequences):
-        batch = source.pack(requests, tables, chunks)
+    index = {request: place for place, request in enumerate(requests)}
+    for request in requests:
+        source.router.add(request)
+    while chunks := source.router.next_step(source.num_step_tokens, source.max_sequences):
+        batch = source.pack(chunks)
         output = prefill(
             source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, with_all_logits=True
         )
@@ -76,11 +77,11 @@ def prefill_by_step(
         ended, logits, begin = [], {}, 0
         for row, chunk in enumerate(chunks):
             end = begin + chunk.stop - chunk.start
-            logits[chunk.index] = all_logits[begin:end]
+            logits[index[chunk.request]] = all_logits[begin:end]
             begin = end
-            if chunk.stop == lengths[chunk.index]:
-                request, blocks = requests[chunk.index], tables[chunk.index]
-                ended.append(Prefilled(request, blocks, row, output.last_hidden, int(token_ids[row])))
+            if chunk.is_last:
+                ended.append(Prefilled(chunk.request, chunk.blocks, row, output.last_hidden, int(token_ids[row])))
+        source.router.computed(chunks)
         yield ended, logits
 
 
@@ -137,7 +138,7 @@ def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt:
     target.cache = output.cache
     decoded = np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)
     for request in requests:
-        target.release(request)
+        target.router.release(request)
     for one in ended:
-        source.pool.free(one.blocks)
+        source.router.release(one.request)
     return np.concatenate([np.stack(prompt_logits), decoded], axis=1)

@@ -20,9 +20,9 @@ def check_greedy(model, output):
 
 
 def check_all_free(engine):
-    assert engine.decode.running() == []
-    assert all(pool.num_free == pool.num_blocks for pool in engine.decode.pools)
-    assert all(one.pool.num_free == one.pool.num_blocks for one in engine.prefill)
+    assert engine.decode.router.placed() == []
+    assert all(pool.num_free == pool.num_blocks for pool in engine.decode.router.pools)
+    assert all(one.router.pool.num_free == one.router.pool.num_blocks for one in engine.prefill)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_three_instances_at_the_same_time():
     outcome: dict[str, list] = {}
 
     def run_prefill(name, source):
-        batch = source.pack(requests, [[0], [1]], [Chunk(0, 0, 5), Chunk(1, 0, 3)])
+        batch = source.pack([Chunk(requests[0], [0], 0, 5), Chunk(requests[1], [1], 0, 3)])
         outcome[name] = [np.asarray(source.step(batch).token_ids)[:2] for _ in range(6)]
 
     def run_steps():

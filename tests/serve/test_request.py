@@ -5,30 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.serve import BlockPool, SamplingParams
-from cmjax.serve.decode_instance import choose_rank
 from cmjax.serve.instance import bucket
-from cmjax.serve.request import Chunk, Request, plan_chunks
-
-
-@given(
-    lengths=st.lists(st.integers(1, 60), max_size=20), max_tokens=st.integers(1, 50), max_sequences=st.integers(1, 8)
-)
-def test_chunks_cover_every_prompt_once_in_order(lengths, max_tokens, max_sequences):
-    steps = plan_chunks(lengths, max_tokens, max_sequences)
-    covered = [(c.index, token) for chunks in steps for c in chunks for token in range(c.start, c.stop)]
-    assert covered == [(index, token) for index, length in enumerate(lengths) for token in range(length)]
-    for chunks in steps:
-        assert 0 < sum(c.stop - c.start for c in chunks) <= max_tokens
-        assert len(chunks) <= max_sequences
-        assert all(c.start < c.stop for c in chunks)
-        assert len({c.index for c in chunks}) == len(chunks)
-    # No step could have taken the first token of the next.
-    for chunks in steps[:-1]:
-        assert sum(c.stop - c.start for c in chunks) == max_tokens or len(chunks) == max_sequences
-
-
-def test_the_example_of_plan_chunks():
-    assert plan_chunks([5, 4], 6, 8) == [[Chunk(0, 0, 5), Chunk(1, 0, 1)], [Chunk(1, 1, 4)]]
+from cmjax.serve.request import Request
 
 
 @given(value=st.integers(1, 5000), multiple=st.integers(1, 320))
@@ -41,23 +19,23 @@ def test_bucket(value, multiple):
 
 
 def test_a_request_ends_at_its_limit_or_its_stop_token():
-    request = Request(0, [1, 2, 3], SamplingParams(max_tokens=4))
+    request = Request("prompt 0", [1, 2, 3], SamplingParams(max_tokens=4))
     assert request.num_tokens == 6
     assert request.append([7]) == 1
     assert request.finish_reason is None
-    with pytest.raises(ValueError, match="request 0 has not finished"):
+    with pytest.raises(ValueError, match="prompt 0 has not finished"):
         request.output()
     assert request.append([8, 9, 10, 11, 12]) == 3
     assert request.output().token_ids == [7, 8, 9, 10]
     assert request.output().finish_reason == "length"
     assert request.append([13]) == 0
 
-    request = Request(0, [1], SamplingParams(max_tokens=9, stop_token_ids=(5, 6)))
+    request = Request("prompt 0", [1], SamplingParams(max_tokens=9, stop_token_ids=(5, 6)))
     assert request.append([4, 6, 5]) == 2
     assert request.output().token_ids == [4, 6]
     assert request.output().finish_reason == "stop"
 
-    request = Request(0, [1], SamplingParams(max_tokens=1, stop_token_ids=(6,)))
+    request = Request("prompt 0", [1], SamplingParams(max_tokens=1, stop_token_ids=(6,)))
     request.append([6])
     assert request.finish_reason == "stop"
 

@@ -192,7 +192,7 @@ def run_steps(engine, rows, num_prompt):
         hand_off(source, target, ended)
         logits += [by_request[one.request.request_id] for one in ended]
         for one in ended:
-            source.pool.free(one.blocks)
+            source.router.release(one.request)
             one.request.token_ids.append(int(rows[one.request.request_id, num_prompt]))
     forced = np.full((num_steps, columns.size), -1, np.int32)
     forced[: num_steps - 1, columns.index] = rows[:, num_prompt + 1 :].T
@@ -203,7 +203,7 @@ def run_steps(engine, rows, num_prompt):
     )  # fmt: skip
     target.cache = output.cache
     for request in requests:
-        target.release(request)
+        target.router.release(request)
     return np.concatenate([np.stack(logits), np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)], axis=1)
 
 
@@ -243,7 +243,7 @@ def test_the_step_returns_the_load_of_every_slot(engine):
     np.testing.assert_array_equal((np.asarray(output.token_ids) >= 0).sum(0), [4, 4, 4, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(output.state.batch.positions, -1)
     for request in requests:
-        target.release(request)
+        target.router.release(request)
 
 
 def compiled_decode(engine, num_steps=3):

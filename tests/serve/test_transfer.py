@@ -37,7 +37,7 @@ class Transfer:
         source.num_blocks, self.target.num_blocks = 64, 64
         source.reset()
         self.target.reset()
-        for pool in (source.pool, *self.target.pools):
+        for pool in (source.router.pool, *self.target.router.pools):
             blocks = pool.take(10)
             pool.free(blocks[::-1])
             pool.take(3)

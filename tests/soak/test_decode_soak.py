@@ -36,15 +36,14 @@ def test_a_thousand_decode_steps_on_320_devices():
     for call in range(NUM_CALLS):
         if call % 20 == 0:
             # Fresh requests: with 200 steps each, they all run until the next turn.
-            for request in target.running():
-                target.release(request)
+            for request in target.router.running():
+                target.router.release(request)
             requests = make_requests(case.prompt, 201)
             reserve(target, requests)
             ended, _ = prefill_and_hand_off(engine.prefill[0], target, requests)
             for one in ended:
                 one.request.append([one.token_id])
-                engine.prefill[0].pool.free(one.blocks)
-            target.batch_changed()
+                engine.prefill[0].router.release(one.request)
         assert target.call(STEPS_PER_CALL) == len(requests) * STEPS_PER_CALL
         target.take_expert_load()
         if call == WARM_UP_CALLS:
