@@ -207,9 +207,11 @@ class DecodeInstance(PlacedModel):
         self.compile_steps(num_steps, [self.room_for(samplings)])
 
     def warm_up_serving(self, rooms: Sequence[SamplingRoom]) -> None:
-        """Compile the steps of a server: for each room, and for 1, 2, 4, ... sequences a rank."""
+        """Compile the steps of a server: for each room, for one sequence a rank and for all places, and where a
+        controller picks the number of sequences, for 2, 4, ... too."""
         most, parts = self.settings.max_num_seqs_per_rank, 2 if self.settings.microbatches == 2 else 1
-        self.slot_counts = sorted({min(parts << power, most) for power in range(most.bit_length() + 1)})
+        powers = most.bit_length() + 1 if self.settings.tpot_slo_ms is not None else 1
+        self.slot_counts = sorted({min(parts << power, most) for power in range(powers)} | {most})
         self.rooms = list(rooms)
         self.compile_steps(self.settings.steps_per_call, rooms)
 

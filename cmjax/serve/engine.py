@@ -148,10 +148,10 @@ class Engine:
     def _workers(self) -> list[Worker]:
         return [*self.prefill_workers.values(), *self.decode_workers.values()]
 
-    def _start_workers(self, num_steps: int) -> None:
+    def _start_workers(self, num_steps: int, *, is_patient: bool = False) -> None:
         decodes = {self.pools.decode[0].name: self.decode}
         self.decode_workers = {
-            name: DecodeWorker(name, self.core, one, num_steps, None) for name, one in decodes.items()
+            name: DecodeWorker(name, self.core, one, num_steps, is_patient=is_patient) for name, one in decodes.items()
         }
         self.prefill_workers = {
             spec.name: PrefillWorker(spec.name, self.core, one, self.decode_workers)
@@ -272,7 +272,7 @@ class Engine:
         requests = [self._request(f"prompt {index}", *pair) for index, pair in enumerate(pairs)]
         # A call takes no more steps than any of the requests can use, its first token coming from prefill.
         most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
-        self._start_workers(max(1, min(self.settings.steps_per_call, most)))
+        self._start_workers(max(1, min(self.settings.steps_per_call, most)), is_patient=True)
         try:
             timings = run_to_end(self.core, self.prefill_workers, self.decode_workers, requests, progress)
         except BaseException:

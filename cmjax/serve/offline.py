@@ -91,7 +91,7 @@ def run_to_end(
     timings.compile_s = time.perf_counter() - begin
     for worker in (*prefill.values(), *decode.values()):
         worker.instance.take_expert_load()
-    core.last_error = None
+    core.take_error()
     for activity in (core.prefill, core.handoff, core.decode):
         activity.reset()
     notify("prefill", 0, num_output)  # compiled: what is counted from here on is the requests' own
@@ -107,7 +107,7 @@ def run_to_end(
             errors = [error for _, error in core.scheduler.take_ended() if error is not None]
             is_done = all(r.stage == "done" for r in requests)
         if errors:
-            raise core.last_error or UserError(errors[0])
+            raise core.take_error() or UserError(errors[0])
         num_done = sum(len(r.token_ids) for r in requests)
         notify("decode" if core.decode.tokens else "prefill", num_done, num_output)
     timings.prefill_s, timings.prefill_tokens = core.prefill.seconds, core.prefill.tokens

@@ -1,7 +1,6 @@
 """The prefill role: prompts to latents and first tokens."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -55,7 +54,7 @@ class PrefillInstance(PlacedModel):
         self.num_blocks = num_blocks
         self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
-        self.sizes: list[int] = []
+        self.compiled: set[tuple[int, SamplingRoom]] = set()
         self.set_forms(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
         self.reset()
 
@@ -88,7 +87,7 @@ class PrefillInstance(PlacedModel):
         """Run one step; the prompts that it ends. Their requests get the log probabilities that they asked for."""
         requests = [chunk.request for chunk in chunks]
         room = self.room_for(request.sampling for request in requests)
-        num_tokens = self._shape_for(sum(chunk.stop - chunk.start for chunk in chunks))
+        num_tokens = self._shape_for(sum(chunk.stop - chunk.start for chunk in chunks), room)
         microbatches, begin = self.trial.choice, time.perf_counter()
         batch = self.pack(chunks, num_tokens)
         output = self.step(batch, self._sampling(room, requests), microbatches, room)
@@ -128,25 +127,26 @@ class PrefillInstance(PlacedModel):
         """Settle the tokens of a step, at most `max_num_batched_tokens`, and what the requests' sampling needs, and
         compile it by running it on padding."""
         self.num_step_tokens = self._step_tokens(num_step_tokens)
-        self.compile_steps([self.num_step_tokens], [self.room_for(samplings)])
+        self.compile_steps([(self.num_step_tokens, self.room_for(samplings))])
 
     def warm_up_serving(self, rooms: Sequence[SamplingRoom]) -> None:
-        """Compile the steps of a server: of a full budget and of a few prompts, for each room."""
+        """Compile the steps of a server: of a full budget for each room, and of a few prompts for the first."""
         self.num_step_tokens = self._step_tokens(self.settings.max_num_batched_tokens)
         small = self._step_tokens(min(SMALL_STEP_TOKENS, self.num_step_tokens))
         self.rooms = list(rooms)
-        self.compile_steps(sorted({small, self.num_step_tokens}), rooms)
+        self.compile_steps(dict.fromkeys([(small, rooms[0]), *((self.num_step_tokens, room) for room in rooms)]))
 
-    def compile_steps(self, sizes: Sequence[int], rooms: Sequence[SamplingRoom]) -> None:
-        """Compile steps of so many tokens, by running them on padding."""
-        for num_tokens, room, microbatches in itertools.product(sizes, rooms, self.specs):
-            output = self.step(self._empty_batch(num_tokens), self._sampling(room, []), microbatches, room)
-            jax.block_until_ready(output.token_ids)
-        self.sizes = sorted({*self.sizes, *sizes})
+    def compile_steps(self, forms: Iterable[tuple[int, SamplingRoom]]) -> None:
+        """Compile steps of so many tokens with such room, by running them on padding."""
+        for num_tokens, room in forms:
+            for microbatches in self.specs:
+                output = self.step(self._empty_batch(num_tokens), self._sampling(room, []), microbatches, room)
+                jax.block_until_ready(output.token_ids)
+            self.compiled.add((num_tokens, room))
 
-    def _shape_for(self, num_tokens: int) -> int:
+    def _shape_for(self, num_tokens: int, room: SamplingRoom) -> int:
         """The smallest compiled step that so many tokens fit."""
-        fitting = [size for size in self.sizes if num_tokens <= size <= self.num_step_tokens]
+        fitting = [size for size, one in self.compiled if one == room and num_tokens <= size <= self.num_step_tokens]
         return min(fitting, default=self.num_step_tokens)
 
     def _sampling(self, room: SamplingRoom, requests: Sequence[Request]) -> SamplingState | None:

@@ -9,8 +9,6 @@ _NEWEST = 0.2
 _LEAST_CALLS = 5
 # Calls before a size that was too slow is tried again; doubled each time that it fails, up to the second figure.
 _PATIENCE, _MOST_PATIENCE = 50, 1600
-# A larger size is tried where it is expected to need at most this share of the target.
-_HEADROOM = 0.95
 
 
 @dataclasses.dataclass
@@ -84,7 +82,7 @@ class SloController:
         if len(known) < 2:
             # Twice the sequences have never been seen to take twice the time: half of the growth is a fair first guess.
             here = self._known[self.limit].tpot_s
-            return (here + at_most) / 2 / _HEADROOM
+            return (here + at_most) / 2
         low, high = known[-2:]
         slope = (self._known[high].tpot_s - self._known[low].tpot_s) / (high - low)
-        return (self._known[high].tpot_s + max(slope, 0.0) * (larger - high)) / _HEADROOM
+        return self._known[high].tpot_s + max(slope, 0.0) * (larger - high)

@@ -89,6 +89,11 @@ class Core:
     num_generation_tokens: int = 0
     last_error: BaseException | None = None
 
+    def take_error(self) -> BaseException | None:
+        """Return and forget what made an instance or a hand-off fail last."""
+        error, self.last_error = self.last_error, None
+        return error
+
     def publish(self, requests: Sequence[Request] = ()) -> None:
         """Tell the clients of these requests, and of those that have ended, what is new; then wake everybody."""
         now = self.clock()
@@ -327,18 +332,21 @@ class DecodeWorker(Worker):
     Attributes:
         inbox: rounds on their way here, in the order they were sent.
         num_steps: of a call.
+        is_patient: wait with a call until all that have a place have arrived: fewer and fuller calls, for a list of
+            prompts that are all there from the start.
         controller: sets how many sequences of a rank run together; None: all that have a place.
     """
 
     def __init__(
-        self, name: str, core: Core, instance: DecodeInstance, num_steps: int, controller: SloController | None
+        self, name: str, core: Core, instance: DecodeInstance, num_steps: int, *, is_patient: bool = False
     ) -> None:
         super().__init__(name, core)
         self.instance: DecodeInstance = instance
         self.inbox: list[transfer.Handoff] = []
         self.num_steps = num_steps
-        self.controller = controller
-        self.call_began = 0.0
+        self.is_patient = is_patient
+        self.controller: SloController | None = None
+        self._last_end: float | None = None  # of the last call, while the next one follows on it
         self._cancelled: set[Request] = set()
         self._in_call: set[Request] = set()
 
@@ -385,18 +393,27 @@ class DecodeWorker(Worker):
         scheduler.admit()
         if scheduler.has_ended:
             self.core.publish()
-        return bool(self.inbox and self.inbox[0].is_ready) or bool(self.instance.router.running())
+        if self.inbox and self.inbox[0].is_ready:
+            return True
+        return self._may_call()
+
+    def _may_call(self) -> bool:
+        num_running = len(self.instance.router.running())
+        may_call = num_running > 0 and not (self.is_patient and num_running < self.instance.router.num_requests)
+        if not may_call:
+            self._last_end = None
+        return may_call
 
     def work(self) -> None:
         core = self.core
         self._take_arrivals()
         with core.changed:
+            if not self._may_call():
+                return
             core.scheduler.before_call(self.name)
             batch = self.instance.router.batch()
             self._in_call = {request for some in batch for request in some}
-        if not self._in_call:
-            return
-        self.call_began = begin = core.clock()
+        begin = core.clock() if self._last_end is None else self._last_end
         with core.device_lock, core.decode():
             decoded = self.instance.call(self.num_steps, batch)
         with core.changed:
@@ -410,7 +427,8 @@ class DecodeWorker(Worker):
             self._in_call, self._cancelled = set(), set()
             if self.controller is not None:
                 most = max(map(len, batch))
-                self.controller.observe(most, core.clock() - begin, num_taken / max(len(decoded), 1))
+                self._last_end = core.clock()
+                self.controller.observe(most, self._last_end - begin, num_taken / max(len(decoded), 1))
                 self.instance.router.limit = self.controller.limit
             core.scheduler.admit()
             core.publish([one.request for one in decoded])

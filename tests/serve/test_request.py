@@ -1,10 +1,10 @@
-"""Requests and the packing of prompts into prefill steps: host code alone."""
+"""Requests and the shapes of steps: host code alone."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.serve import BlockPool, SamplingParams
+from cmjax.serve import SamplingParams
 from cmjax.serve.instance import bucket
 from cmjax.serve.request import Request
 
@@ -38,14 +38,3 @@ def test_a_request_ends_at_its_limit_or_its_stop_token():
     request = Request("prompt 0", [1], SamplingParams(max_tokens=1, stop_token_ids=(6,)))
     request.append([6])
     assert request.finish_reason == "stop"
-
-
-def test_choose_rank_takes_the_fewest_requests_then_the_most_blocks():
-    pools = [BlockPool(4) for _ in range(4)]
-    pools[2].take(1)
-    pools[3].take(3)
-    assert choose_rank([1, 1, 1, 0], pools, 1) == 3
-    assert choose_rank([1, 1, 1, 0], pools, 2) == 0
-    assert choose_rank([2, 1, 1, 0], pools, 3) == 1
-    assert choose_rank([2, 2, 1, 0], pools, 3) == 2
-    assert choose_rank([2, 2, 1, 0], pools, 5) is None

@@ -1,0 +1,224 @@
+"""The engine with requests that come and go: tokens as from each prompt alone, whatever happens beside them."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from cmjax.errors import UserError
+from cmjax.serve import RequestError, SamplingParams, transfer
+from tests.helpers import tiny_model
+from tests.serve.driving import make_engine
+
+PROMPTS = [[1 + index, 2, 3 + index % 5] * (1 + index % 9) for index in range(24)]
+SAMPLINGS = [
+    SamplingParams(
+        max_tokens=4 + index % 13,
+        temperature=0.8 * (index % 3 == 1),
+        top_p=0.9,
+        seed=index,
+        presence_penalty=0.5 * (index % 4 == 2),
+        logprobs=2 if index % 5 == 0 else None,
+        prompt_logprobs=1 if index % 7 == 0 else None,
+    )
+    for index in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """The outputs of a batch run on one device."""
+    engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
+    return engine.generate(PROMPTS, SAMPLINGS).outputs
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """Four ranks with few blocks: sequences are preempted; one draft a step."""
+    engine = make_engine(
+        model,
+        4,
+        prefill_ep_size=2,
+        num_prefill_instances=2,
+        max_num_seqs_per_rank=4,
+        max_model_len=64,
+        block_size=4,
+        num_kv_blocks=18,
+        num_speculative_tokens=1,
+        handoff_timeout_s=5.0,
+    )
+    engine.start()
+    yield engine
+    engine.shutdown(timeout=0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine):
+    yield
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert all(one.num_used_blocks == 0 for one in stats.instances)
+    assert all(one.status == "ready" for one in stats.instances)
+
+
+def submit_all(engine, **fields):
+    return [engine.submit(*pair, **fields) for pair in zip(PROMPTS, SAMPLINGS, strict=True)]
+
+
+def assert_same(outputs, expected):
+    for one, other in zip(outputs, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        for name in ("logprobs", "prompt_logprobs"):
+            found, wanted = getattr(one, name), getattr(other, name)
+            assert (found is None) == (wanted is None)
+            if found is not None:
+                assert [p and p.token_id for p in found] == [p and p.token_id for p in wanted]
+                values = [[0.0 if p is None else p.logprob for p in some] for some in (found, wanted)]
+                np.testing.assert_allclose(*values, atol=1e-3)
+
+
+def test_requests_that_share_places_and_blocks_get_the_tokens_of_a_batch_run(engine, expected):
+    before = engine.stats()
+    handles = submit_all(engine)
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+    after = engine.stats()
+    assert after.num_preemptions > before.num_preemptions
+    assert after.num_handoffs > before.num_handoffs
+    assert after.num_drafts > before.num_drafts
+    assert after.num_accepted_tokens <= after.num_draft_tokens
+    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(map(len, PROMPTS))
+    num_generated = sum(len(output.token_ids) for output in expected)
+    assert after.num_generation_tokens - before.num_generation_tokens == num_generated
+    assert any(handle.num_preemptions for handle in handles)
+
+
+def test_updates_are_the_tokens_once_and_in_order(engine, expected):
+    handles = submit_all(engine)
+    for handle, wanted in zip(handles, expected, strict=True):
+        updates = list(handle)
+        assert [token for update in updates for token in update.token_ids] == wanted.token_ids
+        assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + [wanted.finish_reason]
+        times = handle.times
+        assert times.arrival <= times.scheduled <= times.prefilled <= times.first_token <= times.last_token
+        assert times.last_token <= times.finished
+
+
+def test_an_event_loop_reads_many_at_once(engine, expected):
+    async def read(handle):
+        return [token async for update in handle for token in update.token_ids]
+
+    async def read_all():
+        return await asyncio.gather(*map(read, submit_all(engine)))
+
+    assert asyncio.run(read_all()) == [output.token_ids for output in expected]
+
+
+def test_cancelled_requests_free_what_they_hold_and_disturb_nobody(engine, expected):
+    handles = submit_all(engine)
+    for index, handle in enumerate(handles):
+        if index % 3 == 0:
+            handle.cancel()
+        elif index % 3 == 1:
+            threading.Timer(0.02 * index, handle.cancel).start()
+    for index, (handle, wanted) in enumerate(zip(handles, expected, strict=True)):
+        if index % 3 == 2:
+            assert handle.result(timeout=120).token_ids == wanted.token_ids
+            continue
+        try:
+            assert handle.result(timeout=120).token_ids == wanted.token_ids  # it was faster
+        except RequestError as error:
+            assert "was cancelled" in str(error)
+            assert handle.finish_reason == "abort"
+            assert handle.token_ids == wanted.token_ids[: len(handle.token_ids)]
+
+
+def test_a_handoff_that_fails_is_sent_again_and_at_last_an_error(engine, expected):
+    failures = iter([True, False, True, True])
+
+    def send(source, target, prefilled):
+        if next(failures, False):
+            raise RuntimeError("the link is down")
+        yield from transfer.send(source, target, prefilled)
+
+    engine.core.send = send
+    try:
+        handles = submit_all(engine)
+        assert_same([handle.result(timeout=120) for handle in handles], expected)
+        assert engine.stats().num_failed_handoffs > 0
+        failures = iter([True] * 100)
+        handle = engine.submit(PROMPTS[0], SAMPLINGS[0])
+        with pytest.raises(RequestError, match=r"its KV could not be sent to decode0: the link is down"):
+            handle.result(timeout=120)
+        assert handle.token_ids == expected[0].token_ids[:1]
+    finally:
+        engine.core.send = transfer.send
+
+
+def test_a_handoff_that_never_arrives_is_noticed(engine, expected):
+    lost = iter([True, False])
+
+    def send(source, target, prefilled):
+        handoffs = transfer.send(source, target, prefilled)
+        if next(lost, False):
+            list(handoffs)  # read, and gone
+            return iter(())
+        return handoffs
+
+    engine.core.send = send
+    engine.core.scheduler.handoff_timeout_s = 0.3
+    try:
+        handle = engine.submit(PROMPTS[1], SAMPLINGS[1])
+        assert handle.result(timeout=120).token_ids == expected[1].token_ids
+    finally:
+        engine.core.send = transfer.send
+        engine.core.scheduler.handoff_timeout_s = 5.0
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_instance_whose_step_fails_starts_afresh_and_its_requests_go_on(engine, expected, role, monkeypatch, caplog):
+    instance = engine.decode if role == "decode" else engine.prefill[0]
+    name = "call" if role == "decode" else "compute"
+    works, calls = getattr(instance, name), iter(range(100))
+
+    def fails_once(*args):
+        if next(calls) == 1:
+            raise RuntimeError("a device fell out")
+        return works(*args)
+
+    monkeypatch.setattr(instance, name, fails_once)
+    handles = submit_all(engine)
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+    assert "a step failed" in caplog.text
+
+
+def test_bad_requests_are_refused_by_name(engine):
+    for prompt, sampling, message in [
+        ([], SamplingParams(), "r is empty"),
+        ([1, 10**6], SamplingParams(), "r"),
+        ([1] * 60, SamplingParams(max_tokens=10), "r of 60 tokens with max_tokens 10 exceeds max_model_len 64"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            engine.submit(prompt, sampling, request_id="r")
+    with pytest.raises(UserError, match="has been started"):
+        engine.generate([[1]])
+
+
+def test_an_engine_that_shuts_down_finishes_what_runs(model, expected):
+    engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
+    with pytest.raises(UserError, match="has not been started"):
+        engine.submit([1])
+    engine.start()
+    handles = submit_all(engine)
+    workers = [*engine.decode_workers.values(), *engine.prefill_workers.values()]
+    engine.shutdown()
+    assert_same([handle.result(timeout=0) for handle in handles], expected)
+    with pytest.raises(UserError, match="shutting down"):
+        engine.submit([1])
+    assert not any(worker.is_alive() for worker in workers)
