@@ -112,7 +112,7 @@ def test_where_blocks_are_scarce_the_least_urgent_makes_room():
 
 @given(data=st.data())
 def test_growth_never_shares_nor_loses_a_block(data):
-    """Requests come, grow and go; the blocks of all and the free ones are the pool, always, and the most urgent grows."""
+    """Requests come, grow and go; the blocks of all and the free ones are always the pool; each has what it needs."""
     router = DecodeRouter(2, 3, data.draw(st.integers(8, 20)), 4, 8)
     alive: list[Request] = []
     for index in range(data.draw(st.integers(1, 30))):

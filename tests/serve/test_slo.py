@@ -35,7 +35,7 @@ def test_it_settles_on_the_most_that_hold_the_target(fixed, each, target):
 
 
 def test_the_paper_s_table():
-    """Targets of 50, 30 and 15 ms at 4,096 tokens of KV give 96, 24 and 8 sequences (table 4), from their step times."""
+    """Targets of 50, 30 and 15 ms at 4,096 tokens of KV give 96, 24 and 8 sequences, from the table's step times."""
     known = {8: 14.9e-3, 24: 24.6e-3, 96: 49.4e-3}
     sizes = [8, 16, 24, 48, 96, 128]
 
