@@ -7,6 +7,7 @@ from cmjax.serve.engine import Engine
 from cmjax.serve.handle import RequestError, RequestHandle, RequestUpdate
 from cmjax.serve.offline import GenerateResult, Timings
 from cmjax.serve.prefill_instance import PrefillInstance
+from cmjax.serve.ratio import Bounds, Change, RatioPolicy
 from cmjax.serve.request import RequestOutput, SamplingParams, TokenLogprobs
 from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
@@ -16,6 +17,8 @@ from cmjax.serve.transfer import hand_off, prefill_tp_rank
 
 __all__ = [
     "BlockPool",
+    "Bounds",
+    "Change",
     "DecodeInstance",
     "DecodeOutput",
     "DecodeState",
@@ -26,6 +29,7 @@ __all__ = [
     "InstanceStats",
     "PrefillInstance",
     "PrefillOutput",
+    "RatioPolicy",
     "RequestError",
     "RequestHandle",
     "RequestOutput",

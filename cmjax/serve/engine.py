@@ -11,30 +11,17 @@ from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve, fabric
 from cmjax.model import Model, check_token_ids, token_id_array
 from cmjax.serve.block_pool import blocks_for
+from cmjax.serve.core import Core
 from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.fleet import Fleet
 from cmjax.serve.handle import RequestHandle
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
 from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.request import MAX_LOGPROBS, Request, SamplingParams
-from cmjax.serve.sampling import SamplingRoom
+from cmjax.serve.ratio import RatioPolicy
+from cmjax.serve.request import Request, SamplingParams
 from cmjax.serve.scheduler import Scheduler
-from cmjax.serve.settings import EngineSettings, check_caches_fit
-from cmjax.serve.slo import SloController
-from cmjax.serve.stats import EngineStats
-from cmjax.serve.workers import Core, DecodeWorker, PrefillWorker, Worker, warm_up_handoff
-
-# What a server's steps are compiled for: greedy requests alone, and whatever else a client may ask for.
-SERVING_ROOMS = (
-    SamplingRoom(),
-    SamplingRoom(
-        is_sampled=True,
-        num_bias=16,
-        num_stop=8,
-        has_penalties=True,
-        num_logprobs=MAX_LOGPROBS,
-        num_prompt_logprobs=MAX_LOGPROBS,
-    ),
-)
+from cmjax.serve.settings import EngineSettings
+from cmjax.serve.stats import EngineStats, Role
 
 
 class Engine:
@@ -73,28 +60,24 @@ class Engine:
                 prefill_ep_size=prefill_ep_size,
                 num_prefill_instances=num_prefill_instances,
             )
-        sizes = [(one.ep_size, self.settings.num_prefill_blocks) for one in self.pools.prefill]
-        sizes += [(one.ep_size, self.settings.num_decode_blocks) for one in self.pools.decode]
-        check_caches_fit(model.config, self.settings, sizes, model.dtype)
-        counts = {
-            "num_redundant_experts": self.settings.num_redundant_experts,
-            "num_shared_replicas": self.settings.num_shared_replicas,
-        }
-        blocks = self.settings.num_decode_blocks
-        decodes = [DecodeInstance(model, one, self.settings, blocks, **counts) for one in self.pools.decode]
-        self.decode = decodes[0]
-        self.prefill = [
-            PrefillInstance(model, one, self.settings, self.settings.num_prefill_blocks) for one in self.pools.prefill
-        ]
         self.core = Core(Scheduler(self.settings.handoff_timeout_s))
         if self.pools.is_shared:
             self.core.device_lock = threading.RLock()
+        self.fleet = Fleet(model, self.pools, self.settings, self.core)
         self._ids = itertools.count()
         self._is_started = False
-        self._is_closing = False
+        self._closing = threading.Event()
         self._requests: set[Request] = set()
-        self.decode_workers: dict[str, DecodeWorker] = {}
-        self.prefill_workers: dict[str, PrefillWorker] = {}
+
+    @property
+    def prefill(self) -> list[PrefillInstance]:
+        """The prefill instances."""
+        return self.fleet.prefill_instances
+
+    @property
+    def decode(self) -> DecodeInstance:
+        """The first decode instance."""
+        return self.fleet.decode_instances[0]
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -106,25 +89,14 @@ class Engine:
         """
         if self._is_started:
             return
-        self._start_workers(self.settings.steps_per_call)
+        self.fleet.start(self.settings.steps_per_call)
         self._is_started = True
-        tell = progress or (lambda _: None)
-        tell("the decode steps")
-        for task in [worker.compile_for_serving(SERVING_ROOMS) for worker in self._workers]:
-            task.result()
-        tell("the hand-off")
-        warm_up_handoff(self.prefill_workers, self.decode_workers)
-        for one in self.decode_workers.values():
-            if self.settings.tpot_slo_ms is not None:
-                one.controller = SloController(self.settings.tpot_slo_ms / 1e3, one.instance.slot_counts)
-        with self.core.changed:
-            for worker in self._workers:
-                worker.rejoin()
+        self.fleet.compile_for_serving(progress or (lambda _: None))
         self.take_load()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, wait for those that run, at most `timeout` seconds, cancel the rest, and stop."""
-        self._is_closing = True
+        self._closing.set()
         deadline = None if timeout is None else time.monotonic() + timeout
         with self.core.changed:
             while self._requests and (deadline is None or time.monotonic() < deadline):
@@ -136,38 +108,32 @@ class Engine:
         with self.core.changed:
             while left and not all(request.stage == "done" for request in left) and self.is_healthy:
                 self.core.changed.wait(0.1)
-        self._stop_workers()
+        self.fleet.stop()
         self._is_started = False
+
+    def follow_load(self, policy: RatioPolicy, period_s: float = 1.0) -> None:
+        """Ask a policy every `period_s` seconds whether a role should have more or fewer instances, and do what it
+        says, until the engine shuts down.
+
+        Instances that join have as many devices as the first of their role.
+        """
+        sizes: dict[Role, int] = {"prefill": self.pools.prefill[0].ep_size, "decode": self.pools.decode[0].ep_size}
+
+        def follow() -> None:
+            while not self._closing.wait(period_s):
+                can_add: dict[Role, bool] = {role: self.fleet.has_room(size) for role, size in sizes.items()}
+                change = policy.decide(self.core.clock(), self.stats(), can_add)
+                if change is not None and change.add is not None:
+                    self.fleet.add(change.add, sizes[change.add])
+                elif change is not None and change.remove is not None:
+                    self.fleet.remove(change.remove)
+
+        threading.Thread(target=follow, name="ratio", daemon=True).start()
 
     @property
     def is_healthy(self) -> bool:
-        """Whether every role has an instance that works."""
-        return all(any(w.is_alive() for w in some.values()) for some in (self.prefill_workers, self.decode_workers))
-
-    @property
-    def _workers(self) -> list[Worker]:
-        return [*self.prefill_workers.values(), *self.decode_workers.values()]
-
-    def _start_workers(self, num_steps: int, *, is_patient: bool = False) -> None:
-        decodes = {self.pools.decode[0].name: self.decode}
-        self.decode_workers = {
-            name: DecodeWorker(name, self.core, one, num_steps, is_patient=is_patient) for name, one in decodes.items()
-        }
-        self.prefill_workers = {
-            spec.name: PrefillWorker(spec.name, self.core, one, self.decode_workers)
-            for spec, one in zip(self.pools.prefill, self.prefill, strict=True)
-        }
-        with self.core.changed:
-            for worker in self._workers:
-                worker.rejoin()
-        for worker in self._workers:
-            worker.start()
-
-    def _stop_workers(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-        for worker in self._workers:
-            worker.join()
+        """Whether the engine runs, and each role has an instance that works."""
+        return self.fleet.is_healthy
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +165,7 @@ class Engine:
         handle = RequestHandle(name, request.prompt_ids, request.arrival, lambda: self._cancel(request))
         request.handle = handle
         with self.core.changed:
-            if self._is_closing or not self._workers:
+            if self._closing.is_set() or not self._is_started:
                 raise UserError("the engine takes no requests: it has not been started, or is shutting down")
             self._forget_finished()
             self._requests.add(request)
@@ -211,8 +177,8 @@ class Engine:
 
     def _cancel(self, request: Request) -> None:
         with self.core.changed:
-            if request.stage == "decode" and request.decode_name in self.decode_workers:
-                self.decode_workers[request.decode_name].cancel(request)
+            if request.stage == "decode" and request.decode_name in self.fleet.decode:
+                self.fleet.decode[request.decode_name].cancel(request)
             else:
                 self.core.scheduler.cancel(request)
             self.core.scheduler.admit()
@@ -272,40 +238,41 @@ class Engine:
         requests = [self._request(f"prompt {index}", *pair) for index, pair in enumerate(pairs)]
         # A call takes no more steps than any of the requests can use, its first token coming from prefill.
         most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
-        self._start_workers(max(1, min(self.settings.steps_per_call, most)), is_patient=True)
+        self.fleet.start(max(1, min(self.settings.steps_per_call, most)), is_patient=True)
         try:
-            timings = run_to_end(self.core, self.prefill_workers, self.decode_workers, requests, progress)
+            timings = run_to_end(self.core, self.fleet.prefill, self.fleet.decode, requests, progress)
         except BaseException:
-            self._stop_workers()
+            self.fleet.stop()
             # What was under way is lost: start the next call afresh.
-            for instance in (*self.prefill, self.decode):
-                instance.reset()
+            self.fleet.reset()
             self.core.scheduler = Scheduler(self.settings.handoff_timeout_s)
             raise
-        self._stop_workers()
+        self.fleet.stop()
         prefill_load, decode_load = self.take_load()
         outputs = [r.output() for r in requests]
-        return GenerateResult(outputs, timings, prefill_load, decode_load, self.decode.take_kept_drafts())
+        kept = np.sum([one.take_kept_drafts() for one in self.fleet.decode_instances], axis=0)
+        return GenerateResult(outputs, timings, prefill_load, decode_load, kept)
 
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:
         """Return and forget the rows by logical expert since the last call: prefill's and decode's."""
         prefill = [one.take_expert_load() for one in self.prefill]
-        return np.sum(prefill, axis=0), self.decode.take_expert_load()
+        decode = [one.take_expert_load() for one in self.fleet.decode_instances]
+        return np.sum(prefill, axis=0), np.sum(decode, axis=0)
 
     def stats(self) -> EngineStats:
         """What the engine does at present, and what it has done since its start."""
         core = self.core
         with core.changed:
-            kept = self.decode.kept_drafts
+            kept = np.sum([one.kept_drafts for one in self.fleet.decode_instances], axis=0)
             num_drafts = len(kept) - 1
             accepted = [int(kept[place + 1 :].sum()) for place in range(num_drafts)]
             traffic: dict[str, int] = {}
             for entry in fabric.books.snapshot().entries:
                 traffic[entry.plane] = traffic.get(entry.plane, 0) + entry.wire_bytes
             return EngineStats(
-                instances=[worker.stats() for worker in self._workers],
+                instances=[worker.stats() for worker in self.fleet.workers],
                 num_waiting=core.scheduler.num_waiting,
                 num_running=core.scheduler.num_running,
                 num_preemptions=core.scheduler.num_preemptions,

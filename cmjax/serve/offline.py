@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.serve.core import Core
 from cmjax.serve.request import Request, RequestOutput
-from cmjax.serve.workers import Core, DecodeWorker, PrefillWorker, warm_up_handoff
+from cmjax.serve.workers import DecodeWorker, PrefillWorker, warm_up_handoff
 
 # (what is under way, tokens so far, tokens in all)
 Progress = Callable[[str, int, int], None]

@@ -176,10 +176,24 @@ class Scheduler:
 
     # -- peers --------------------------------------------------------------------------------------------------------
 
+    def peer(self, name: str) -> PrefillPeer | DecodePeer:
+        """An instance by name."""
+        return self.prefill[name] if name in self.prefill else self.decode[name]
+
+    def forget(self, name: str) -> None:
+        """An instance has been taken out; it holds nothing any more."""
+        self.prefill.pop(name, None)
+        self.decode.pop(name, None)
+
+    def move_all(self, name: str) -> None:
+        """Have the requests of an instance start over elsewhere, through no fault of anybody's."""
+        for request in list(self.requests_of(name)):
+            self._leave(request)
+            self._enqueue(request, first=True)
+
     def lose(self, name: str, error: str, status: Status = "lost") -> None:
         """An instance is gone with all it held: its requests start over elsewhere."""
-        peer = self.prefill.get(name) or self.decode[name]
-        peer.status = status
+        self.peer(name).status = status
         for request in list(self.requests_of(name)):
             self.send_again(request, error)
         self.fail_hopeless()

@@ -21,6 +21,7 @@ class InstanceStats:
         num_calls: of its step.
         num_tokens: prompt tokens prefilled, or tokens generated.
         busy_s: seconds in calls.
+        num_places: of a decode instance: sequences that it can have.
         seqs_per_rank: of a decode instance: sequences that a rank runs together in a call at present.
     """
 
@@ -35,6 +36,7 @@ class InstanceStats:
     num_calls: int
     num_tokens: int
     busy_s: float
+    num_places: int = 0
     seqs_per_rank: int = 0
 
 

@@ -216,7 +216,7 @@ def test_an_engine_that_shuts_down_finishes_what_runs(model, expected):
         engine.submit([1])
     engine.start()
     handles = submit_all(engine)
-    workers = [*engine.decode_workers.values(), *engine.prefill_workers.values()]
+    workers = engine.fleet.workers
     engine.shutdown()
     assert_same([handle.result(timeout=0) for handle in handles], expected)
     with pytest.raises(UserError, match="shutting down"):
