@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmjax.cli import Commands
+from cmjax.cli_bench_engine import engine
 from cmjax.cli_generate import new_table
 from cmjax.cli_options import find_model, json_option, model_option, quant_option
 from cmjax.errors import UserError
@@ -17,7 +18,7 @@ from cmjax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-ALL = ("fabric", "decode", "pipeline", "peer", "training", "quant")
+ALL = ("fabric", "decode", "pipeline", "engine", "peer", "training", "quant")
 EXIT_DIFFERENT = 1
 
 rounds_option = click.option(
@@ -37,6 +38,9 @@ def bench() -> None:
     """Measure; every figure comes with its machine, its versions and its commit."""
 
 
+bench.add_command(engine)
+
+
 @bench.command(epilog="\b\nExamples:\n  cmjax bench fabric\n  cmjax bench fabric --json")
 @rounds_option
 @json_option
@@ -45,7 +49,7 @@ def fabric(rounds: int, as_json: bool) -> None:
     from cmjax.bench import fabric as bench_fabric
 
     report = bench_fabric.run(repeats=rounds)
-    _print(report, bench_fabric.tables(report), as_json)
+    print_report(report, bench_fabric.tables(report), as_json)
 
 
 @bench.command(
@@ -98,14 +102,14 @@ def decode(
         report = speculative.run(
             model, path, num_drafts=mtp, ep_size=ep, batches=seqs_per_rank, num_steps=steps or 16, rounds=rounds
         )
-        _print(report, speculative_tables(report), as_json)
+        print_report(report, speculative_tables(report), as_json)
         return
     if len(seqs_per_rank) > 1:
         raise UserError("--seqs-per-rank several times goes with --mtp")
     report = bench_decode.run(
         model, ep_size=ep, seqs_per_rank=seqs_per_rank[0], cache_tokens=cache, num_steps=steps or 4, rounds=rounds
     )
-    _print(report, decode_tables(report), as_json)
+    print_report(report, decode_tables(report), as_json)
 
 
 @bench.command(epilog="\b\nExamples:\n  cmjax bench pipeline\n  cmjax bench pipeline --ep 320 --plot timeline.png")
@@ -131,7 +135,7 @@ def pipeline(
     )
     if plot is not None:
         bench_pipeline.draw(plot, spans, f"A decode step on device 0 of {ep}, two microbatches, exchanges delayed")
-    _print(report, pipeline_tables(report), as_json)
+    print_report(report, pipeline_tables(report), as_json)
 
 
 @bench.command(
@@ -163,7 +167,7 @@ def peer(context: click.Context, dtype: str | None, peer_python: str | None, rou
 
     dtypes = (dtype,) if dtype else bench_peer.DTYPES
     report = bench_peer.run(dtypes=dtypes, rounds=rounds, peer_python=peer_python, on_result=on_result)
-    _print(report, peer_tables(report), as_json)
+    print_report(report, peer_tables(report), as_json)
     if report["logits_agree"] is False:
         context.exit(EXIT_DIFFERENT)
 
@@ -177,7 +181,7 @@ def training(tokens: int, rounds: int, as_json: bool) -> None:
     from cmjax.bench import training as bench_training
 
     report = bench_training.run(tokens=tokens, rounds=rounds)
-    _print(report, training_tables(report), as_json)
+    print_report(report, training_tables(report), as_json)
 
 
 @bench.command(epilog="\b\nExamples:\n  cmjax bench quant\n  cmjax bench quant --tokens 4096 --json")
@@ -189,7 +193,7 @@ def quant(tokens: int, rounds: int, as_json: bool) -> None:
     from cmjax.bench import quant as bench_quant
 
     report = bench_quant.run(tokens=tokens, rounds=rounds)
-    _print(report, quant_tables(report), as_json)
+    print_report(report, quant_tables(report), as_json)
 
 
 @bench.command(name="all", epilog="\b\nExamples:\n  cmjax bench all\n  cmjax bench all --json > bench.json")
@@ -213,7 +217,8 @@ def run_all(context: click.Context, rounds: int, as_json: bool) -> None:
         context.exit(worst)
 
 
-def _print(report: dict[str, Any], tables: "Sequence[Table]", as_json: bool) -> None:
+def print_report(report: dict[str, Any], tables: "Sequence[Table]", as_json: bool) -> None:
+    """Print a report as tables under its machine, or as one JSON object."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return

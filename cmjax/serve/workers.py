@@ -2,6 +2,8 @@
 of it; prefill and decode instances work at the same time, on devices of their own (paper section 4.1).
 """
 
+import collections
+import dataclasses
 import functools
 import logging
 import threading
@@ -232,6 +234,15 @@ class PrefillWorker(Worker):
                 core.publish()
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A decode call: when it began and ended, by the engine's clock in seconds, and how many sequences took part."""
+
+    begin: float
+    end: float
+    num_seqs: int
+
+
 class DecodeWorker(Worker):
     """Runs a decode instance: takes what has arrived, calls the step, hands out tokens, and frees what has ended.
 
@@ -241,6 +252,7 @@ class DecodeWorker(Worker):
         is_patient: wait with a call until all that have a place have arrived: fewer and fuller calls, for a list of
             prompts that are all there from the start.
         controller: sets how many sequences of a rank run together; None: all that have a place.
+        calls: the newest ones, see `Call`.
     """
 
     def __init__(
@@ -252,6 +264,7 @@ class DecodeWorker(Worker):
         self.num_steps = num_steps
         self.is_patient = is_patient
         self.controller: SloController | None = None
+        self.calls: collections.deque[Call] = collections.deque(maxlen=4096)
         self._last_end: float | None = None  # of the last call, while the next one follows on it
         self._cancelled: set[Request] = set()
         self._in_call: set[Request] = set()
@@ -321,9 +334,11 @@ class DecodeWorker(Worker):
             batch = self.instance.router.batch()
             self._in_call = {request for some in batch for request in some}
         begin = core.clock() if self._last_end is None else self._last_end
+        call_began = core.clock()
         with core.device_lock, core.decode():
             decoded = self.instance.call(self.num_steps, batch)
         with core.changed:
+            self.calls.append(Call(call_began, core.clock(), len(decoded)))
             num_taken = sum(one.num_tokens for one in decoded)
             self.num_calls += 1
             self.num_tokens += num_taken
