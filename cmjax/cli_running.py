@@ -1,5 +1,9 @@
 """What every command that runs an engine does the same way: devices, model, settings, progress."""
 
+import hashlib
+import os
+import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +38,28 @@ def carve_from(options: dict[str, Any]) -> "Pools":
     """The instances that `instance_options` ask for; brings up the devices."""
     from cmjax.mesh import Supernode, carve
 
+    use_compilation_cache()
     return carve(
         Supernode.preset(options["supernode"]),
         ep_size=options["ep"],
         prefill_ep_size=options["prefill_ep"],
         num_prefill_instances=options["prefill_instances"],
     )
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled steps on disk, so that a command's second start is quick; JAX's own settings and variables
+    (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`) come first."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    # Programs are compiled for the very instructions that a processor has.
+    cpu_info = Path("/proc/cpuinfo")
+    features = re.search(r"^(flags|Features)\s*:.*$", cpu_info.read_text(), re.M) if cpu_info.exists() else None
+    processor = hashlib.sha256((features[0] if features else platform.processor()).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cmjax"
+    jax.config.update("jax_compilation_cache_dir", str(folder / f"jax-{jax.__version__}-{processor}"))
 
 
 def seqs_per_rank(options: dict[str, Any], num_prompts: int, pools: "Pools") -> int:

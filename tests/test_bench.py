@@ -58,6 +58,18 @@ def test_the_forms_of_a_training_step(capsys):
 
 
 @pytest.mark.soak
+def test_the_engine_at_a_small_size(capsys):
+    options = ("--ep", 4, "--seqs-per-rank", 2, "--prompt-tokens", 600, "--steps", 2, "--model", FOLDER / "v3-small")
+    status, out, err = run(capsys, "engine", *options, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    step_s, gap_s = report["step_s"], report["gap_s"]
+    assert math.isclose(report["results"]["full_over_one"], step_s["full"] / step_s["one"])
+    assert math.isclose(report["results"]["longest_gap_over_median"], gap_s["longest"] / gap_s["median"])
+    assert gap_s["calls"] > 1  # decode went on meanwhile
+
+
+@pytest.mark.soak
 def test_drafts_at_a_small_size(capsys):
     options = ("--mtp", 2, "--ep", 2, "--seqs-per-rank", 1, "--seqs-per-rank", 2, "--steps", 2, "--rounds", 1)
     # Prompts and calls are the command's own, and need more positions than the parity cases have.

@@ -78,17 +78,16 @@ class Core:
     def publish(self, requests: Sequence[Request] = ()) -> None:
         """Tell the clients of these requests, and of those that have ended, what is new; then wake everybody."""
         now = self.clock()
-        errors = dict(self.scheduler.take_ended())
-        for request in {**dict.fromkeys(requests), **dict.fromkeys(errors)}:
+        for request in dict.fromkeys([*requests, *self.scheduler.take_ended()]):
             if request.handle is None or request.handle.finish_reason is not None:
                 continue
-            update = _update_for(request, errors)
+            update = _update_for(request)
             self.num_generation_tokens += len(update.token_ids)
             request.handle.update(update, now)
         self.changed.notify_all()
 
 
-def _update_for(request: Request, errors: dict[Request, str | None]) -> RequestUpdate:
+def _update_for(request: Request) -> RequestUpdate:
     assert request.handle is not None
     known = len(request.handle.token_ids)
     logprobs = prompt_logprobs = None
@@ -96,11 +95,11 @@ def _update_for(request: Request, errors: dict[Request, str | None]) -> RequestU
         logprobs = request.logprobs[known : len(request.token_ids)]
     if request.sampling.prompt_logprobs is not None and known == 0 and request.token_ids:
         prompt_logprobs = request.prompt_logprobs
-    has_ended = request in errors
+    has_ended = request.stage == "done"
     return RequestUpdate(
         request.token_ids[known:],
         logprobs,
         prompt_logprobs,
         request.finish_reason if has_ended else None,
-        errors.get(request),
+        request.error,
     )

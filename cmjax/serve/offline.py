@@ -105,7 +105,7 @@ def run_to_end(
     while not is_done:
         with core.changed:
             core.changed.wait(0.2)
-            errors = [error for _, error in core.scheduler.take_ended() if error is not None]
+            errors = [r.error for r in requests if r.error is not None]
             is_done = all(r.stage == "done" for r in requests)
         if errors:
             raise core.take_error() or UserError(errors[0])

@@ -137,6 +137,7 @@ class Request:
         prefill_name, num_computed, prefill_blocks: the prefill instance, how many tokens it has computed, and where.
         decode_name, decode_rank, decode_place, decode_blocks: where it decodes, reserved before its prefill.
         num_settled: how many of the newest tokens' hidden states the decode instance holds for the MTP module.
+        finish_reason, error: why it ended, and what went wrong where that is why.
         handle: what its client holds, where there is one.
     """
 
@@ -162,6 +163,7 @@ class Request:
     decode_blocks: list[int] = dataclasses.field(default_factory=list)
     num_settled: int = 1
     finish_reason: FinishReason | None = None
+    error: str | None = None
     handle: "RequestHandle | None" = None
 
     def __post_init__(self) -> None:

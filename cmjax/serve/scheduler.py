@@ -48,7 +48,6 @@ class Scheduler:
     Attributes:
         prefill, decode: the peers by name.
         handoffs: request -> when its prefill ended, for those whose latents are on their way.
-        ended: requests that ended since `take_ended`; their `finish_reason` is set.
     """
 
     def __init__(self, handoff_timeout_s: float) -> None:
@@ -60,7 +59,7 @@ class Scheduler:
         self.num_failed_handoffs = 0
         self._waiting: dict[int, dict[str, deque[Request]]] = defaultdict(dict)
         self._served: dict[str, float] = defaultdict(float)
-        self._ended: list[tuple[Request, str | None]] = []
+        self._ended: list[Request] = []
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -104,8 +103,8 @@ class Scheduler:
         """Whether `take_ended` would return any."""
         return bool(self._ended)
 
-    def take_ended(self) -> list[tuple[Request, str | None]]:
-        """Return and forget the requests that have ended, each with its error where that is why."""
+    def take_ended(self) -> list[Request]:
+        """Return and forget the requests that have ended."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -244,8 +243,8 @@ class Scheduler:
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         self._leave(request)
-        request.stage, request.finish_reason = "done", reason
-        self._ended.append((request, error))
+        request.stage, request.finish_reason, request.error = "done", reason, error
+        self._ended.append(request)
 
     def _leave(self, request: Request) -> None:
         """Give back all that a request holds."""

@@ -133,7 +133,7 @@ class Handoff:
     @property
     def is_ready(self) -> bool:
         """Whether it has arrived."""
-        return all(array.is_ready() for array in (self.latents, self.hidden))  # type: ignore[attr-defined]
+        return all(array.is_ready() for array in (self.latents, self.hidden))  # type: ignore[attr-defined]  # the stub lacks it
 
 
 def round_tokens(target: DecodeInstance) -> int:

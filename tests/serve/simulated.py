@@ -44,7 +44,6 @@ class Cluster:
         self.now = 0.0
         self.scheduler = Scheduler(self.timeout_s)
         self.requests: list[Request] = []
-        self.errors: dict[Request, str | None] = {}
         self.call_times: list[float] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -82,7 +81,7 @@ class Cluster:
         scheduler.expire(self.now)
         scheduler.admit()
         scheduler.fail_hopeless()
-        self.errors |= dict(scheduler.take_ended())
+        scheduler.take_ended()
         for name, peer in scheduler.prefill.items():
             if name not in self._busy and peer.status != "lost":
                 chunks = peer.router.next_step(self.step_tokens, 8)
