@@ -190,10 +190,10 @@ def run_steps(engine, rows, num_prompt):
     logits = []
     for ended, by_request in prefill_by_step(source, requests):
         hand_off(source, target, ended)
-        logits += [by_request[one.request.request_id] for one in ended]
+        logits += [by_request[requests.index(one.request)] for one in ended]
         for one in ended:
             source.router.release(one.request)
-            one.request.token_ids.append(int(rows[one.request.request_id, num_prompt]))
+            one.request.token_ids.append(int(rows[requests.index(one.request), num_prompt]))
     forced = np.full((num_steps, columns.size), -1, np.int32)
     forced[: num_steps - 1, columns.index] = rows[:, num_prompt + 1 :].T
     batch = jax.device_put(target.host_state(), target.spec.by_rank())
@@ -256,7 +256,7 @@ def compiled_decode(engine, num_steps=3):
 
 def compiled_prefill(engine):
     source: PrefillInstance = engine.prefill[0]
-    batch = source.pack([], [], [])
+    batch = source.pack([])
     return prefill.lower(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).compile()
 
 
