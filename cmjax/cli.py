@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("cmjax.cli_generate", "generate"),
     "info": ("cmjax.cli_info", "info"),
     "quantize": ("cmjax.cli_quantize", "quantize"),
+    "serve": ("cmjax.cli_serve", "serve"),
 }
 
 EXIT_USER_ERROR = 2

@@ -1,0 +1,175 @@
+"""What clients get: OpenAI's JSON for completions and chats, whole or in events."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from cmjax.serve import TokenLogprobs
+from cmjax.serve.http.protocol import ChatRequest, CompletionRequest
+from cmjax.serve.http.run import Piece, Run
+from cmjax.serve.http.state import ServerState
+
+
+class Answer:
+    """Builds the answer to one call, piece by piece."""
+
+    def __init__(
+        self, state: ServerState, run: Run, body: CompletionRequest | ChatRequest, texts: Sequence[str]
+    ) -> None:
+        """`texts`: what the prompts say, for echo."""
+        self.state, self.run, self.body, self.texts = state, run, body, texts
+        self.is_chat = isinstance(body, ChatRequest)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + (body.request_id or uuid.uuid4().hex)
+        is_chunk = self.is_chat and body.stream
+        self.head = {
+            "id": self.id,
+            "object": f"{kind}.chunk" if is_chunk else kind,
+            "created": int(time.time()),
+            "model": state.settings.model_name,
+        }
+        # The same for every event: encoded once.
+        self._prefix = json.dumps(self.head)[:-1] + ', "choices": ['
+        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+
+    # -- whole --------------------------------------------------------------------------------------------------------
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for all choices."""
+        choices: dict[int, dict[str, Any]] = {}
+        async for piece in self.run.pieces():
+            part = self._choice(piece)
+            if piece.index not in choices:
+                choices[piece.index] = part
+                continue
+            known = choices[piece.index]
+            if self.is_chat:
+                known["message"]["content"] += part["message"]["content"]
+            else:
+                known["text"] += part["text"]
+            known["logprobs"] = _joined(known["logprobs"], part["logprobs"])
+            known |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
+            if "token_ids" in known:
+                known["token_ids"] += part["token_ids"]
+        ordered = [choices[index] for index in sorted(choices)]
+        return {**self.head, "choices": ordered, "usage": self.usage(), "system_fingerprint": None}
+
+    # -- in events ----------------------------------------------------------------------------------------------------
+
+    def first_events(self) -> list[bytes]:
+        """A chat's stream begins with the role of each choice."""
+        if not self.is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        count = len(self.run.prompts) * self.run.num_choices
+        roles = ({"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(count))
+        return [self._event(role) for role in roles]
+
+    def event(self, piece: Piece) -> bytes:
+        """One piece as a server-sent event."""
+        part = self._choice(piece)
+        if self.is_chat:
+            part["delta"] = {"content": part.pop("message")["content"]}
+        return self._event(part)
+
+    def last_event(self) -> bytes | None:
+        """What has been used, where asked for."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return None
+        return b"data: " + json.dumps({**self.head, "choices": [], "usage": self.usage()}).encode() + b"\n\n"
+
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        options = self.body.stream_options
+        usage = f', "usage": {json.dumps(self.usage())}' if options and options.continuous_usage_stats else ""
+        return f"data: {self._prefix}{json.dumps(choice)}]{usage}}}\n\n".encode()
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens in and out so far."""
+        num_prompt, num_completion = self.run.num_prompt_tokens, self.run.num_completion_tokens
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+    # -- a choice -----------------------------------------------------------------------------------------------------
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        is_first = piece.index not in self._begun
+        self._begun.add(piece.index)
+        part: dict[str, Any] = {"index": piece.index}
+        if self.is_chat:
+            part["message"] = {"role": "assistant", "content": piece.text}
+            part["logprobs"] = self._chat_logprobs(piece)
+        else:
+            prompt = piece.index // self.run.num_choices
+            echo = self.texts[prompt] if is_first and self._echoes else ""
+            part["text"] = echo + piece.text
+            part["logprobs"] = self._completion_logprobs(piece, prompt, is_first)
+            if isinstance(self.body, CompletionRequest) and self.body.prompt_logprobs is not None and is_first:
+                part["prompt_logprobs"] = [self._by_id(one) for one in piece.prompt_logprobs or []]
+        part |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        if self.body.return_token_ids:
+            part["token_ids"] = piece.token_ids
+            if is_first:
+                part["prompt_token_ids"] = self.run.prompts[piece.index // self.run.num_choices]
+        return part
+
+    @property
+    def _echoes(self) -> bool:
+        return isinstance(self.body, CompletionRequest) and self.body.echo
+
+    def _completion_logprobs(self, piece: Piece, prompt: int, is_first: bool) -> dict[str, Any] | None:
+        if not isinstance(self.body, CompletionRequest) or self.body.logprobs is None:
+            return None
+        tokens: list[tuple[int, TokenLogprobs | None]] = []
+        if is_first and self._echoes:
+            tokens += zip(self.run.prompts[prompt], piece.prompt_logprobs or [], strict=False)
+        tokens += [(one.token_id, one) for one in piece.logprobs or [] if piece.token_ids]
+        found: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        offset = self._offsets.get(piece.index, 0 if self._echoes else len(self.texts[prompt]))
+        for token_id, one in tokens:
+            text = self.state.token_text(token_id)
+            found["text_offset"].append(offset)
+            found["tokens"].append(text)
+            found["token_logprobs"].append(None if one is None else one.logprob)
+            # The token itself is always among them.
+            top = None if one is None else {self.state.token_text(i): p for i, p in (*one.top, (token_id, one.logprob))}
+            found["top_logprobs"].append(top)
+            offset += len(text)
+        self._offsets[piece.index] = offset
+        return found
+
+    def _chat_logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if piece.logprobs is None:
+            return None
+
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            text = self.state.token_text(token_id)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [
+            entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]}
+            for one in piece.logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _by_id(self, one: TokenLogprobs | None) -> dict[str, Any] | None:
+        if one is None:
+            return None
+        chosen = (one.token_id, one.logprob)
+        return {
+            str(token): {"logprob": p, "decoded_token": self.state.token_text(token)} for token, p in (*one.top, chosen)
+        }
+
+
+def _joined(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The log probabilities of two pieces in a row, either kind."""
+    if one is None or other is None:
+        return one or other
+    return {key: values and values + other[key] for key, values in one.items()}

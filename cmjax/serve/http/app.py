@@ -1,0 +1,325 @@
+"""The routes of the API, and the limits that stand before them."""
+
+import asyncio
+import hmac
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import cmjax
+from cmjax.model import Tokenizer, check_token_ids, token_id_array
+from cmjax.serve.http.answers import Answer
+from cmjax.serve.http.errors import ApiError, install_handlers
+from cmjax.serve.http.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from cmjax.serve.http.run import Run
+from cmjax.serve.http.state import ServerSettings, ServerState, refuse_unsupported
+from cmjax.serve.http.status import status_routes
+from cmjax.serve.http.text import ChatTemplate
+
+_GUARDED = ("/v1", "/tokenize", "/detokenize")
+
+
+def create_app(
+    engine: Any,
+    settings: ServerSettings,
+    tokenizer: Tokenizer | None = None,
+    template: ChatTemplate | None = None,
+) -> FastAPI:
+    """The ASGI application over an engine that has been started; its `state.server` is the `ServerState`."""
+    app = FastAPI(title="cmjax", version=cmjax.__version__)
+    state = app.state.server = ServerState(engine, settings, tokenizer, template)
+    install_handlers(app)
+    app.add_middleware(_Limits, state=state)
+    _add_completions(app, state)
+    _add_tokens(app, state)
+    _add_health(app, state)
+    app.router.routes.extend(status_routes(engine, settings.model_name))
+    return app
+
+
+def _add_completions(app: FastAPI, state: ServerState) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts: texts or token ids, one or several."""
+        state.check_model(body.model)
+        refuse_unsupported(body)
+        prompts, texts = _prompts(state, body)
+        run = Run(state, body, prompts, _tenant(request))
+        return await _respond(request, Answer(state, run, body, texts))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation, by the model's chat template."""
+        state.check_model(body.model)
+        refuse_unsupported(body)
+        text = _conversation(state, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        prompt = _without_double_bos(state.text_tokenizer(), text)
+        run = Run(state, body, [prompt], _tenant(request))
+        return await _respond(request, Answer(state, run, body, [text]))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        model = {
+            "id": state.settings.model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "cmjax",
+            "root": state.settings.model_name,
+            "max_model_len": state.engine.settings.max_model_len,
+        }
+        return {"object": "list", "data": [model]}
+
+
+def _add_tokens(app: FastAPI, state: ServerState) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text or of a conversation."""
+        state.check_model(body.model)
+        tokenizer = state.text_tokenizer()
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            ids = _without_double_bos(tokenizer, _conversation(state, body.messages, body.add_generation_prompt, None))
+        else:
+            ids = _encode(tokenizer, body.prompt or "", body.add_special_tokens)
+        strings = [tokenizer.backend.id_to_token(i) for i in ids] if body.return_token_strs else None
+        return {
+            "tokens": ids,
+            "count": len(ids),
+            "max_model_len": state.engine.settings.max_model_len,
+            "token_strs": strings,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of token ids."""
+        state.check_model(body.model)
+        ids = check_token_ids(token_id_array(body.tokens, "tokens"), state.engine.model.config)
+        return {"prompt": state.text_tokenizer().backend.decode(ids.tolist(), skip_special_tokens=False)}
+
+
+def _add_health(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health")
+    @app.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        """200 while the server takes requests."""
+        if state.is_draining:
+            raise ApiError(503, "the server is shutting down")
+        if not state.engine.is_healthy:
+            raise ApiError(503, "a role has no instance that works")
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of cmjax."""
+        return {"version": cmjax.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus."""
+        return Response(state.metrics.render(), media_type=state.metrics.content_type)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    """Token ids of each prompt, and their texts where they are wanted again."""
+    given = body.prompt
+    if isinstance(given, str):
+        several: list[Any] = [given]
+    elif given and isinstance(given[0], int):
+        several = [given]
+    else:
+        several = list(given)
+    if not several:
+        raise ApiError(400, "prompt: it is empty", param="prompt")
+    prompts, texts = [], []
+    for one in several:
+        if isinstance(one, str):
+            prompts.append(_encode(state.text_tokenizer(), one, body.add_special_tokens))
+            texts.append(one)
+        else:
+            if one:
+                check_token_ids(token_id_array(one, "prompt"), state.engine.model.config)
+            prompts.append(list(one))
+            texts.append(state.tokenizer.backend.decode(one, skip_special_tokens=False) if state.tokenizer else "")
+    return prompts, texts
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    return tokenizer.encode(text) if add_special_tokens else tokenizer.encode_with_ends(text)[0]
+
+
+def _without_double_bos(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A template writes bos itself, where it wants it."""
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def _conversation(
+    state: ServerState, messages: list[Any], add_generation_prompt: bool, variables: dict[str, Any] | None
+) -> str:
+    state.text_tokenizer()
+    if state.template is None:
+        raise ApiError(400, "messages: the model has no chat template; start the server with --chat-template")
+    plain = []
+    for message in messages:
+        fields = message.model_dump(exclude_none=True)
+        if not isinstance(message.content, str | None):
+            other = [part.type for part in message.content if part.type != "text"]
+            if other:
+                raise ApiError(400, f"messages: parts of type {other[0]!r} are not supported", param="messages")
+            fields["content"] = "".join(part.text or "" for part in message.content)
+        plain.append({"content": "", **fields})
+    return state.template.render(plain, add_generation_prompt=add_generation_prompt, **(variables or {}))
+
+
+def _tenant(request: Request) -> str:
+    return str(request.scope.get("cmjax.tenant", ""))
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+async def _respond(request: Request, answer: Answer) -> Response:
+    if answer.body.stream:
+        return EventStream(answer)
+    work = asyncio.ensure_future(answer.whole())
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(work.result())
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+        answer.run.close()
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, until the answer is complete or the client has gone; either way its requests are closed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.answer = answer
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        answer = self.answer
+        try:
+            for event in answer.first_events():
+                yield event
+            async for piece in answer.run.pieces():
+                yield answer.event(piece)
+            last = answer.last_event()
+            if last is not None:
+                yield last
+        except ApiError as error:
+            # The status has been sent; the event says that what came before is no result.
+            yield b"data: " + bytes(error.response().body) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            self.answer.run.close()
+
+
+# -- before the routes ------------------------------------------------------------------------------------------------
+
+
+class _Limits:
+    """Keys, the size of bodies, and the id of a request, which its response bears too."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id") or uuid.uuid4().hex.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            self._check_key(scope, headers)
+            body_receive = await self._limited(headers, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_id)
+            return
+        await self.app(scope, body_receive, send_with_id)
+
+    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        keys = self.state.settings.api_keys
+        if not keys or not scope["path"].startswith(_GUARDED):
+            return
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        known = [key for key in keys if hmac.compare_digest(key.encode(), given.strip())]
+        if kind.lower() != b"bearer" or not known:
+            raise ApiError(
+                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
+            )
+        scope["cmjax.tenant"] = known[0]
+
+    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Read the body, at most so much of it; then hand it on, and after it what else the client does."""
+        limit = self.state.settings.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            raise too_large
+        if not length and b"transfer-encoding" not in headers:
+            return receive
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            parts.append(message)
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise too_large
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                break
+        messages = iter(parts)
+
+        async def replay() -> Message:
+            message = next(messages, None)
+            return await receive() if message is None else message
+
+        return replay

@@ -1,0 +1,180 @@
+"""Prometheus metrics under the names that vLLM's users know."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cmjax.serve import EngineStats, RequestHandle
+
+_TTFT = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+_ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_E2E = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+_LABELS = ("model_name", "engine")
+
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _TTFT),
+    "inter_token_latency_seconds": ("Mean time between a request's tokens.", _ITL),
+    "request_time_per_output_token_seconds": ("(End to end - time to first token) / (tokens - 1).", _ITL),
+    "e2e_request_latency_seconds": ("From arrival to the end.", _E2E),
+    "request_queue_time_seconds": ("From arrival to the first prefill step.", _E2E),
+    "request_prefill_time_seconds": ("From there to the first token.", _E2E),
+    "request_decode_time_seconds": ("From the first token to the last.", _E2E),
+    "request_inference_time_seconds": ("From the first prefill step to the last token.", _E2E),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": ("Generated tokens of a request.", _TOKENS),
+    "request_params_n": ("The n of a request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
+    "request_params_max_tokens": ("The max_tokens of a request.", _TOKENS),
+}
+
+
+class Metrics:
+    """The metrics of one server; each has a registry of its own.
+
+    Args:
+        engine: whose `stats()` are read at each scrape.
+        model_name: a label.
+        prefix: of every name.
+    """
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, engine: Any, model_name: str, prefix: str = "vllm:") -> None:
+        self._labels = (model_name, "0")
+        self._registry = CollectorRegistry()
+        self._histograms = {
+            name: Histogram(prefix + name, text, _LABELS, buckets=buckets, registry=self._registry).labels(
+                *self._labels
+            )
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._success = Counter(
+            f"{prefix}request_success",
+            "Requests by how they ended.",
+            (*_LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+        self._registry.register(_FromEngine(engine, self._labels, prefix))
+
+    def observe(self, handle: RequestHandle, *, max_tokens: int, n: int, success_reason: str) -> None:
+        """Take note of a request that is over, once."""
+        times, num_tokens = handle.times, len(handle.token_ids)
+        values: dict[str, float | None] = {
+            "request_prompt_tokens": len(handle.prompt_ids),
+            "request_generation_tokens": num_tokens,
+            "request_params_n": n,
+            "request_params_max_tokens": max_tokens,
+            "time_to_first_token_seconds": _between(times.arrival, times.first_token),
+            "e2e_request_latency_seconds": _between(times.arrival, times.last_token),
+            "request_queue_time_seconds": _between(times.arrival, times.scheduled),
+            "request_prefill_time_seconds": _between(times.scheduled, times.prefilled),
+            "request_decode_time_seconds": _between(times.first_token, times.last_token),
+            "request_inference_time_seconds": _between(times.scheduled, times.last_token),
+        }
+        decode_s = values["request_decode_time_seconds"]
+        if num_tokens > 1 and decode_s is not None:
+            values["inter_token_latency_seconds"] = decode_s / (num_tokens - 1)
+            values["request_time_per_output_token_seconds"] = decode_s / (num_tokens - 1)
+        for name, value in values.items():
+            if value is not None:
+                self._histograms[name].observe(value)
+        self._success.labels(*self._labels, success_reason).inc()
+
+    def render(self) -> bytes:
+        """All of them, in Prometheus's text form."""
+        return generate_latest(self._registry)
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else max(end - begin, 0.0)
+
+
+class _FromEngine(Collector):
+    """What the engine counts itself."""
+
+    def __init__(self, engine: Any, labels: tuple[str, str], prefix: str) -> None:
+        self._engine, self._labels, self._prefix = engine, labels, prefix
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not read the engine."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the engine's statistics."""
+        stats: EngineStats = self._engine.stats()
+        gauges = {
+            "num_requests_running": ("Requests between admission and end.", stats.num_running),
+            "num_requests_waiting": ("Requests without a place.", stats.num_waiting),
+            "kv_cache_usage_perc": ("Share of the decode instances' cache blocks in use, 0 to 1.", stats.kv_usage),
+        }
+        counters = {
+            "num_preemptions": ("Requests that had to give their blocks back.", stats.num_preemptions),
+            "prompt_tokens": ("Prompt tokens.", stats.num_prompt_tokens),
+            "generation_tokens": ("Generated tokens.", stats.num_generation_tokens),
+            "prefix_cache_queries": ("Tokens looked up in the prefix cache; there is none yet.", 0),
+            "prefix_cache_hits": ("Tokens found there.", 0),
+            "spec_decode_num_drafts": ("Steps of a request with drafts.", stats.num_drafts),
+            "spec_decode_num_draft_tokens": ("Drafts made.", stats.num_draft_tokens),
+            "spec_decode_num_accepted_tokens": ("Drafts kept.", stats.num_accepted_tokens),
+            "kv_handoffs": ("Prompts whose KV arrived at a decode instance.", stats.num_handoffs),
+            "nixl_num_failed_transfers": (
+                "Hand-offs that had to be sent again or given up.",
+                stats.num_failed_handoffs,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(self._prefix + name, text, labels=_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        yield from self._with_more_labels(stats)
+
+    def _with_more_labels(self, stats: EngineStats) -> Iterator[Metric]:
+        name = f"{self._prefix}spec_decode_num_accepted_tokens_per_pos"
+        places = CounterMetricFamily(name, "Drafts kept, by place.", labels=(*_LABELS, "position"))
+        for place, kept in enumerate(stats.num_accepted_tokens_per_pos):
+            places.add_metric((*self._labels, str(place)), kept)
+        yield places
+        planes = CounterMetricFamily(f"{self._prefix}plane_bytes", "Bytes sent, by plane.", labels=(*_LABELS, "plane"))
+        for plane, num_bytes in stats.plane_bytes.items():
+            planes.add_metric((*self._labels, plane), num_bytes)
+        yield planes
+        labels = (*_LABELS, "instance", "role")
+        running = GaugeMetricFamily(f"{self._prefix}instance_requests", "Requests of an instance.", labels=labels)
+        blocks = GaugeMetricFamily(f"{self._prefix}instance_kv_usage", "Share of its blocks in use.", labels=labels)
+        tokens = CounterMetricFamily(f"{self._prefix}instance_tokens", "Tokens it has computed.", labels=labels)
+        for one in stats.instances:
+            own = (*self._labels, one.name, one.role)
+            running.add_metric(own, one.num_running + one.num_waiting)
+            blocks.add_metric(own, one.num_used_blocks / max(one.num_blocks, 1))
+            tokens.add_metric(own, one.num_tokens)
+        yield from (running, blocks, tokens)

@@ -1,0 +1,171 @@
+"""The requests of one HTTP call in the engine: submitted together, their tokens turned into text as they come."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+
+from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogprobs
+from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.protocol import CompletionRequest, Sampled
+from cmjax.serve.http.state import ServerState
+from cmjax.serve.http.text import Detokenizer, StopStrings
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one update adds to a choice.
+
+    Attributes:
+        index: of the choice.
+        text: what may be shown.
+        token_ids, logprobs: that the update brought, up to where a stop string ends it.
+        prompt_logprobs: with a choice's first piece, where asked for.
+        finish_reason: "stop" or "length" with the last.
+        stop_reason: the stop string or token that ended it; None for the model's own end.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class _Choice:
+    """One continuation: its request, and its text so far."""
+
+    def __init__(self, handle: RequestHandle, detokenizer: Detokenizer | None, stops: StopStrings) -> None:
+        self.handle, self.detokenizer, self.stops = handle, detokenizer, stops
+        self.num_tokens = 0
+        self.is_done = False
+
+    def take(self, index: int, update: RequestUpdate, own_stops: Sequence[int], keeps_tokens: bool) -> Piece:
+        """The piece that an update is; the choice may be done with it."""
+        text, used, found = "", 0, None
+        ends_by_token = update.finish_reason == "stop"
+        tokens = update.token_ids if keeps_tokens else []
+        for place, token in enumerate(tokens):
+            used = place + 1
+            if ends_by_token and used == len(tokens):
+                break  # the token that ends a request is not part of its text
+            if self.detokenizer is not None:
+                shown, found = self.stops.feed(self.detokenizer.feed(token))
+                text += shown
+                if found is not None:
+                    break
+        finish_reason: str | None = update.finish_reason
+        stop_reason: str | int | None = found
+        if found is not None:
+            finish_reason = "stop"
+            if update.finish_reason is None:
+                self.handle.cancel()
+        elif finish_reason is not None:
+            if self.detokenizer is not None:
+                shown, found = self.stops.feed(self.detokenizer.flush())
+                text += shown + self.stops.flush()
+                stop_reason = found
+                finish_reason = "stop" if found is not None else finish_reason
+            if ends_by_token and tokens and tokens[-1] in own_stops:
+                stop_reason = tokens[-1]
+        self.is_done = finish_reason is not None
+        self.num_tokens += used
+        logprobs = None if update.logprobs is None else update.logprobs[:used]
+        return Piece(index, text, tokens[:used], logprobs, update.prompt_logprobs, finish_reason, stop_reason)
+
+
+class Run:
+    """All choices of one call; `close` it in any case.
+
+    Attributes:
+        prompts: token ids.
+        num_choices: for each prompt; choice i belongs to prompt i // num_choices.
+    """
+
+    def __init__(self, state: ServerState, body: Sampled, prompts: Sequence[list[int]], tenant: str) -> None:
+        """Submit the requests.
+
+        Raises:
+            ApiError: what they ask for cannot be had; nothing is under way then.
+        """
+        self.state, self.body, self.prompts, self.num_choices = state, body, prompts, body.n
+        self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
+        self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
+        self._choices: list[_Choice] = []
+        self._samplings: list[SamplingParams] = []
+        self._is_closed = False
+        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+        if stops:
+            state.text_tokenizer()
+        wanted = [(prompt, state.sampling(body, len(prompt), choice)) for prompt in prompts for choice in range(body.n)]
+        state.admit(len(wanted))
+        try:
+            for prompt, sampling in wanted:
+                self._submit(prompt, sampling, stops, tenant)
+        except BaseException:
+            self._samplings += [wanted[0][1]] * (len(wanted) - len(self._samplings))
+            self.close()
+            raise
+
+    def _submit(self, prompt: list[int], sampling: SamplingParams, stops: Sequence[str], tenant: str) -> None:
+        loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.tokenizer
+        handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens)
+        self._choices.append(_Choice(handle, detokenizer, StopStrings(stops)))
+        self._samplings.append(sampling)
+
+        def forward(update: RequestUpdate) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+        handle.listen(forward)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Of all choices so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes, in the order it comes, until all choices are done.
+
+        Raises:
+            ApiError: 500, a request ended with an error; 503, the server ended it.
+        """
+        num_open, own_stops = len(self._choices), self.body.stop_token_ids or ()
+        while num_open:
+            index, update = await self._updates.get()
+            choice = self._choices[index]
+            if choice.is_done:
+                continue
+            if update.finish_reason == "error":
+                raise ApiError(500, update.error or "the request failed")
+            if update.finish_reason == "abort":
+                raise ApiError(503, "the request was cancelled: the server is shutting down")
+            piece = choice.take(index, update, own_stops, self._keeps_tokens)
+            num_open -= choice.is_done
+            if piece.text or piece.token_ids or piece.finish_reason or piece.prompt_logprobs:
+                yield piece
+
+    def close(self) -> None:
+        """Cancel what is still under way, and count it as over."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.state.leave(len(self._samplings))
+        for choice, sampling in zip(self._choices, self._samplings, strict=False):
+            reason = choice.handle.finish_reason
+            if not choice.is_done:
+                choice.handle.cancel()
+                reason = reason or "abort"
+            self.state.metrics.observe(
+                choice.handle,
+                max_tokens=sampling.max_tokens,
+                n=self.num_choices,
+                success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",
+            )

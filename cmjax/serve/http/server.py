@@ -1,0 +1,68 @@
+"""Running the app: uvicorn, and a way down that finishes what runs."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from cmjax.serve.http.state import ServerState
+
+
+class _Server(uvicorn.Server):
+    """Takes nothing new from the first signal on, on connections that are open already too."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        state: ServerState = self.config.app.state.server  # type: ignore[union-attr]  # an app, not an import string
+        state.is_draining = True
+        super().handle_exit(sig, frame)
+
+
+def run_server(
+    app: FastAPI,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    uds: str | None = None,
+    drain_timeout_s: float = 30.0,
+    log_level: str = "warning",
+    on_ready: Any = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what runs, for at most `drain_timeout_s` seconds; a second signal ends
+    at once.
+
+    Args:
+        app: from `create_app`.
+        host, port: where to listen; port 0 takes a free one.
+        uds: a Unix socket instead.
+        log_level: of uvicorn.
+        on_ready: called with the address once requests are taken.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        uds=uds,
+        log_level=log_level,
+        access_log=log_level in ("debug", "trace"),
+        timeout_graceful_shutdown=max(int(drain_timeout_s), 1),
+        lifespan="off",
+    )
+    server = _Server(config)
+    if on_ready is not None:
+        startup = server.startup
+
+        async def start_and_tell(sockets: Any = None) -> None:
+            await startup(sockets)
+            if server.started:
+                listening = [s.getsockname() for one in server.servers for s in one.sockets]
+                on_ready(uds or f"http://{host}:{listening[0][1]}")
+
+        server.startup = start_and_tell  # type: ignore[method-assign]  # uvicorn has no hook for it
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass  # uvicorn raises the signal again when it is done
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,28 @@
+"""The status page at `/`: instances, load, planes and traffic, live."""
+
+import dataclasses
+import time
+from importlib.resources import files
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+
+
+def status_routes(engine: Any, model_name: str) -> list[Route]:
+    """`/`, a page that needs nothing from elsewhere, and `/status.json`, which it asks every second."""
+    page = files("cmjax.serve.http").joinpath("status.html").read_text(encoding="utf-8")
+    began = time.monotonic()
+
+    async def show(_: Request) -> HTMLResponse:
+        return HTMLResponse(page)
+
+    async def status(_: Request) -> JSONResponse:
+        stats = engine.stats()
+        fields = dataclasses.asdict(stats)
+        return JSONResponse(
+            {"model": model_name, "uptime_s": time.monotonic() - began, "kv_usage": stats.kv_usage, **fields}
+        )
+
+    return [Route("/", show), Route("/status.json", status)]
