@@ -14,7 +14,7 @@ class _Server(uvicorn.Server):
     """Takes nothing new from the first signal on, on connections that are open already too."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        state: ServerState = self.config.app.state.server  # type: ignore[union-attr]  # an app, not an import string
+        state: ServerState = self.config.app.state.server  # type: ignore[union-attr]  # never an import string
         state.is_draining = True
         super().handle_exit(sig, frame)
 
@@ -60,9 +60,11 @@ def run_server(
                 on_ready(uds or f"http://{host}:{listening[0][1]}")
 
         server.startup = start_and_tell  # type: ignore[method-assign]  # uvicorn has no hook for it
+    # uvicorn raises the signal again when it is done, which would end the process before what comes after.
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(one, lambda *_: None) for one in signals]
     try:
         server.run()
-    except KeyboardInterrupt:
-        pass  # uvicorn raises the signal again when it is done
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)

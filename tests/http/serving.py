@@ -1,0 +1,47 @@
+"""A real server in a thread, over a real engine."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.model import Tokenizer
+from cmjax.serve import Engine
+from cmjax.serve.http import ServerSettings, create_app
+from cmjax.serve.http.text import ChatTemplate
+
+
+@contextlib.contextmanager
+def served(engine: Engine, **settings: Any) -> Iterator[str]:
+    """The address of a server for the demonstration model; the engine has been started."""
+    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
+    server_settings = ServerSettings(**{"model_name": "demo", **settings})
+    app = create_app(engine, server_settings, tokenizer, ChatTemplate.find(BUNDLED_MODEL, tokenizer))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    (listening,) = server.servers
+    try:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+
+
+def wait_until_idle(engine: Engine, timeout: float = 30.0) -> None:
+    """Until no request, block or place is in use."""
+    deadline = time.monotonic() + timeout
+    while True:
+        stats = engine.stats()
+        held = sum(one.num_used_blocks for one in stats.instances)
+        if not (stats.num_running or stats.num_waiting or held):
+            return
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.01)

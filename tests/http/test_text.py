@@ -1,0 +1,93 @@
+"""Text as it comes: the pieces are the whole text's, whatever the tokens and stop strings are."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.model import Tokenizer
+from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.text import ChatTemplate, Detokenizer, StopStrings
+
+TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
+LETTERS = st.text("ab\n", max_size=30)
+
+
+@given(
+    text=LETTERS, cuts=st.lists(st.integers(0, 30)), stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+)
+def test_stop_strings_end_a_text_where_they_end_the_whole_one(text, cuts, stops):
+    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    checker, shown, found = StopStrings(stops), "", None
+    for begin, end in itertools.pairwise(edges):
+        piece, found = checker.feed(text[begin:end])
+        shown += piece
+        # What has been shown is never taken back.
+        assert text.startswith(shown)
+        if found is not None:
+            break
+    else:
+        shown += checker.flush()
+    places = [text.find(stop) for stop in stops if stop in text]
+    if not places:
+        assert (shown, found) == (text, None)
+    else:
+        # The first to be complete ends it; of those in one piece, the first to begin.
+        assert found in stops
+        assert text.startswith(shown + found)
+        assert not any(stop in shown for stop in stops)
+
+
+def test_what_could_become_a_stop_string_is_held_back_and_no_more():
+    checker = StopStrings(["</end>"])
+    assert checker.feed("text <") == ("text ", None)
+    assert checker.feed("/en") == ("", None)
+    assert checker.feed("x") == ("</enx", None)
+    assert checker.feed("</end> more") == ("", "</end>")
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_characters_of_several_tokens_come_whole(text):
+    ids = TOKENIZER.encode_with_ends(text)[0]
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces = [detokenizer.feed(token) for token in ids]
+    whole = TOKENIZER.decode(ids)
+    assert "".join(pieces) + detokenizer.flush() == whole
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
+def test_any_tokens_give_a_text_that_ends(ids):
+    detokenizer = Detokenizer(TOKENIZER)
+    text = "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
+    # Bytes that are no character become replacement characters, of which the whole text may have fewer in a row.
+    plain, whole = (one.replace("\ufffd", "") for one in (text, TOKENIZER.decode(ids)))
+    assert plain == whole
+
+
+def test_a_template_renders_as_the_model_wants_it():
+    template = ChatTemplate.find(BUNDLED_MODEL, TOKENIZER)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert template.render(messages, add_generation_prompt=True) == "<|begin|><|user|>a<|assistant|>b<|assistant|>"
+
+
+def test_templates_use_what_they_use_elsewhere(tmp_path):
+    source = """{%- for message in messages %}
+    {%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}
+    {%- if loop.index0 > 1 %}{% break %}{% endif %}
+    {{- message | tojson }}
+{%- endfor %}"""
+    (tmp_path / "chat_template.jinja").write_text(source)
+    template = ChatTemplate.find(tmp_path, TOKENIZER)
+    assert (
+        template.render([{"role": "user", "content": "é"}], add_generation_prompt=False)
+        == '{"role": "user", "content": "é"}'
+    )
+    with pytest.raises(ApiError, match="the chat template refuses them: no tools"):
+        template.render([{"role": "tool"}], add_generation_prompt=False)
+    escape = ChatTemplate("{{ messages.__class__.__mro__ }}", TOKENIZER)
+    with pytest.raises(ApiError):
+        escape.render([], add_generation_prompt=False)
