@@ -11,6 +11,7 @@ import click
 
 from cmjax.cli import Commands
 from cmjax.cli_bench_engine import engine
+from cmjax.cli_bench_serve import serve
 from cmjax.cli_generate import new_table
 from cmjax.cli_options import find_model, json_option, model_option, quant_option
 from cmjax.errors import UserError
@@ -39,6 +40,7 @@ def bench() -> None:
 
 
 bench.add_command(engine)
+bench.add_command(serve)
 
 
 @bench.command(epilog="\b\nExamples:\n  cmjax bench fabric\n  cmjax bench fabric --json")

@@ -1,0 +1,188 @@
+"""Sending a trace to an engine or to a server, and timing what comes back."""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+from cmjax.bench.trace import TraceRequest
+from cmjax.serve import Engine, SamplingParams
+
+
+@dataclasses.dataclass
+class Record:
+    """What became of one request; times in seconds from the start of the load, by a monotonic clock.
+
+    Attributes:
+        sent: when it was sent.
+        chunks: when each chunk of tokens came; a chunk may hold several tokens.
+        num_output: tokens that came.
+        token_ids: themselves, where the server says them.
+        error: why it failed; None where it was complete.
+    """
+
+    num_input: int
+    sent: float = 0.0
+    chunks: list[float] = dataclasses.field(default_factory=list)
+    num_output: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it came."""
+        return self.error is None
+
+
+class Target(Protocol):
+    """Whatever answers requests."""
+
+    def send(self, request: TraceRequest) -> AsyncIterator[list[int] | int]:
+        """The chunks of an answer: token ids, or how many there are; raises where it fails."""
+        ...
+
+
+class EngineTarget:
+    """An engine in this process, which has been started."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def send(self, request: TraceRequest) -> AsyncIterator[list[int] | int]:
+        """See `Target`."""
+        handle = self._engine.submit(
+            request.prompt_ids,
+            SamplingParams(max_tokens=request.max_tokens),
+            priority=request.priority,
+            tenant=request.tenant,
+        )
+        async for update in handle:
+            if update.finish_reason in ("error", "abort"):
+                raise RuntimeError(update.error or "the request was cancelled")
+            yield update.token_ids
+
+
+class UrlTarget:
+    """A server with OpenAI's API: this project's, vLLM's or another.
+
+    Args:
+        url: such as http://127.0.0.1:8000.
+        model: its name there; None: the first that the server names.
+        api_key: sent as a bearer token.
+        streams: ask for events, or for the whole answer at once.
+    """
+
+    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, streams: bool = True) -> None:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits)
+        self.model, self._streams = model, streams
+
+    async def open(self) -> "UrlTarget":
+        """Ask the server for its model's name."""
+        if self.model is None:
+            answer = await self._client.get("/v1/models")
+            answer.raise_for_status()
+            self.model = answer.json()["data"][0]["id"]
+        return self
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def send(self, request: TraceRequest) -> AsyncIterator[list[int] | int]:
+        """See `Target`."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": request.prompt_ids,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "priority": request.priority,
+            "return_token_ids": True,
+        }
+        if not self._streams:
+            answer = await self._client.post("/v1/completions", json=body)
+            _check_status(answer.status_code, answer.content)
+            found = answer.json()
+            yield found["choices"][0].get("token_ids") or int(found["usage"]["completion_tokens"])
+            return
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        async with self._client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                _check_status(answer.status_code, await answer.aread())
+            total, told, is_done = 0, 0, False
+            async for event in _events(answer.aiter_bytes()):
+                if event == b"[DONE]":
+                    is_done = True
+                    break
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    raise RuntimeError(str(chunk["error"].get("message", chunk["error"])))
+                if chunk.get("usage"):
+                    total = int(chunk["usage"]["completion_tokens"])
+                for choice in chunk["choices"]:
+                    ids = choice.get("token_ids")
+                    if ids:
+                        told += len(ids)
+                        yield ids
+                    elif ids is None and choice.get("text"):
+                        yield 0  # a server that does not say how many: its usage does, at the end
+            if not is_done:
+                raise RuntimeError("the stream ended before it was complete")
+            if total > told:
+                yield total - told
+
+
+def _check_status(status: int, content: bytes) -> None:
+    if status != 200:
+        raise RuntimeError(f"status {status}: {content[:200].decode(errors='replace')}")
+
+
+async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The `data:` of server-sent events."""
+    held = b""
+    async for part in parts:
+        *lines, held = (held + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+async def run_load(
+    trace: Sequence[TraceRequest],
+    target: Target,
+    *,
+    max_concurrency: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[Record], float]:
+    """Send each request when it arrives, at most `max_concurrency` at a time; `(records, seconds in all)`."""
+    gate = asyncio.Semaphore(max_concurrency or max(len(trace), 1))
+    begin = time.perf_counter()
+
+    async def one(request: TraceRequest) -> Record:
+        await asyncio.sleep(max(request.arrival_s - (time.perf_counter() - begin), 0))
+        record = Record(len(request.prompt_ids))
+        async with gate:
+            record.sent = time.perf_counter() - begin
+            try:
+                async for chunk in target.send(request):
+                    count = chunk if isinstance(chunk, int) else len(chunk)
+                    if count or isinstance(chunk, int):
+                        record.chunks.append(time.perf_counter() - begin)
+                        record.num_output += count
+                        record.token_ids += [] if isinstance(chunk, int) else chunk
+                if not record.num_output:
+                    record.error = "no tokens came"
+            except Exception as error:
+                record.error = f"{type(error).__name__}: {error}"
+        if on_progress is not None:
+            on_progress(record.num_output)
+        return record
+
+    records = list(await asyncio.gather(*map(one, trace)))
+    return records, time.perf_counter() - begin

@@ -1,0 +1,166 @@
+"""What a load consists of: requests with their times of arrival, drawn or from a file."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.model import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRequest:
+    """One request of a trace.
+
+    Attributes:
+        arrival_s: seconds after the start.
+        prompt_ids: token ids.
+        max_tokens: to generate; the end of a text is ignored, so that there are as many.
+        priority, tenant: as for `Engine.submit`; over HTTP a tenant is told by its key, so it is not sent.
+    """
+
+    arrival_s: float
+    prompt_ids: list[int]
+    max_tokens: int
+    priority: int = 0
+    tenant: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """A distribution of token counts: one value, evenly from one to another, or log-normal with median and sigma."""
+
+    kind: str
+    first: float
+    second: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Lengths":
+        """`128`, `16:256`, or `lognormal:200,0.8` (median, sigma of the logarithm).
+
+        Raises:
+            UserError: it is none of these.
+        """
+        try:
+            if text.startswith("lognormal:"):
+                median, sigma = map(float, text.removeprefix("lognormal:").split(","))
+                found = cls("lognormal", median, sigma)
+            elif ":" in text:
+                found = cls("uniform", *map(int, text.split(":")))
+            else:
+                found = cls("fixed", int(text))
+        except ValueError:
+            raise UserError(f"{text!r} is no length: give 128, 16:256 or lognormal:200,0.8") from None
+        if found.first < 1 or found.second < 0 or (found.kind == "uniform" and found.second < found.first):
+            raise UserError(f"{text!r}: lengths must be positive, and a range ascend")
+        return found
+
+    def draw(self, rng: np.random.Generator, count: int, most: int) -> np.ndarray:
+        """So many counts, 1 to `most`: `int64[count]`."""
+        if self.kind == "fixed":
+            drawn = np.full(count, self.first)
+        elif self.kind == "uniform":
+            drawn = rng.integers(int(self.first), int(self.second) + 1, count)
+        else:
+            drawn = np.exp(rng.normal(np.log(self.first), self.second, count))
+        return np.clip(np.round(drawn), 1, most).astype(np.int64)
+
+
+class Prompts:
+    """Prompts of any length, cut from the held-out text, so that a trained model sees what it was trained for; random
+    ids where there is no text."""
+
+    def __init__(self, rng: np.random.Generator, vocab_size: int, tokenizer: Tokenizer | None, texts: Path) -> None:
+        self._rng, self._vocab_size, self._ids = rng, vocab_size, np.zeros(0, np.int64)
+        if tokenizer is not None and texts.is_file():
+            with texts.open(encoding="utf-8") as lines:
+                some = [json.loads(line)["text"] for _, line in zip(range(64), lines, strict=False)]
+            self._ids = np.concatenate([tokenizer.encode(text) for text in some])
+
+    def cut(self, length: int) -> list[int]:
+        """A prompt of so many tokens."""
+        if len(self._ids) <= length:
+            return [int(token) for token in self._rng.integers(0, self._vocab_size, length)]
+        begin = int(self._rng.integers(0, len(self._ids) - length))
+        return [int(token) for token in self._ids[begin : begin + length]]
+
+
+def poisson_trace(
+    count: int,
+    rate: float,
+    input_len: Lengths,
+    output_len: Lengths,
+    prompts: Prompts,
+    rng: np.random.Generator,
+    *,
+    max_model_len: int,
+    burstiness: float = 1.0,
+) -> list[TraceRequest]:
+    """Requests that arrive independently, `rate` a second on the average; infinite: all at once.
+
+    Args:
+        burstiness: shape of the gamma distribution of the gaps; 1 is Poisson, less comes in bursts.
+    """
+    gaps = np.zeros(count) if np.isinf(rate) else rng.gamma(burstiness, 1 / (rate * burstiness), count)
+    arrivals = np.cumsum(gaps)
+    inputs = input_len.draw(rng, count, max_model_len - 1)
+    outputs = np.minimum(output_len.draw(rng, count, max_model_len), max_model_len - inputs)
+    return [
+        TraceRequest(float(arrival), prompts.cut(int(length)), int(tokens))
+        for arrival, length, tokens in zip(arrivals, inputs, outputs, strict=True)
+    ]
+
+
+def read_trace(
+    path: Path, prompts: Prompts, tokenizer: Tokenizer | None, *, max_model_len: int, speed: float = 1.0
+) -> list[TraceRequest]:
+    """Requests from a file of JSON lines.
+
+    A line has a time, `arrival_s` in seconds or `timestamp` in milliseconds; a prompt, `prompt` as text or token ids,
+    or `input_length`; and `max_tokens` or `output_length`; perhaps `priority` and `tenant`. Requests longer than
+    `max_model_len` are cut to it.
+
+    Raises:
+        UserError: a line that does not say so, by its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                requests.append(_parse(json.loads(line), prompts, tokenizer, max_model_len, speed))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number}: no request of a trace: {error!r}") from error
+    if not requests:
+        raise UserError(f"{path}: no requests")
+    first = min(request.arrival_s for request in requests)
+    moved = [dataclasses.replace(request, arrival_s=request.arrival_s - first) for request in requests]
+    return sorted(moved, key=lambda request: request.arrival_s)
+
+
+def _parse(
+    line: dict[str, Any], prompts: Prompts, tokenizer: Tokenizer | None, max_model_len: int, speed: float
+) -> TraceRequest:
+    arrival = float(line["arrival_s"]) if "arrival_s" in line else float(line["timestamp"]) / 1e3
+    given = line.get("prompt")
+    if isinstance(given, str):
+        if tokenizer is None:
+            raise ValueError("a prompt as text needs the model's tokenizer")
+        ids: Sequence[int] = tokenizer.encode(given)
+    elif given is not None:
+        ids = [int(token) for token in given]
+    else:
+        ids = prompts.cut(min(int(line["input_length"]), max_model_len - 1))
+    ids = list(ids[: max_model_len - 1])
+    wanted = int(line["max_tokens"] if "max_tokens" in line else line["output_length"])
+    if wanted < 1 or not ids or arrival < 0:
+        raise ValueError("times, prompts and output lengths must be positive")
+    tokens = min(wanted, max_model_len - len(ids))
+    return TraceRequest(arrival / speed, ids, tokens, int(line.get("priority", 0)), str(line.get("tenant", "")))
