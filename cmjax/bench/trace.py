@@ -74,9 +74,11 @@ class Prompts:
     """Prompts of any length, cut from the held-out text, so that a trained model sees what it was trained for; random
     ids where there is no text."""
 
-    def __init__(self, rng: np.random.Generator, vocab_size: int, tokenizer: Tokenizer | None, texts: Path) -> None:
+    def __init__(
+        self, rng: np.random.Generator, vocab_size: int, tokenizer: Tokenizer | None, texts: Path | None
+    ) -> None:
         self._rng, self._vocab_size, self._ids = rng, vocab_size, np.zeros(0, np.int64)
-        if tokenizer is not None and texts.is_file():
+        if tokenizer is not None and texts is not None and texts.is_file():
             with texts.open(encoding="utf-8") as lines:
                 some = [json.loads(line)["text"] for _, line in zip(range(64), lines, strict=False)]
             self._ids = np.concatenate([tokenizer.encode(text) for text in some])
