@@ -122,6 +122,9 @@ def test_formats_and_sizes_reach_the_engine(capsys):
         "num_redundant_experts": None,
         "num_shared_replicas": None,
         "exchange": "FabricExchange",
+        "num_kv_blocks": None,
+        "handoff_timeout_s": 60.0,
+        "tpot_slo_ms": None,
     }
 
 

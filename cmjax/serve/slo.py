@@ -25,9 +25,8 @@ class SloController:
     """Picks how many sequences a rank decodes together: the most that keep the time per output token at its target.
 
     Plain arithmetic on what it is told; no clock. It starts with the smallest size, and goes up where a larger one is
-    known or expected to hold the target (a call's time grows at most in proportion to its sequences), and down at once
-    where the mean of the present one does not. A size that failed is tried again after a while, since contexts grow and
-    shrink.
+    known or expected to hold the target, and down at once where the mean of the present one does not. A size that
+    failed is tried again after a while, since contexts grow and shrink.
 
     Args:
         target_s: seconds per output token (TPOT), drafts that were kept counted as tokens.
@@ -72,17 +71,15 @@ class SloController:
             larger = self.sizes[index + 1]
             other = self._known[larger]
             is_tried = other.retry_at > 0
-            expected = known.tpot_s * larger / self.limit
-            if self._num_calls >= other.retry_at and (is_tried or self._expect(larger, expected) <= self.target_s):
+            if self._num_calls >= other.retry_at and (is_tried or self._expect(larger) <= self.target_s):
                 self.limit = larger
 
-    def _expect(self, larger: int, at_most: float) -> float:
-        """Seconds per token of a size not tried yet: by the line through the two largest known ones, if any."""
+    def _expect(self, larger: int) -> float:
+        """Seconds per token of a size not tried yet, by the line through the two largest known ones; with one alone,
+        the same, so that it is tried."""
         known = [size for size in self.sizes if size < larger and self._known[size].num_calls]
         if len(known) < 2:
-            # Twice the sequences have never been seen to take twice the time: half of the growth is a fair first guess.
-            here = self._known[self.limit].tpot_s
-            return (here + at_most) / 2
+            return self._known[self.limit].tpot_s
         low, high = known[-2:]
         slope = (self._known[high].tpot_s - self._known[low].tpot_s) / (high - low)
         return self._known[high].tpot_s + max(slope, 0.0) * (larger - high)

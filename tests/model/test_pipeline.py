@@ -112,7 +112,7 @@ def traced():
             jaxpr = decode.trace(*arguments, spec=target.spec, num_steps=2).jaxpr
         else:
             source = engine.prefill[0]
-            batch = source.pack([], [], [])
+            batch = source.pack([])
             jaxpr = prefill.trace(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).jaxpr
         *_, body = layer_bodies(jaxpr.jaxpr)  # that of the layers is within that of the steps
         return Graph(body)
