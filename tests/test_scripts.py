@@ -17,6 +17,7 @@ RUNS = {
     "custom_dispatch.py with XLA_FLAGS": (("custom_dispatch.py",), FLAGS, "the tokens are equal"),
     "quantize.py": (("quantize.py",), "", "int8, "),
     "speculative.py": (("speculative.py", "--temperature", "0.7"), "", "3 of 3 are those without drafts"),
+    "serve.py": (("serve.py",), "", "the same texts: True"),
     "microbatches.py": (("microbatches.py",), "", "the tokens are equal"),
     "fabric_tour.py at 8 ranks": (("fabric_tour.py", "8"), "", "8 ranks"),
     "fabric_tour.py with XLA_FLAGS": (("fabric_tour.py",), FLAGS, "320 ranks"),
@@ -26,6 +27,7 @@ TRAINING = {"train_demo.py", "demo_data.py", "demo_log.py"}
 
 
 LONG = {
+    "serve.py",
     "quantize.py",
     "microbatches.py",
     "generate.py at EP8",

@@ -20,6 +20,8 @@ from cmjax.serve.steps import PrefillOutput, new_cache, prefill
 
 # Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
 SMALL_STEP_TOKENS = 256
+# A step has room for its budget in prompts of this length; shorter ones leave some of it unused.
+LEAST_PROMPT_TOKENS = 16
 
 
 @dataclasses.dataclass
@@ -52,7 +54,8 @@ class PrefillInstance(PlacedModel):
     def __init__(self, model: Model, instance: Instance, settings: EngineSettings, num_blocks: int) -> None:
         super().__init__(model, instance, settings, "max_num_batched_tokens")
         self.num_blocks = num_blocks
-        self.max_sequences = round_up(settings.max_num_seqs_per_rank, instance.ep_size)
+        most = max(settings.max_num_seqs_per_rank, settings.max_num_batched_tokens // LEAST_PROMPT_TOKENS)
+        self.max_sequences = round_up(most, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
         self.compiled: set[tuple[int, SamplingRoom]] = set()
         self.set_forms(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
