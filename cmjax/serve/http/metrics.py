@@ -1,13 +1,14 @@
 """Prometheus metrics under the names that vLLM's users know."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cmjax.serve import EngineStats, RequestHandle
+from cmjax.serve.request import FinishReason
 
 _TTFT = (
     0.001,
@@ -80,6 +81,8 @@ class Metrics:
             (*_LABELS, "finished_reason"),
             registry=self._registry,
         )
+        for reason in get_args(FinishReason):  # at 0 from the start, so that the first of each is a growth
+            self._success.labels(*self._labels, reason)
         self._registry.register(_FromEngine(engine, self._labels, prefix))
 
     def observe(self, handle: RequestHandle, *, max_tokens: int, n: int, success_reason: str) -> None:

@@ -1,0 +1,171 @@
+"""The Prometheus text: hand-made handles and statistics in, names and values as vLLM's users know them out."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cmjax.serve import EngineStats, RequestHandle
+from cmjax.serve.handle import RequestTimes
+from cmjax.serve.http.metrics import Metrics
+from cmjax.serve.stats import InstanceStats
+
+LABELS = {"model_name": "demo", "engine": "0"}
+STATS = EngineStats(
+    instances=[
+        InstanceStats("prefill0", "prefill", "ready", 2, 3, 1, 40, 10, 7, 900, 1.5),
+        InstanceStats("decode0", "decode", "ready", 4, 5, 0, 80, 20, 60, 300, 2.5, num_places=8, seqs_per_rank=2),
+    ],
+    num_waiting=6,
+    num_running=8,
+    num_preemptions=2,
+    num_handoffs=11,
+    num_failed_handoffs=1,
+    num_prompt_tokens=900,
+    num_generation_tokens=311,
+    num_drafts=50,
+    num_draft_tokens=100,
+    num_accepted_tokens=70,
+    num_accepted_tokens_per_pos=[45, 25],
+    plane_bytes={"ub": 1000, "rdma": 20},
+)
+
+
+def make_metrics(stats=STATS, **options):
+    return Metrics(SimpleNamespace(stats=lambda: stats), "demo", **options)
+
+
+def make_handle(num_prompt, num_tokens, **times):
+    handle = RequestHandle("request", [0] * num_prompt, times["arrival"], lambda: None)
+    handle.token_ids = [0] * num_tokens
+    handle.times = RequestTimes(**times)
+    return handle
+
+
+def values(metrics):
+    """(name of a sample without vllm:, labels but the common two) -> value."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert {name: labels.pop(name) for name in LABELS} == LABELS
+            key = sample.name.removeprefix("vllm:"), *(value for _, value in sorted(labels.items()))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def test_a_request_s_times_and_lengths_go_into_the_histograms():
+    metrics = make_metrics()
+    handle = make_handle(
+        30, 5, arrival=100.0, scheduled=100.5, prefilled=102.0, first_token=103.0, last_token=111.0, finished=111.25
+    )
+    metrics.observe(handle, max_tokens=64, n=2, success_reason="stop")
+    found = values(metrics)
+    expected = {
+        "time_to_first_token_seconds": 3.0,
+        "inter_token_latency_seconds": 2.0,
+        "request_time_per_output_token_seconds": 2.0,
+        "e2e_request_latency_seconds": 11.0,
+        "request_queue_time_seconds": 0.5,
+        "request_prefill_time_seconds": 1.5,
+        "request_decode_time_seconds": 8.0,
+        "request_inference_time_seconds": 10.5,
+        "request_prompt_tokens": 30,
+        "request_generation_tokens": 5,
+        "request_params_n": 2,
+        "request_params_max_tokens": 64,
+    }
+    assert {name: found[f"{name}_sum",] for name in expected} == pytest.approx(expected)
+    assert {found[f"{name}_count",] for name in expected} == {1}
+    assert {name[0] for name in found if name[0].endswith("_bucket")} == {f"{name}_bucket" for name in expected}
+    assert found["request_success_total", "stop"] == 1
+
+
+def test_buckets_are_vllm_s():
+    found = values(make_metrics())
+    bounds = {}
+    for name, *rest in found:
+        if name.endswith("_bucket"):
+            bounds.setdefault(name.removesuffix("_bucket"), []).append(float(rest[0]))
+    assert all(ends == sorted(ends) and ends[-1] == math.inf for ends in bounds.values())
+    ends = {name: (one[0], one[-2]) for name, one in bounds.items()}
+    assert ends["time_to_first_token_seconds"] == (0.001, 2560)
+    assert ends["inter_token_latency_seconds"] == (0.01, 80)
+    assert ends["e2e_request_latency_seconds"] == ends["request_queue_time_seconds"] == (0.3, 7680)
+
+
+def test_what_did_not_happen_to_a_request_is_in_no_histogram():
+    metrics = make_metrics()
+    metrics.observe(make_handle(4, 0, arrival=1.0, finished=2.0), max_tokens=8, n=1, success_reason="abort")
+    one_token = make_handle(
+        4, 1, arrival=1.0, scheduled=1.0, prefilled=2.0, first_token=2.0, last_token=2.0, finished=2.0
+    )
+    metrics.observe(one_token, max_tokens=1, n=1, success_reason="length")
+    found = values(metrics)
+    # One token has no time between tokens, and no token no time to the first.
+    assert found["request_time_per_output_token_seconds_count",] == found["inter_token_latency_seconds_count",] == 0
+    assert found["time_to_first_token_seconds_count",] == found["request_queue_time_seconds_count",] == 1
+    assert found["request_prompt_tokens_count",] == 2
+    assert found["request_success_total", "abort"] == found["request_success_total", "length"] == 1
+
+
+def test_the_engine_s_statistics_are_read_at_each_scrape():
+    now = [STATS]
+    metrics = Metrics(SimpleNamespace(stats=lambda: now[0]), "demo")
+    found = values(metrics)
+    expected = {
+        ("num_requests_running",): 8,
+        ("num_requests_waiting",): 6,
+        ("kv_cache_usage_perc",): 0.25,
+        ("num_preemptions_total",): 2,
+        ("prompt_tokens_total",): 900,
+        ("generation_tokens_total",): 311,
+        ("prefix_cache_queries_total",): 0,
+        ("prefix_cache_hits_total",): 0,
+        ("spec_decode_num_drafts_total",): 50,
+        ("spec_decode_num_draft_tokens_total",): 100,
+        ("spec_decode_num_accepted_tokens_total",): 70,
+        ("spec_decode_num_accepted_tokens_per_pos_total", "0"): 45,
+        ("spec_decode_num_accepted_tokens_per_pos_total", "1"): 25,
+        ("kv_handoffs_total",): 11,
+        ("nixl_num_failed_transfers_total",): 1,
+        ("plane_bytes_total", "ub"): 1000,
+        ("plane_bytes_total", "rdma"): 20,
+        ("instance_requests", "prefill0", "prefill"): 4,
+        ("instance_requests", "decode0", "decode"): 5,
+        ("instance_kv_usage", "prefill0", "prefill"): 0.25,
+        ("instance_kv_usage", "decode0", "decode"): 0.25,
+        ("instance_tokens_total", "prefill0", "prefill"): 900,
+        ("instance_tokens_total", "decode0", "decode"): 300,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    now[0] = dataclasses.replace(STATS, instances=[], num_running=0, num_generation_tokens=400)
+    found = values(metrics)
+    assert found["num_requests_running",] == 0
+    assert found["kv_cache_usage_perc",] == 0
+    assert found["generation_tokens_total",] == 400
+    assert not [key for key in found if key[0].startswith("instance_")]
+
+
+def test_every_way_to_end_is_there_from_the_start():
+    found = values(make_metrics())
+    ends = {key[1]: value for key, value in found.items() if key[0] == "request_success_total"}
+    assert ends == {"stop": 0, "length": 0, "abort": 0, "error": 0}
+
+
+def test_servers_of_one_process_keep_their_numbers_and_names_apart():
+    one, other = make_metrics(), make_metrics(prefix="cmjax_")
+    one.observe(make_handle(4, 1, arrival=1.0), max_tokens=8, n=1, success_reason="stop")
+    names = [
+        {family.name: family for family in text_string_to_metric_families(m.render().decode())} for m in (one, other)
+    ]
+    assert {name.removeprefix("vllm:") for name in names[0]} == {name.removeprefix("cmjax_") for name in names[1]}
+    counts = [
+        next(sample.value for sample in families[name].samples if sample.name.endswith("_count"))
+        for families, name in zip(names, ("vllm:request_prompt_tokens", "cmjax_request_prompt_tokens"), strict=True)
+    ]
+    assert counts == [1, 0]
+    assert one.content_type.startswith("text/plain")
