@@ -1,6 +1,10 @@
-"""A real server in a thread, over a real engine."""
+"""A real server: in a thread, over a real engine, or as a process."""
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ from cmjax.model import Tokenizer
 from cmjax.serve import Engine
 from cmjax.serve.http import ServerSettings, create_app
 from cmjax.serve.http.text import ChatTemplate
+from tests.conftest import ROOT
 
 
 @contextlib.contextmanager
@@ -33,6 +38,25 @@ def served(engine: Engine, **settings: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(timeout=30)
+
+
+@contextlib.contextmanager
+def serving_process(*options: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`cmjax serve` with the options, on a port of its own choice: the process and its address, once it is ready."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "serve")}
+    command = [sys.executable, "-m", "cmjax", "serve", "--port", "0", *map(str, options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if found := re.search(r"serving \S+ on (http://\S+)", line):
+                    break
+            else:
+                raise AssertionError("the server did not start: " + "".join(said))
+            yield process, found[1]
+        finally:
+            process.kill()
 
 
 def wait_until_idle(engine: Engine, timeout: float = 30.0) -> None:

@@ -1,51 +1,24 @@
 """`cmjax serve` as a process: its options, its configuration file, and the way it ends."""
 
+import itertools
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 
 import httpx
 import pytest
 
 from cmjax.cli import main
-from tests.conftest import ROOT
+from tests.http.serving import serving_process
 from tests.parity import FOLDER
 
 
 @pytest.fixture(scope="module")
 def server():
     """A small model without a tokenizer, behind a real process; `(process, address)`."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "serve")}
-    options = [
-        "--model",
-        FOLDER / "v3-small",
-        "--ep",
-        "2",
-        "--port",
-        "0",
-        "--max-num-seqs",
-        "4",
-        "--max-model-len",
-        "64",
-    ]
-    command = [sys.executable, "-m", "cmjax", "serve", *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        found = re.search(r"serving v3-small on (http://\S+)", line)
-        if found:
-            break
-    else:
-        pytest.fail("".join(lines))
-    yield process, found[1]
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    options = {"--model": FOLDER / "v3-small", "--ep": 2, "--max-num-seqs": 4, "--max-model-len": 64}
+    with serving_process(*itertools.chain(*options.items())) as process_and_address:
+        yield process_and_address
 
 
 def test_sigterm_finishes_what_runs(server):
