@@ -23,6 +23,8 @@ from cmjax.serve.scheduler import Scheduler
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.stats import EngineStats, Role
 
+_LEAST_PRUNED = 64
+
 
 class Engine:
     """Serves a model on a machine: prefill and decode instances as peers.
@@ -67,7 +69,8 @@ class Engine:
         self._ids = itertools.count()
         self._is_started = False
         self._closing = threading.Event()
-        self._requests: set[Request] = set()
+        self._requests: set[Request] = set()  # those under way, and some that have ended
+        self._prune_at = _LEAST_PRUNED
 
     @property
     def prefill(self) -> list[PrefillInstance]:
@@ -167,11 +170,16 @@ class Engine:
         with self.core.changed:
             if self._closing.is_set() or not self._is_started:
                 raise UserError("the engine takes no requests: it has not been started, or is shutting down")
-            self._forget_finished()
+            if len(self._requests) >= self._prune_at:
+                self._forget_finished()
+                self._prune_at = max(_LEAST_PRUNED, 2 * len(self._requests))
             self._requests.add(request)
+            # Where others wait already there is no room, and the instances' threads see to it when there is.
+            is_first = self.core.scheduler.num_waiting == 0
             self.core.scheduler.submit(request)
             self.core.scheduler.fail_hopeless()
-            self.core.scheduler.admit()
+            if is_first:
+                self.core.scheduler.admit()
             self.core.publish()
         return handle
 
@@ -197,10 +205,16 @@ class Engine:
             raise UserError(
                 f"{name} of {len(ids)} tokens with max_tokens {sampling.max_tokens} exceeds max_model_len {limit}"
             )
-        outside = [token for token in sampling.logit_bias if not 0 <= token < config.vocab_size]
-        if outside:
-            last = config.vocab_size - 1
-            raise UserError(f"{name}: logit_bias of token {outside[0]}, outside the vocabulary (0 to {last})")
+        for field in ("logit_bias", "stop_token_ids"):
+            outside = [token for token in getattr(sampling, field) if not 0 <= token < config.vocab_size]
+            if outside:
+                last = config.vocab_size - 1
+                raise UserError(f"{name}: {field} of token {outside[0]}, outside the vocabulary (0 to {last})")
+        for field in ("logprobs", "prompt_logprobs"):
+            if (getattr(sampling, field) or 0) > config.vocab_size:
+                raise UserError(
+                    f"{name}: {field} {getattr(sampling, field)} exceed the vocabulary of {config.vocab_size}"
+                )
         request = Request(name, ids.tolist(), sampling)
         needed = blocks_for(request.num_tokens, self.settings.block_size)
         if needed > self.settings.num_decode_blocks:

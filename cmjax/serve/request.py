@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -60,6 +61,13 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+                raise UserError(f"{name} {value!r} is no integer")
+        for name in _RANGES:
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), numbers.Real):
+                raise UserError(f"{name} {getattr(self, name)!r} is no number")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens} is not positive")
         for name, (least, most, is_closed) in _RANGES.items():

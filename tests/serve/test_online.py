@@ -202,6 +202,7 @@ def test_bad_requests_are_refused_by_name(engine):
     for prompt, sampling, message in [
         ([], SamplingParams(), "r is empty"),
         ([1, 10**6], SamplingParams(), "r"),
+        ([1], SamplingParams(stop_token_ids=(101,)), "r: stop_token_ids of token 101, outside the vocabulary"),
         ([1] * 60, SamplingParams(max_tokens=10), "r of 60 tokens with max_tokens 10 exceeds max_model_len 64"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -199,6 +199,10 @@ def test_logprobs(rng):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens 0 is not positive"),
+        ({"top_k": 1.5}, "top_k 1.5 is no integer"),
+        ({"max_tokens": "3"}, "max_tokens '3' is no integer"),
+        ({"temperature": "hot"}, "temperature 'hot' is no number"),
+        ({"logprobs": True}, "logprobs True is no integer"),
         ({"temperature": -0.1}, "temperature -0.1 is out of range: it must be from 0"),
         ({"temperature": float("nan")}, "temperature nan is out of range"),
         ({"temperature": float("inf")}, "temperature inf is out of range"),
