@@ -19,6 +19,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
     return status, captured.out, captured.err
 
 
+@pytest.mark.soak
 def test_decode_at_a_small_size(capsys):
     options = (
         "--ep",

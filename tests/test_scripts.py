@@ -27,6 +27,7 @@ TRAINING = {"train_demo.py", "demo_data.py", "demo_log.py"}
 
 
 LONG = {
+    "custom_dispatch.py",
     "serve.py",
     "quantize.py",
     "microbatches.py",

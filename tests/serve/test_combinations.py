@@ -97,6 +97,7 @@ def assert_same(outputs, expected):
             np.testing.assert_allclose(*values, atol=1e-3)
 
 
+@pytest.mark.soak
 def test_all_features_together(model, expected):
     assert_same(streamed(model), expected)
 
