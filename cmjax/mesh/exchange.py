@@ -8,8 +8,9 @@ operands (see `layout.py`):
   done:  place, stamp, x, [output, 4 index arrays], guards...
 
 `place` is int32[]: group * num_ranks + rank, computed from the axis indices so that compiled code holds no device
-ids. Guards are single elements of the work an exchange hides behind. Parameters: `axis_name` (tuple), `num_ranks`,
-`channel` (None = one per call site), `plane`, `forms`, `perm` (ppermute).
+ids; an axis that `group_size` cuts is several groups. Guards are single elements of the work an exchange hides behind.
+Parameters: `axis_name` (tuple), `num_ranks` of a group, `channel` (None = one per call site), `plane`, `forms`, `perm`
+(ppermute).
 """
 
 import functools
@@ -32,7 +33,7 @@ Array = jax.Array
 AxisName = str | tuple[str, ...]
 Half = Literal["plain", "start", "done"]
 Params = dict[str, Any]
-# (*data operands, axis_name, perm, forms, platform) -> result
+# (*data operands, axis_name, perm, forms, groups, platform) -> result
 LaxForm = Callable[..., Array]
 # (lowering context, half, collective's number, aliases, channel, operands, params) -> results
 NativeLowering = Callable[..., Sequence[Any]]
@@ -77,7 +78,8 @@ def make_primitives(
                     return jnp.zeros((_STAMP_LENGTH,), jnp.int32)
                 data = _data_operands(name, half, arguments)
                 named = {key: params[key] for key in ("axis_name", "perm", "forms")}
-                return lax_form(*data, **named, platform=ctx.module_context.platforms[0])
+                groups = _groups(params["axis_name"], params["num_ranks"])
+                return lax_form(*data, **named, groups=groups, platform=ctx.module_context.platforms[0])
 
             return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 
@@ -139,17 +141,33 @@ def run_each(
     channel: str | None,
     plane: str,
     perm: Sequence[tuple[int, int]] = (),
+    group_size: int | None = None,
 ) -> Any:
     """`run` for every array in the tree `x`; arrays that share a named channel get numbers of their own."""
     leaves, tree = jax.tree.flatten(x)
+    num_ranks = _group_size(name, group_size, lax.axis_size(axis_name))
     results = []
     for i, leaf in enumerate(as_data(name, leaf) for leaf in leaves):
         check_dtype(name, leaf.dtype)
-        layout = make_layout(leaf, lax.axis_size(axis_name))
+        layout = make_layout(leaf, num_ranks)
         own_channel = channel if channel is None or len(leaves) == 1 else f"{channel}[{i}]"
         pairs = checked_perm(perm, layout.num_ranks)
         results.append(run(primitives, layout, make_params(layout, axis_name, own_channel, plane, forms, pairs), leaf))
     return jax.tree.unflatten(tree, results)
+
+
+def _group_size(name: str, wanted: int | None, axis_size: int) -> int:
+    if wanted is None:
+        return axis_size
+    if wanted < 1 or axis_size % wanted:
+        raise ValueError(f"fabric.{name}: group_size {wanted} does not divide the {axis_size} ranks of the mesh axis")
+    return wanted
+
+
+def _groups(axis_name: tuple[str, ...], num_ranks: int) -> list[list[int]] | None:
+    """The ranks of each group, where there are several."""
+    axis_size = lax.axis_size(axis_name)
+    return None if num_ranks == axis_size else np.arange(axis_size).reshape(-1, num_ranks).tolist()
 
 
 def as_data(name: str, x: Any) -> Array:

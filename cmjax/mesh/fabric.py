@@ -9,6 +9,9 @@ once; `NAME_done` takes the same data and the token and returns the result. Work
 exchange: pass what it gives (any pytree of arrays) as `hide_behind`, and what it takes through `after(token, ...)`,
 which together fix the order on every executor. Use each token once. Trees of arrays are exchanged leaf by leaf.
 
+`group_size` cuts the axis into groups of so many consecutive ranks, each of which exchanges among itself as if it were
+the axis (what `axis_index_groups` is to `lax`).
+
 `channel` names an exchange. By default each call in a program has its own. Two calls that have no data dependence
 and come from one cached jitted function (two microbatches, say) must be given different ones. `plane` is the network
 the bytes are booked on ("ub", "rdma" or "vpc").
@@ -113,12 +116,13 @@ def all_to_all(
     concat_axis: int,
     *,
     tiled: bool = False,
+    group_size: int | None = None,
     channel: str | None = None,
     plane: str = "ub",
 ) -> Any:
     """What the ranks sent here, stacked (`tiled`: joined) along `concat_axis`; part r of `x` goes to rank r."""
     layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
-    return _each(run_plain, "all_to_all", layout, x, axis_name, channel, plane)
+    return _each(run_plain, "all_to_all", layout, x, axis_name, channel, plane, group_size=group_size)
 
 
 def all_to_all_start(
@@ -128,28 +132,43 @@ def all_to_all_start(
     concat_axis: int,
     *,
     tiled: bool = False,
+    group_size: int | None = None,
     channel: str | None = None,
     plane: str = "ub",
 ) -> Any:
     """Starts `all_to_all`: one `Token` per array in `x`."""
     layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
-    return _each(run_start, "all_to_all", layout, x, axis_name, channel, plane)
+    return _each(run_start, "all_to_all", layout, x, axis_name, channel, plane, group_size=group_size)
 
 
 def all_gather(
-    x: Any, axis_name: AxisName, *, axis: int = 0, tiled: bool = False, channel: str | None = None, plane: str = "ub"
+    x: Any,
+    axis_name: AxisName,
+    *,
+    axis: int = 0,
+    tiled: bool = False,
+    group_size: int | None = None,
+    channel: str | None = None,
+    plane: str = "ub",
 ) -> Any:
     """Every rank's `x`, stacked along a new axis `axis` (`tiled`: joined along it)."""
     layout = partial(all_gather_layout, axis=axis, tiled=tiled)
-    return _each(run_plain, "all_gather", layout, x, axis_name, channel, plane)
+    return _each(run_plain, "all_gather", layout, x, axis_name, channel, plane, group_size=group_size)
 
 
 def all_gather_start(
-    x: Any, axis_name: AxisName, *, axis: int = 0, tiled: bool = False, channel: str | None = None, plane: str = "ub"
+    x: Any,
+    axis_name: AxisName,
+    *,
+    axis: int = 0,
+    tiled: bool = False,
+    group_size: int | None = None,
+    channel: str | None = None,
+    plane: str = "ub",
 ) -> Any:
     """Starts `all_gather`: one `Token` per array in `x`."""
     layout = partial(all_gather_layout, axis=axis, tiled=tiled)
-    return _each(run_start, "all_gather", layout, x, axis_name, channel, plane)
+    return _each(run_start, "all_gather", layout, x, axis_name, channel, plane, group_size=group_size)
 
 
 def psum(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
@@ -269,8 +288,8 @@ def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_beh
     return run_done(_PRIMITIVES[token.layout.name], token, hide_behind, operand, output)
 
 
-def _each(run: Callable[..., Any], name: str, *call: Any) -> Any:
-    return run_each(run, name, _PRIMITIVES[name], _SETTINGS.forms, *call)
+def _each(run: Callable[..., Any], name: str, *call: Any, **options: Any) -> Any:
+    return run_each(run, name, _PRIMITIVES[name], _SETTINGS.forms, *call, **options)
 
 
 def _whole(name: str) -> Callable[[Array, int], Layout]:
@@ -308,8 +327,8 @@ def _lower_native(
 
 
 _LAX_FORMS: dict[str, Callable[..., Array]] = {
-    "all_to_all": lambda x, *, axis_name, **_: lax.all_to_all(x, axis_name, 0, 0),
-    "all_gather": lambda x, *, axis_name, **_: lax.all_gather(x, axis_name),
+    "all_to_all": lambda x, *, groups, axis_name, **_: lax.all_to_all(x, axis_name, 0, 0, axis_index_groups=groups),
+    "all_gather": lambda x, *, groups, axis_name, **_: lax.all_gather(x, axis_name, axis_index_groups=groups),
     "psum": lambda x, *, axis_name, **_: lax.psum(x, axis_name),
     "psum_scatter": lambda x, *, axis_name, **_: lax.psum_scatter(x, axis_name),
     "ppermute": lambda x, *, axis_name, perm, **_: lax.ppermute(x, axis_name, perm),

@@ -30,7 +30,7 @@ from cmjax.model.placed import (
     placed_layer_names,
     plan_placement,
 )
-from cmjax.model.prefill import PrefillBatch, local_tokens, prefill_pass, token_order
+from cmjax.model.prefill import PrefillBatch, head_shards, local_tokens, prefill_pass, token_order
 from cmjax.model.quantize import Techniques
 from cmjax.model.quantize_folder import quantize_folder
 from cmjax.model.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ __all__ = [
     "default_wires",
     "draft_pass",
     "expert_maps",
+    "head_shards",
     "init_params",
     "lm_head",
     "load",

@@ -42,19 +42,46 @@ def mla_prolog(
         x: `[tokens, hidden]`, already normalized.
         positions: `int32[tokens]`.
     """
-    tokens = x.shape[0]
-    q_in = x
-    if params.q_a is not None and params.q_a_norm is not None:
-        q_in = rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, _LATENT_NORM_EPS)
-    q = linear(q_in, params.q_b.reshape(-1, params.q_b.shape[-1])).reshape(tokens, *params.q_b.shape[:2])
+    q_nope, q_pe = queries(params, config, query_latent(params, x), positions)
+    return q_nope, q_pe, key_value_latent(params, config, x, positions)
+
+
+def query_latent(params: AttentionParams, x: jax.Array) -> jax.Array:
+    """What `queries` projects: `[tokens, q_lora]`, or `x` itself in a model without low-rank queries."""
+    if params.q_a is None or params.q_a_norm is None:
+        return x
+    return rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, _LATENT_NORM_EPS)
+
+
+def queries(
+    params: AttentionParams, config: ModelConfig, latent: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The queries of all heads in `params`, rotated: `(q_nope [tokens, heads, nope], q_pe [tokens, heads, rope])`."""
+    heads, width, inputs = params.q_b.shape
+    q = linear(latent, params.q_b.reshape(heads * width, inputs)).reshape(-1, heads, width)
     q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-    kv = linear(x, params.kv_a, params.kv_a_bias)
-    latent, k_pe = jnp.split(kv, [config.kv_lora_rank], axis=-1)
-    cos, sin = rope_tables(config, positions)
-    q_pe = apply_rope(q_pe, cos, sin, interleaved=config.rope_interleave)
-    k_pe = apply_rope(k_pe, cos, sin, interleaved=config.rope_interleave)
-    latent = rms_norm(latent, params.kv_a_norm, _LATENT_NORM_EPS)
-    return q_nope, q_pe, jnp.concatenate([latent, k_pe], axis=-1)
+    return q_nope, apply_rope(q_pe, *rope_tables(config, positions), interleaved=config.rope_interleave)
+
+
+def key_value_latent(params: AttentionParams, config: ModelConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """What the cache keeps of each token: its normalized latent and its rotated key, `[tokens, latent width]`."""
+    latent, k_pe = jnp.split(linear(x, params.kv_a, params.kv_a_bias), [config.kv_lora_rank], axis=-1)
+    k_pe = apply_rope(k_pe, *rope_tables(config, positions), interleaved=config.rope_interleave)
+    return jnp.concatenate([rms_norm(latent, params.kv_a_norm, _LATENT_NORM_EPS), k_pe], axis=-1)
+
+
+def take_heads(params: AttentionParams, shard: jax.Array | int, num_shards: int) -> AttentionParams:
+    """`params` with the queries, keys and values of the heads in one of equal shards; all else stays whole."""
+    if num_shards == 1:
+        return params
+    count = params.q_b.shape[0] // num_shards
+
+    def take(leaf: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(leaf, shard * count, count)
+
+    # By leaf: of a quantized matrix, the values and their scales.
+    q_b, kv_b = jax.tree.map(take, (params.q_b, params.kv_b))
+    return dataclasses.replace(params, q_b=q_b, kv_b=kv_b)
 
 
 @flax.struct.dataclass

@@ -1,4 +1,10 @@
-"""The prefill pass on one rank: packed prompts, sequence-parallel, in one microbatch or two that take turns.
+"""The prefill pass on one rank: packed prompts, in one microbatch or two that take turns.
+
+Attention is staged, SP-TP-SP (paper section 4.3.1). The packed tokens are cut into equal contiguous segments, one a
+rank, wherever a prompt may end: projections down to the latents, and all that follows attention, are of a rank's own
+tokens. Between them, the ranks of a group (as many as divide both heads and ranks) gather the small latents of their
+queries and share out the heads: each has an equal part of the work, however long the prompts are. An all-to-all puts
+the heads of each token together again.
 
 With two, the first half of the packed tokens are A's and the second half B's; each is cut into a segment a rank. B
 attends to A's tokens, whose latents of a layer are always there first, and never the other way round. So three things
@@ -6,6 +12,7 @@ run side by side (paper section 4.3.2): one half's attention and experts, the ot
 and the exchange itself.
 """
 
+import math
 from typing import Any
 
 import flax.struct
@@ -16,6 +23,7 @@ from jax import lax
 
 from cmjax.mesh import fabric
 from cmjax.model.cache import write_rows
+from cmjax.model.config import ModelConfig
 from cmjax.model.mla import (
     CoreAttention,
     LocalSequences,
@@ -23,8 +31,11 @@ from cmjax.model.mla import (
     expanded_end,
     expanded_part,
     expanded_start,
-    mla_prolog,
+    key_value_latent,
+    queries,
+    query_latent,
     rms_norm,
+    take_heads,
 )
 from cmjax.model.params import AttentionParams, Leaf, Params
 from cmjax.model.pipeline import Microbatch, pipelined_layers
@@ -70,30 +81,36 @@ def token_order(num_tokens: int, num_ranks: int, microbatches: int) -> np.ndarra
 
 
 class _Segments:
-    """This rank's tokens of each microbatch: `count` from `firsts[i]` on."""
+    """Tokens of each microbatch that belong to this rank, or to its group: `count` from `firsts[i]` on."""
 
-    def __init__(self, num_tokens: int, spec: RankSpec) -> None:
+    def __init__(self, num_tokens: int, spec: RankSpec, group_size: int = 1) -> None:
         self.num_parts = spec.microbatches
         self.part = num_tokens // self.num_parts  # tokens of a microbatch, all ranks
-        self.count = self.part // lax.axis_size(spec.axis_name)
-        rank = lax.axis_index(spec.axis_name)
-        self.firsts = [i * self.part + rank * self.count for i in range(self.num_parts)]
+        num_groups = lax.axis_size(spec.axis_name) // group_size
+        self.count = self.part // num_groups
+        group = lax.axis_index(spec.axis_name) // group_size
+        self.firsts = [i * self.part + group * self.count for i in range(self.num_parts)]
 
     def of(self, values: jax.Array, which: int) -> jax.Array:
-        """Values of this rank's tokens of one microbatch."""
+        """Values of the tokens of one microbatch."""
         return lax.dynamic_slice_in_dim(values, self.firsts[which], self.count)
 
     def all(self, values: jax.Array) -> jax.Array:
-        """Values of all this rank's tokens."""
+        """Values of the tokens of all of them."""
         return jnp.concatenate([self.of(values, which) for which in range(self.num_parts)])
 
     def sequences(self, batch: PrefillBatch, stop: jax.Array, which: int) -> LocalSequences:
-        """The packed sequences, each up to its `stop`, cut to this rank's tokens of one microbatch."""
+        """The packed sequences, each up to its `stop`, cut to the tokens of one microbatch."""
         first = self.firsts[which]
         begin = jnp.clip(batch.query_start[:-1], first, first + self.count)
         end = jnp.clip(stop, first, first + self.count)
         last_token = batch.positions.shape[0] - 1
         return LocalSequences(begin - first, end - begin, batch.positions[jnp.minimum(begin, last_token)])
+
+
+def head_shards(config: ModelConfig, num_ranks: int) -> int:
+    """How many ranks share out the heads of their tokens in prefill (its tensor-parallel degree)."""
+    return math.gcd(config.num_attention_heads, num_ranks)
 
 
 def local_tokens(num_tokens: int, spec: RankSpec) -> jax.Array:
@@ -129,7 +146,7 @@ def prefill_pass(
         halves = [Microbatch(attend, segments.of(is_valid, which)) for which, attend in enumerate(attends)]
         return _Contexts(PassContext(config, "prefill", _in_turn(attends), moe), halves)
 
-    contexts = context(batch.slot_mapping, stop, is_valid, "latents")
+    contexts = context(batch.slot_mapping, stop, is_valid, "main")
     token_ids = segments.all(batch.token_ids)
     if spec.microbatches == 1:
         hidden, cache, loads = main_pass(params, token_ids, cache, contexts.whole)
@@ -143,7 +160,7 @@ def prefill_pass(
         slots = jnp.where(batch.next_token_ids < 0, -1, batch.slot_mapping)
         # A last token whose successor is unknown has no row in the cache: nothing may read what the memory holds there.
         is_open = (stop > batch.query_start[:-1]) & (batch.next_token_ids[jnp.maximum(stop - 1, 0)] < 0)
-        contexts = context(slots, stop - is_open, is_valid & (batch.next_token_ids >= 0), "mtp_latents")
+        contexts = context(slots, stop - is_open, is_valid & (batch.next_token_ids >= 0), "mtp")
         next_token_ids = segments.all(batch.next_token_ids)
         mtp_hidden, cache, mtp_loads = mtp_pass(params, params.mtp, hidden, next_token_ids, cache, contexts.whole)
         loads += mtp_loads
@@ -167,22 +184,34 @@ def _attend(
     spec: RankSpec,
     name: str,
 ) -> AttendInParts:
-    """Attention of one microbatch's tokens on this rank, after everybody's latents of it are in the cache."""
-    config = spec.config
-    sequences = segments.sequences(batch, stop, which)
-    positions = segments.of(batch.positions, which)
+    """Attention of one microbatch's tokens: this rank's heads of its group's tokens, after everybody's latents of them
+    are in the cache, and from all of the group the heads of its own tokens."""
+    config, axis = spec.config, spec.axis_name
+    num_shards = head_shards(config, lax.axis_size(axis))
+    shard = lax.axis_index(axis) % num_shards
+    group = _Segments(batch.positions.shape[0], spec, num_shards)
+    sequences = group.sequences(batch, stop, which)
+    positions, group_positions = segments.of(batch.positions, which), group.of(batch.positions, which)
     slots = lax.slice_in_dim(slot_mapping, which * segments.part, (which + 1) * segments.part)
-    channel = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
+    name = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
 
     def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[CoreAttention, jax.Array]:
-        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
-        latents = fabric.all_gather(latent, spec.axis_name, tiled=True, channel=channel)
+        latent = key_value_latent(p, config, x, positions)
+        q_latent = query_latent(p, x)
+        q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
+        latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
+        q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
         return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Any, part: Part) -> CoreAttention:
-        return expanded_part(p, config, core, cache, layer, sequences, batch.block_table, spec.block_size, part)
+        own = take_heads(p, shard, num_shards)
+        return expanded_part(own, config, core, cache, layer, sequences, batch.block_table, spec.block_size, part)
 
-    return AttendInParts(begin, part, lambda _, core: expanded_end(core), has_lanes=True)
+    def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
+        attended, channel = expanded_end(core), f"{name}/heads"
+        return fabric.all_to_all(attended, axis, 0, 1, tiled=True, group_size=num_shards, channel=channel)
+
+    return AttendInParts(begin, part, end, has_lanes=True)
 
 
 def _in_turn(attends: list[AttendInParts]) -> Attend:

@@ -108,6 +108,46 @@ def test_equals_lax(rng, make_mesh, shape, axes, axis):
     jax.tree.map(equal, run(fabric), run(lax))
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "axis", "group_size"),
+    [((12,), ("ep",), "ep", 4), ((12,), ("ep",), "ep", 1), ((2, 6), ("dp", "ep"), "ep", 3), ((6,), ("ep",), "ep", 6)],
+)
+def test_groups_of_an_axis_equal_lax(rng, make_mesh, shape, axes, axis, group_size):
+    """Whole, in halves, and in lax's form, which other platforms use."""
+    mesh = make_mesh(*shape, axes=axes)
+    x = values(rng, (int(np.prod(shape)), 2, 2 * group_size, group_size, 3), np.int32)
+    groups = np.arange(mesh.shape[axis]).reshape(-1, group_size).tolist()
+
+    def whole(module, **how):
+        return lambda x: [
+            module.all_to_all(x, axis, 2, 0, **how),
+            module.all_to_all(x, axis, 1, 3, tiled=True, **how),
+            module.all_gather(x, axis, axis=1, **how),
+            module.all_gather(x, axis, tiled=True, **how),
+        ]
+
+    def in_halves(x):
+        how = {"group_size": group_size}
+        tokens = [
+            fabric.all_to_all_start(x, axis, 2, 0, **how),
+            fabric.all_to_all_start(x, axis, 1, 3, tiled=True, **how),
+            fabric.all_gather_start(x, axis, axis=1, **how),
+            fabric.all_gather_start(x, axis, tiled=True, **how),
+        ]
+        return [fabric.done(x, token) for token in tokens]
+
+    expected = on_mesh(mesh, whole(lax, axis_index_groups=groups), x)
+    jax.tree.map(equal, on_mesh(mesh, whole(fabric, group_size=group_size), x), expected)
+    jax.tree.map(equal, on_mesh(mesh, in_halves, x), expected)
+    fabric.configure(collectives="lax")
+    try:
+        jax.tree.map(equal, on_mesh(mesh, whole(fabric, group_size=group_size), x), expected)
+    finally:
+        fabric.configure(collectives="auto")
+    with pytest.raises(ValueError, match=r"fabric.all_gather: group_size 5 does not divide the \d+ ranks"):
+        on_mesh(mesh, lambda x: fabric.all_gather(x, axis, group_size=5), x)
+
+
 def test_halves_equal_whole_and_both_vma_modes(rng, make_mesh):
     mesh, size = make_mesh(2, 8, axes=("dp", "ep")), 8
     x = values(rng, (16, 2, 16, 8, 3), np.int32)

@@ -57,7 +57,7 @@ FEATURES = {
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1)
+    return tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
