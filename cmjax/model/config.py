@@ -342,9 +342,9 @@ def _experts(hf: _Fields, model_type: str) -> dict[str, Any]:
         "norm_topk_prob": False if model_type == "deepseek_v2" else hf.flag("norm_topk_prob", True),
         "routed_scaling_factor": hf.number("routed_scaling_factor", _DEFAULTS[model_type]["routed_scaling_factor"]),
     }
-    any_sparse = any(i % max(freq, 1) == 0 for i in range(max(first_dense, 0), num_layers))
+    first_sparse = -(-max(first_dense, 0) // max(freq, 1)) * max(freq, 1)
     stated_none = "n_routed_experts" in hf.values and not hf.values["n_routed_experts"]
-    if not any_sparse or stated_none:
+    if first_sparse >= num_layers or stated_none:
         return found
     if model_type == "deepseek_v2" and hf.flag("norm_topk_prob", False):
         _log.warning("config: norm_topk_prob true is ignored: DeepSeek-V2's router does not normalize its weights")

@@ -5,6 +5,7 @@ of weights, then fills the preallocated tree tensor by tensor, so that the peak 
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -31,6 +32,7 @@ from cmjax.model.params import (
     aligned_empty,
     build_params,
     convert_params,
+    num_params,
     params_digest,
     quant_mode,
 )
@@ -43,6 +45,9 @@ _TARGETS = {np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat
 Quant: TypeAlias = QuantMode | Literal["none", "auto"]
 Slots = Iterator[tuple[str, Any]]  # (name in the checkpoint, numpy view of its place)
 
+# Far above any model: an array of more has no size that numpy could hold.
+_MOST_PARAMS = 2**50
+_MOST_MISSING = 100_000
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _SCALE = re.compile(r"_scale(_inv)?$")
 # Rotary frequencies that old exports hold, which follow from the config.
@@ -140,9 +145,14 @@ def load_params(
     options: dict[str, Any] = {"quant": quant, "quantized": quantized}
     options |= {"mtp_head": mtp + "shared_head.head.weight" in names, "mtp_embed": mtp + "embed_tokens.weight" in names}
 
+    count = num_params(build_params(config, target, jax.ShapeDtypeStruct, **options))
+    if count > _MOST_PARAMS:
+        raise UserError(f"{source.where}: the config's sizes make {count:.2g} parameters")
     # The plan has the real tree's views, over one zero: every check comes before the memory is taken.
     plan = build_params(config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), **options)
-    expected = {name: view.shape for name, view in tensor_slots(config, plan, names)}
+    # A config that wants far more tensors than there are misses some of them whatever comes after.
+    slots = itertools.islice(tensor_slots(config, plan, names), len(names) + _MOST_MISSING)
+    expected = {name: view.shape for name, view in slots}
     _check_names(source, config, names, expected.keys())
     for name, shape in expected.items():
         _check_shape(source, name, shape)
@@ -209,12 +219,13 @@ def tensor_slots(config: ModelConfig, params: Params, names: Container[str] = ()
     `names` are those of the checkpoint: experts that it keeps stacked (`experts.gate_up_proj`) have one slot a layer.
     """
     yield "model.embed_tokens.weight", params.embed
+    seen = {False: 0, True: 0}
     for layer_id in range(config.num_hidden_layers):
         sparse = config.is_moe_layer(layer_id)
         stack = params.moe if sparse else params.dense
         assert stack is not None  # the tree was built for this config
-        idx = (config.moe_layer_ids if sparse else config.dense_layer_ids).index(layer_id)
-        yield from layer_slots(f"model.layers.{layer_id}.", stack, idx, names)
+        yield from layer_slots(f"model.layers.{layer_id}.", stack, seen[sparse], names)
+        seen[sparse] += 1
     yield "model.norm.weight", params.norm
     if params.head is not None:
         yield "lm_head.weight", params.head
