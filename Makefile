@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/cmjax demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)

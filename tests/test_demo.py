@@ -62,18 +62,18 @@ def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder)
     assert not compare_to_one_device(model, prompts, generated).is_equal
 
 
-# As it is run without options, 32 tokens, with the long tests: the steps are the same, only more of them.
-@pytest.mark.parametrize("num_tokens", [8, pytest.param(32, marks=pytest.mark.soak)])
-def test_the_demo_at_ep320(num_tokens, capsys, tmp_path):
-    options = () if num_tokens == 32 else ("--max-tokens", num_tokens)
+# As it is run without options, 32 tokens of 320 prompts, with the long tests: the steps are the same, only more of them.
+@pytest.mark.parametrize(("num_prompts", "num_tokens"), [(48, 4), pytest.param(320, 32, marks=pytest.mark.soak)])
+def test_the_demo_at_ep320(num_prompts, num_tokens, capsys, tmp_path):
+    options = () if num_tokens == 32 else ("--prompts", num_prompts, "--max-tokens", num_tokens)
     status, out, err = run(capsys, *options, "--json", "--out", tmp_path)
     assert (status, err) == (0, "")
     report = json.loads(out)
     compared = report["reference"]
     assert "transformers" in compared["source"]
-    assert compared["num_sequences"] == len(report["outputs"]) == 320
+    assert compared["num_sequences"] == len(report["outputs"]) == num_prompts
     assert compared["num_equal"] == compared["num_tokens"]
-    assert compared["num_tokens"] + compared["num_unclear"] == 320 * num_tokens
+    assert compared["num_tokens"] + compared["num_unclear"] == num_prompts * num_tokens
     assert compared["num_tokens"] > compared["num_unclear"]
     assert [one["ep_size"] for one in report["instances"]] == [32, 32, 320]
     assert report["instances"][2]["placement"] == {
@@ -87,7 +87,7 @@ def test_the_demo_at_ep320(num_tokens, capsys, tmp_path):
         assert len(output["token_ids"]) == num_tokens
         assert output["text"] == tokenizer.decode(output["token_ids"])
         assert tokenizer.encode(output["prompt"]) == output["prompt_ids"]
-    assert report["traffic"]["rdma"]["kv_handoff"]["calls"] == 320
+    assert report["traffic"]["rdma"]["kv_handoff"]["calls"] == num_prompts
     assert report["traffic"]["ub"]["ragged_all_to_all"]["bytes"] > 1e6
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
 

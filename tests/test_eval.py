@@ -73,7 +73,8 @@ def test_the_figures_are_those_of_the_logits(one_device, folder, data):
         ids = tokenizer.encode(file["text"])
         assert ids[0] == tokenizer.bos_token_id
         for w in plan_windows([len(ids)], CONTEXT, STRIDE):
-            window = np.array(ids[w.start : w.stop])
+            window = np.zeros(CONTEXT, np.int64)  # of one length, and so one program
+            window[: w.stop - w.start] = ids[w.start : w.stop]
             logits = np.asarray(model.logits(window[None]), np.float64)[0]
             drafts = np.asarray(model.mtp_logits(window[None]))[0].argmax(-1)
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))

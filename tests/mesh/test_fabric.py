@@ -96,7 +96,9 @@ def test_equals_lax(rng, make_mesh, shape, axes, axis):
     names = (axis,) if isinstance(axis, str) else axis
     size = int(np.prod([mesh.shape[name] for name in names]))
     total = int(np.prod(shape))
-    xs = [values(rng, (total, 2, 2 * size, size, 3), dtype) for dtype in MOVED]
+    # Every dtype where the programs are smallest.
+    dtypes = MOVED if size == 8 and len(shape) == 1 else MOVED[-2:]
+    xs = [values(rng, (total, 2, 2 * size, size, 3), dtype) for dtype in dtypes]
 
     def run(module):
         def step(*xs):

@@ -59,7 +59,9 @@ def only(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("kinds", [("attn.o", "attn.q_b"), ("w13", "w2", "eh_proj")])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(("attn.o", "attn.q_b"), marks=pytest.mark.soak), ("w13", "w2", "eh_proj")]
+)
 def test_a_model_in_both_formats_runs_everywhere(only, kinds, tmp_path):
     only(*kinds)
     case = load_case("v3-mtp")

@@ -58,7 +58,8 @@ def test_later_tokens_do_not_change_earlier_logits(rng):
     changed[:, 15:] = rng.integers(0, case.config.vocab_size, changed[:, 15:].shape)
     before = reference.logits(case.config, case.params, case.input_ids)
     after = reference.logits(case.config, case.params, changed)
-    np.testing.assert_array_equal(before[:, :15], after[:, :15])
+    # Products of another number of rows may round differently.
+    np.testing.assert_allclose(before[:, :15], after[:, :15], rtol=1e-12, atol=1e-12)
     assert np.abs(before[:, 15:] - after[:, 15:]).max() > 0.1
 
 

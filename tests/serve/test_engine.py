@@ -186,7 +186,11 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
+# The others, each a model to compile, are long tests.
+QUICK = {"ep5_prefill_on_7_blocks_of_7", "ep40_more_ranks_than_experts"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=() if one in QUICK else pytest.mark.soak) for one in ODD])
 def test_odd_sizes(kind, rng):
     ep_size, prefill_ep_size, settings, changes = ODD[kind]
     if "model_type" in changes:

@@ -111,7 +111,7 @@ def assert_same(found, wanted):
         assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
-@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("num_drafts", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_sampled_tokens_are_those_without_drafts(num_drafts):
     """Every request by its own settings in one batch; drafts change nothing but the number of steps."""
     everyone = tuple(range(len(SETTINGS)))

@@ -28,7 +28,7 @@ def test_logits_are_the_references(name, ep_size, places):
 def test_the_plain_steps_tokens(rng):
     """Also int8 rows on the wire, drafts and sampling; the load of the experts is the same. Prefill's own form: prompts
     cut anywhere, chunks, drafts' latents, prompt logprobs in order."""
-    model = tiny_model(num_nextn_predict_layers=1, num_hidden_layers=4)
+    model = tiny_model(num_nextn_predict_layers=1)
     prompts = [rng.integers(0, 101, length).tolist() for length in (3, 40, 17, 1, 29, 12, 2, 5, 30)]
     asked = [SamplingParams(max_tokens=9 + i, temperature=0.8 * (i % 2), seed=i, prompt_logprobs=1) for i in range(9)]
     common = {"max_num_seqs_per_rank": 4, "num_speculative_tokens": 1, "dispatch_dtype": "int8"}

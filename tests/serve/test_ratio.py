@@ -4,7 +4,7 @@ import pytest
 
 from cmjax.errors import UserError
 from cmjax.mesh import carve
-from cmjax.serve import Bounds, Change, Engine, EngineSettings, RatioPolicy, SamplingParams
+from cmjax.serve import Bounds, Change, Engine, EngineSettings, RatioPolicy, SamplingParams, fleet
 from cmjax.serve.stats import EngineStats, InstanceStats
 from tests.helpers import tiny_model
 from tests.serve.driving import MACHINE
@@ -71,7 +71,8 @@ def test_a_short_peak_changes_nothing():
         assert load.until_change(policy, limit=2, prefill=0.5, decode=0.5, waiting=0) is None
 
 
-def test_instances_join_and_leave_while_requests_run():
+def test_instances_join_and_leave_while_requests_run(monkeypatch):
+    monkeypatch.setattr(fleet, "SERVING_ROOMS", fleet.SERVING_ROOMS[:1])  # greedy requests alone: fewer programs
     model = tiny_model(num_hidden_layers=2)
     pools = carve(MACHINE, ep_size=4, prefill_ep_size=2, num_prefill_instances=1)
     settings = EngineSettings(max_model_len=64, max_num_seqs_per_rank=2, max_num_batched_tokens=32, steps_per_call=4)
