@@ -24,8 +24,8 @@ from cmjax.mesh import EP_AXIS, virtual_devices
 NUM_DEVICES = 384
 ROOT = Path(__file__).parents[1]
 
-# Compiled programs over hundreds of devices are most of the suite's time; a second run finds them here. Small ones would
-# take longer to write down than they save.
+# Compiled programs over hundreds of devices are most of the suite's time; a second run finds them here. Small ones
+# would take longer to write down than they save.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

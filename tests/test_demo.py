@@ -62,7 +62,7 @@ def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder)
     assert not compare_to_one_device(model, prompts, generated).is_equal
 
 
-# As it is run without options, 32 tokens of 320 prompts, with the long tests: the steps are the same, only more of them.
+# As it is run without options, 32 tokens of 320 prompts, with the long tests: the same steps, only more of them.
 @pytest.mark.parametrize(("num_prompts", "num_tokens"), [(48, 4), pytest.param(320, 32, marks=pytest.mark.soak)])
 def test_the_demo_at_ep320(num_prompts, num_tokens, capsys, tmp_path):
     options = () if num_tokens == 32 else ("--prompts", num_prompts, "--max-tokens", num_tokens)
