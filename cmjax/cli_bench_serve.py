@@ -13,7 +13,7 @@ import click
 
 from cmjax.cli_generate import new_table
 from cmjax.cli_options import HELDOUT, engine_options, find_model, instance_options, json_option, model_option
-from cmjax.cli_running import carve_from, find_tokenizer, load_from, memory_errors
+from cmjax.cli_running import carve_from, ease_collector, find_tokenizer, load_from, memory_errors
 from cmjax.cli_serve import DEFAULT_SEQS_PER_RANK, serving_settings
 from cmjax.errors import UserError
 
@@ -167,6 +167,7 @@ def _engine(path: Path, options: dict[str, Any]) -> "Iterator[Engine]":
     with memory_errors(settings):
         engine = Engine(model, pools, settings=settings)
         engine.start(lambda what: click.echo(f"compiling {what}", err=True))
+        ease_collector()
         try:
             yield engine
         finally:
@@ -195,7 +196,7 @@ def _load(
 def _over_http(
     url: str, trace: "Sequence[TraceRequest]", options: dict[str, Any], console: "Console", *, streams: bool
 ) -> "tuple[list[Record], float]":
-    import httpx
+    import aiohttp
     from rich.progress import Progress
 
     from cmjax.bench.load import UrlTarget, run_load
@@ -212,7 +213,7 @@ def _over_http(
                     max_concurrency=options["max_concurrency"],
                     on_progress=lambda _: bars.advance(task),
                 )
-        except (httpx.HTTPError, KeyError, IndexError) as error:
+        except (aiohttp.ClientError, KeyError, IndexError) as error:
             raise UserError(f"{url} does not answer as a server should: {type(error).__name__}: {error}") from error
         finally:
             await target.close()

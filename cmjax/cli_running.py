@@ -1,5 +1,6 @@
 """What every command that runs an engine does the same way: devices, model, settings, progress."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -45,6 +46,14 @@ def carve_from(options: dict[str, Any]) -> "Pools":
         prefill_ep_size=options["prefill_ep"],
         num_prefill_instances=options["prefill_instances"],
     )
+
+
+def ease_collector() -> None:
+    """Have Python's collector pass over what is there now, model and compiled steps, and look less often at what comes:
+    a server makes many small objects, each of which would bring the next look at everything nearer."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def use_compilation_cache() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cmjax.cli_options import engine_options, find_model, instance_options, model_option
-from cmjax.cli_running import carve_from, find_tokenizer, load_from, memory_errors
+from cmjax.cli_running import carve_from, ease_collector, find_tokenizer, load_from, memory_errors
 from cmjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def serve(folder: str, **options: Any) -> None:
     with memory_errors(settings):
         engine = Engine(model, pools, settings=settings)
         engine.start(lambda what: click.echo(f"compiling {what}", err=True))
+    ease_collector()
     if options["max_prefill_instances"] is not None:
         prefill = Bounds(len(pools.prefill), options["max_prefill_instances"])
         engine.follow_load(RatioPolicy({"prefill": prefill, "decode": Bounds(1, 1)}))

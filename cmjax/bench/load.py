@@ -75,24 +75,25 @@ class UrlTarget:
     """
 
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, streams: bool = True) -> None:
-        import httpx
-
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits)
-        self.model, self._streams = model, streams
+        self._url, self._streams, self.model = url.rstrip("/"), streams, model
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def open(self) -> "UrlTarget":
-        """Ask the server for its model's name."""
+        """Open a session, in the event loop that will use it, and ask the server for its model's name."""
+        import aiohttp
+
+        # As many connections as requests, and no limit to how long an answer may take.
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_connect=None)
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout)
         if self.model is None:
-            answer = await self._client.get("/v1/models")
-            answer.raise_for_status()
-            self.model = answer.json()["data"][0]["id"]
+            async with self._session.get(f"{self._url}/v1/models") as answer:
+                answer.raise_for_status()
+                self.model = (await answer.json())["data"][0]["id"]
         return self
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._session.close()
 
     async def send(self, request: TraceRequest) -> AsyncIterator[list[int] | int]:
         """See `Target`."""
@@ -105,18 +106,17 @@ class UrlTarget:
             "priority": request.priority,
             "return_token_ids": True,
         }
-        if not self._streams:
-            answer = await self._client.post("/v1/completions", json=body)
-            _check_status(answer.status_code, answer.content)
-            found = answer.json()
-            yield found["choices"][0].get("token_ids") or int(found["usage"]["completion_tokens"])
-            return
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        async with self._client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                _check_status(answer.status_code, await answer.aread())
+        if self._streams:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        async with self._session.post(f"{self._url}/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"status {answer.status}: {(await answer.text(errors='replace'))[:200]}")
+            if not self._streams:
+                found = await answer.json()
+                yield found["choices"][0].get("token_ids") or int(found["usage"]["completion_tokens"])
+                return
             total, told, is_done = 0, 0, False
-            async for event in _events(answer.aiter_bytes()):
+            async for event in _events(answer.content.iter_any()):
                 if event == b"[DONE]":
                     is_done = True
                     break
@@ -136,11 +136,6 @@ class UrlTarget:
                 raise RuntimeError("the stream ended before it was complete")
             if total > told:
                 yield total - told
-
-
-def _check_status(status: int, content: bytes) -> None:
-    if status != 200:
-        raise RuntimeError(f"status {status}: {content[:200].decode(errors='replace')}")
 
 
 async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -145,16 +145,17 @@ def _prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int
         several = list(given)
     if not several:
         raise ApiError(400, "prompt: it is empty", param="prompt")
+    are_wanted = (body.echo or body.logprobs is not None) and state.tokenizer is not None
     prompts, texts = [], []
     for one in several:
         if isinstance(one, str):
             prompts.append(_encode(state.text_tokenizer(), one, body.add_special_tokens))
             texts.append(one)
-        else:
-            if one:
-                check_token_ids(token_id_array(one, "prompt"), state.engine.model.config)
-            prompts.append(list(one))
-            texts.append(state.tokenizer.backend.decode(one, skip_special_tokens=False) if state.tokenizer else "")
+            continue
+        prompts.append(one)
+        if are_wanted and one:
+            check_token_ids(token_id_array(one, "prompt"), state.engine.model.config)
+        texts.append(state.text_tokenizer().backend.decode(one, skip_special_tokens=False) if are_wanted else "")
     return prompts, texts
 
 
