@@ -145,9 +145,10 @@ def load_params(
     options: dict[str, Any] = {"quant": quant, "quantized": quantized}
     options |= {"mtp_head": mtp + "shared_head.head.weight" in names, "mtp_embed": mtp + "embed_tokens.weight" in names}
 
-    count = num_params(build_params(config, target, jax.ShapeDtypeStruct, **options))
-    if count > _MOST_PARAMS:
-        raise UserError(f"{source.where}: the config's sizes make {count:.2g} parameters")
+    if num_params(build_params(config, target, jax.ShapeDtypeStruct, **options)) > _MOST_PARAMS:
+        raise UserError(
+            f"{source.where}: the config's sizes make more parameters than any model has ({_MOST_PARAMS:,})"
+        )
     # The plan has the real tree's views, over one zero: every check comes before the memory is taken.
     plan = build_params(config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), **options)
     # A config that wants far more tensors than there are misses some of them whatever comes after.
