@@ -286,7 +286,7 @@ def _show_machine(engine: Any, console: Any) -> None:
     from cmjax.cli_info import topology_tables
 
     report = collect_info(engine.pools)
-    for one, instance in zip(report["instances"], (*engine.prefill, engine.decode), strict=True):
+    for one, instance in zip(report["instances"], engine.fleet.instances.values(), strict=True):
         one["placement"] = placement(instance)
     for table in (*topology_tables(report), placement_table(report)):
         console.print(table)

@@ -122,7 +122,7 @@ def collect(
     from cmjax.cli_info import collect as collect_info
 
     machine = collect_info(engine.pools)
-    instances = zip(machine["instances"], (*engine.prefill, engine.decode), strict=True)
+    instances = zip(machine["instances"], engine.fleet.instances.values(), strict=True)
     config = engine.model.config
     settings = dataclasses.asdict(engine.settings)
     settings["exchange"] = engine.settings.exchange.__name__

@@ -10,6 +10,7 @@ import click
 
 import cmjax
 from cmjax.cli_options import instance_options, json_option
+from cmjax.cli_running import carve_from
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,17 +30,9 @@ GB = 1e9
 )
 @instance_options
 @json_option
-def info(supernode: str, ep: int | None, prefill_ep: int | None, prefill_instances: int | None, as_json: bool) -> None:
+def info(as_json: bool, **options: Any) -> None:
     """Show devices, instances, planes, and which collectives are in use and why."""
-    from cmjax.mesh import Supernode, carve
-
-    pools = carve(
-        Supernode.preset(supernode),
-        ep_size=ep,
-        prefill_ep_size=prefill_ep,
-        num_prefill_instances=prefill_instances,
-    )
-    report = collect(pools)
+    report = collect(carve_from(options))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:

@@ -39,7 +39,7 @@ def find_model(folder: str) -> Path:
 
 
 def instance_options(function: Function) -> Function:
-    """`--supernode`, `--ep`, `--prefill-ep`, `--prefill-instances`: the arguments of `cmjax.mesh.carve`."""
+    """What the instances are: the arguments of `cmjax.mesh.carve`."""
     options = (
         click.option(
             "--supernode",
@@ -48,13 +48,14 @@ def instance_options(function: Function) -> Function:
             show_default=True,
             help="Machine to stand in for; with -dies, a device is one die of an NPU.",
         ),
-        click.option("--ep", type=int, help="Devices of the decode instance.  [default: 320, or all there are]"),
+        click.option("--ep", type=int, help="Devices of a decode instance.  [default: 320, or all there are]"),
         click.option("--prefill-ep", type=int, help="Devices of a prefill instance.  [default: min(ep, 32)]"),
         click.option(
             "--prefill-instances",
             type=int,
             help="Prefill instances; 0 lets prefill share decode's devices.  [default: what fits, at most 2]",
         ),
+        click.option("--decode-instances", type=int, default=1, show_default=True, help="Decode instances."),
     )
     for option in reversed(options):
         function = option(function)

@@ -45,6 +45,7 @@ def carve_from(options: dict[str, Any]) -> "Pools":
         ep_size=options["ep"],
         prefill_ep_size=options["prefill_ep"],
         num_prefill_instances=options["prefill_instances"],
+        num_decode_instances=options["decode_instances"],
     )
 
 
@@ -73,7 +74,7 @@ def use_compilation_cache() -> None:
 
 def seqs_per_rank(options: dict[str, Any], num_prompts: int, pools: "Pools") -> int:
     """Requests that a decode rank runs together: what `--max-num-seqs` says, or what so many prompts need."""
-    share = -(-num_prompts // pools.decode[0].ep_size)
+    share = -(-num_prompts // sum(one.ep_size for one in pools.decode))
     share += share % 2 * (options["microbatches"] == "2")
     return options["max_num_seqs"] or min(share, MAX_DEFAULT_SEQS)
 

@@ -119,6 +119,8 @@ def test_info_json_of_other_sizes(capsys):
     report = json.loads(run(capsys, "info", "--json", "--ep", "6", "--prefill-ep", "2", "--prefill-instances", "3")[1])
     assert [one["ranks"] for one in report["instances"]] == [[0, 1], [2, 3], [4, 5], [6, 11]]
     assert report["devices"]["num_devices"] == 12
+    report = json.loads(run(capsys, "info", "--json", "--ep", "4", "--decode-instances", "2")[1])
+    assert [one["name"] for one in report["instances"]] == ["prefill0", "prefill1", "decode0", "decode1"]
     report = json.loads(run(capsys, "info", "--json", "--ep", "6", "--prefill-instances", "0")[1])
     assert report["prefill_shares_decode_devices"]
     assert [one["ranks"] for one in report["instances"]] == [[0, 5], [0, 5]]

@@ -118,13 +118,14 @@ def carve(
     ep_size: int | None = None,
     prefill_ep_size: int | None = None,
     num_prefill_instances: int | None = None,
+    num_decode_instances: int = 1,
 ) -> Pools:
     """Divide a machine into prefill and decode instances; see `topology.plan_instances` for sizes and defaults.
 
     Given a Supernode, brings up as many devices as its instances take (`bring_up`); given devices, divides those, as a
     Supernode of that size. Rank r of the machine is the r-th device. UserError where the instances do not fit.
     """
-    sizes = (ep_size, prefill_ep_size, num_prefill_instances)
+    sizes = (ep_size, prefill_ep_size, num_prefill_instances, num_decode_instances)
     if isinstance(machine, Supernode):
         supernode = machine
         specs = supernode.plan_instances(*sizes)
@@ -149,7 +150,7 @@ def _instance(spec: InstanceSpec, devices: Sequence[jax.Device]) -> Instance:
 
 
 def _plan_on_fewer(
-    devices: Sequence[jax.Device], sizes: tuple[int | None, int | None, int | None]
+    devices: Sequence[jax.Device], sizes: tuple[int | None, int | None, int | None, int]
 ) -> tuple[InstanceSpec, ...]:
     # The machine at hand is smaller than the supernode: what the user left open shrinks to it, the rest is an error
     # that says how to get more.

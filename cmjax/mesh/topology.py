@@ -217,9 +217,10 @@ class Supernode:
         ep_size: int | None = None,
         prefill_ep_size: int | None = None,
         num_prefill_instances: int | None = None,
+        num_decode_instances: int = 1,
     ) -> tuple[InstanceSpec, ...]:
-        """Prefill instances first, then the decode instance; see `plan_instances`."""
-        return plan_instances(self.num_ranks, ep_size, prefill_ep_size, num_prefill_instances)
+        """Prefill instances first, then decode; see `plan_instances`."""
+        return plan_instances(self.num_ranks, ep_size, prefill_ep_size, num_prefill_instances, num_decode_instances)
 
 
 def plan_instances(
@@ -227,13 +228,14 @@ def plan_instances(
     ep_size: int | None = None,
     prefill_ep_size: int | None = None,
     num_prefill_instances: int | None = None,
+    num_decode_instances: int = 1,
 ) -> tuple[InstanceSpec, ...]:
-    """Divide `num_ranks` ranks: prefill instances from rank 0 up, then the decode instance. At least one of each role.
+    """Divide `num_ranks` ranks: prefill instances from rank 0 up, then decode instances. At least one of each role.
 
-    `ep_size` is the decode instance's (default: 320, or all the ranks where there are fewer), `prefill_ep_size`
-    defaults to min(ep_size, 32), `num_prefill_instances` to what fits beside the decode instance, at most 2. The
+    `ep_size` is a decode instance's (default: 320, or an equal share of the ranks where there are fewer),
+    `prefill_ep_size` defaults to min(ep_size, 32), `num_prefill_instances` to what fits beside decode, at most 2. The
     instances are disjoint, except when `num_prefill_instances` is 0, or nothing fits: then one prefill instance,
-    `prefill0`, *shares* the first ranks of the decode instance. UserError, with the numbers, where a wish does not fit.
+    `prefill0`, *shares* the first ranks of `decode0`. UserError, with the numbers, where a wish does not fit.
     """
     wishes = {"EP size": ep_size, "prefill EP size": prefill_ep_size}
     for what, wish in wishes.items():
@@ -241,18 +243,22 @@ def plan_instances(
             raise UserError(f"the {what} is {wish}; it must be at least 1")
     if num_prefill_instances is not None and num_prefill_instances < 0:
         raise UserError(f"the number of prefill instances is {num_prefill_instances}; it must not be negative")
-    ep_size = min(DEFAULT_EP_SIZE, num_ranks) if ep_size is None else ep_size
+    if num_decode_instances < 1:
+        raise UserError(f"the number of decode instances is {num_decode_instances}; it must be at least 1")
+    if ep_size is None:
+        ep_size = max(1, min(DEFAULT_EP_SIZE, num_ranks // num_decode_instances))
     prefill_ep_size = min(ep_size, MAX_DEFAULT_PREFILL_EP_SIZE) if prefill_ep_size is None else prefill_ep_size
     if num_prefill_instances is None:
-        fitting = max(num_ranks - ep_size, 0) // prefill_ep_size
+        fitting = max(num_ranks - num_decode_instances * ep_size, 0) // prefill_ep_size
         num_prefill_instances = min(fitting, MAX_DEFAULT_PREFILL_INSTANCES)
     first_decode_rank = num_prefill_instances * prefill_ep_size
-    needed = first_decode_rank + ep_size
+    needed = first_decode_rank + num_decode_instances * ep_size
     if needed > num_ranks:
+        times = f" times {num_decode_instances}" if num_decode_instances > 1 else ""
         beside = f" beside {num_prefill_instances} prefill instance(s) at EP {prefill_ep_size}"
         raise UserError(
-            f"decode at EP {ep_size}{beside if num_prefill_instances else ''} needs {needed} devices, there are "
-            f"{num_ranks}: lower the EP sizes or the number of prefill instances (0 shares decode's devices)"
+            f"decode at EP {ep_size}{times}{beside if num_prefill_instances else ''} needs {needed} devices, there are "
+            f"{num_ranks}: lower the EP sizes or the numbers of instances (0 of prefill share decode's devices)"
         )
     if num_prefill_instances == 0 and prefill_ep_size > ep_size:
         raise UserError(
@@ -263,7 +269,11 @@ def plan_instances(
         InstanceSpec(name=f"prefill{i}", role="prefill", first_rank=i * prefill_ep_size, ep_size=prefill_ep_size)
         for i in range(max(num_prefill_instances, 1))
     )
-    return (*prefill, InstanceSpec(name="decode0", role="decode", first_rank=first_decode_rank, ep_size=ep_size))
+    decode = tuple(
+        InstanceSpec(name=f"decode{i}", role="decode", first_rank=first_decode_rank + i * ep_size, ep_size=ep_size)
+        for i in range(num_decode_instances)
+    )
+    return prefill + decode
 
 
 CLOUDMATRIX384 = Supernode(name="cloudmatrix384", num_npus=384)  # [V3 3.3] 48 nodes x 8

@@ -34,7 +34,7 @@ class Engine:
     Args:
         model: from `cmjax.load`.
         supernode: the machine, by default the preset `cloudmatrix384`; or pools already carved (`cmjax.mesh.carve`).
-        ep_size, prefill_ep_size, num_prefill_instances: see `cmjax.mesh.carve`.
+        ep_size, prefill_ep_size, num_prefill_instances, num_decode_instances: see `cmjax.mesh.carve`.
         settings: sizes and formats.
 
     Raises:
@@ -49,6 +49,7 @@ class Engine:
         ep_size: int | None = None,
         prefill_ep_size: int | None = None,
         num_prefill_instances: int | None = None,
+        num_decode_instances: int = 1,
         settings: EngineSettings | None = None,
     ) -> None:
         self.model = model
@@ -61,6 +62,7 @@ class Engine:
                 ep_size=ep_size,
                 prefill_ep_size=prefill_ep_size,
                 num_prefill_instances=num_prefill_instances,
+                num_decode_instances=num_decode_instances,
             )
         self.core = Core(Scheduler(self.settings.handoff_timeout_s))
         if self.pools.is_shared:

@@ -203,22 +203,39 @@ def test_plans_that_do_not_fit_say_the_numbers(num_ranks, sizes, message):
         plan_instances(num_ranks, *sizes)
 
 
-@given(st.integers(1, 384), st.integers(1, 384), st.integers(1, 40), st.none() | st.integers(0, 4))
-def test_plans_are_disjoint_unless_they_share(num_ranks, ep_size, prefill_ep_size, num_prefill_instances):
+@given(
+    st.integers(1, 384),
+    st.integers(1, 384),
+    st.integers(1, 40),
+    st.none() | st.integers(0, 4),
+    st.just(1) | st.integers(1, 4),
+)
+def test_plans_are_disjoint_unless_they_share(num_ranks, ep_size, prefill_ep_size, num_prefill, num_decode):
     try:
-        specs = plan_instances(num_ranks, ep_size, prefill_ep_size, num_prefill_instances)
+        specs = plan_instances(num_ranks, ep_size, prefill_ep_size, num_prefill, num_decode)
     except UserError:
-        num_alone = num_prefill_instances or 0
-        assert num_alone * prefill_ep_size + ep_size > num_ranks or prefill_ep_size > ep_size
+        num_alone = num_prefill or 0
+        assert num_alone * prefill_ep_size + num_decode * ep_size > num_ranks or prefill_ep_size > ep_size
         return
     ranks = [rank for spec in specs for rank in spec.ranks]
-    decode = specs[-1]
-    assert {spec.name for spec in specs} == {*(f"prefill{i}" for i in range(len(specs) - 1)), "decode0"}
+    prefill, decode = specs[:-num_decode], specs[-num_decode:]
+    assert [spec.name for spec in prefill] == [f"prefill{i}" for i in range(len(prefill))]
+    assert [spec.name for spec in decode] == [f"decode{i}" for i in range(num_decode)]
     assert set(ranks) <= set(range(num_ranks))
+    of_decode = [rank for spec in decode for rank in spec.ranks]
+    assert len(set(of_decode)) == len(of_decode) == num_decode * ep_size
     if len(set(ranks)) < len(ranks):
-        assert not num_prefill_instances
-        assert set(ranks) == set(decode.ranks)
-    assert len(decode.ranks) == ep_size
+        assert not num_prefill
+        assert set(prefill[0].ranks) <= set(decode[0].ranks)
+
+
+def test_decode_instances_share_the_ranks_that_there_are():
+    assert [spec.ep_size for spec in plan_instances(384, num_decode_instances=2)] == [32, 192, 192]
+    assert [spec.ep_size for spec in plan_instances(384, 64, num_decode_instances=3)] == [32, 32, 64, 64, 64]
+    with pytest.raises(UserError, match="decode at EP 200 times 2 needs 400 devices, there are 384"):
+        plan_instances(384, 200, num_decode_instances=2)
+    with pytest.raises(UserError, match="the number of decode instances is 0"):
+        plan_instances(384, num_decode_instances=0)
 
 
 def test_of_size_and_bad_machines():

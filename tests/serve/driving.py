@@ -24,11 +24,16 @@ def make_engine(
     *,
     prefill_ep_size: int | None = None,
     num_prefill_instances: int | None = 1,
+    num_decode_instances: int = 1,
     **settings: Any,
 ) -> Engine:
     """An engine on the preset machine, with small settings."""
     pools = carve(
-        MACHINE, ep_size=ep_size, prefill_ep_size=prefill_ep_size, num_prefill_instances=num_prefill_instances
+        MACHINE,
+        ep_size=ep_size,
+        prefill_ep_size=prefill_ep_size,
+        num_prefill_instances=num_prefill_instances,
+        num_decode_instances=num_decode_instances,
     )
     defaults = {"max_model_len": 96, "max_num_seqs_per_rank": 1, "max_num_batched_tokens": 64, "steps_per_call": 4}
     return Engine(model, pools, settings=EngineSettings(**{**defaults, **settings}))

@@ -20,8 +20,9 @@ def check_greedy(model, output):
 
 
 def check_all_free(engine):
-    assert engine.decode.router.placed() == []
-    assert all(pool.num_free == pool.num_blocks for pool in engine.decode.router.pools)
+    for decode in engine.fleet.decode_instances:
+        assert decode.router.placed() == []
+        assert all(pool.num_free == pool.num_blocks for pool in decode.router.pools)
     assert all(one.router.pool.num_free == one.router.pool.num_blocks for one in engine.prefill)
 
 
@@ -214,6 +215,17 @@ def test_prefill_can_share_the_devices_of_decode(rng):
     result = engine.generate(make_prompts(rng, [5, 20, 9, 3, 12]), SamplingParams(max_tokens=5))
     for output in result.outputs:
         check_greedy(model, output)
+
+
+def test_several_decode_instances_share_the_requests(rng):
+    model = tiny_model(num_hidden_layers=2)
+    engine = make_engine(model, 4, num_decode_instances=2, max_num_batched_tokens=16)
+    result = engine.generate(make_prompts(rng, [5, 20, 9, 3, 12, 7, 30, 4]), SamplingParams(max_tokens=5))
+    for output in result.outputs:
+        check_greedy(model, output)
+    assert [name for name, worker in engine.fleet.decode.items() if worker.calls] == ["decode0", "decode1"]
+    assert len(engine.fleet.decode_instances) == 2
+    check_all_free(engine)
 
 
 def test_logits_do_not_depend_on_company_rank_or_place(rng):
