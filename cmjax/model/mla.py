@@ -16,13 +16,13 @@ from cmjax.model.config import ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
 from cmjax.moe import dynamic_loop
-from cmjax.quant import einsum_f32, linear
+from cmjax.quant import InputMajor, einsum_f32, linear
 
 # The published models normalize the low-rank latents with this, whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
-_DECODE_CHUNK = 256
+_DECODE_CHUNK = 128
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -57,8 +57,10 @@ def queries(
     params: AttentionParams, config: ModelConfig, latent: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The queries of all heads in `params`, rotated: `(q_nope [tokens, heads, nope], q_pe [tokens, heads, rope])`."""
-    heads, width, inputs = params.q_b.shape
-    q = linear(latent, params.q_b.reshape(heads * width, inputs)).reshape(-1, heads, width)
+    q_b = params.q_b
+    if not isinstance(q_b, InputMajor):
+        q_b = q_b.reshape(-1, q_b.shape[-1])
+    q = linear(latent, q_b).reshape(latent.shape[0], -1, config.qk_head_dim)
     q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_pe, *rope_tables(config, positions), interleaved=config.rope_interleave)
 
@@ -291,9 +293,9 @@ def absorbed_start(
 ) -> CoreAttention:
     """Before any key; see `attend_absorbed`."""
     w_uk, _ = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
-    q_latent = einsum_f32("bhn,hnl->bhl", q_nope, w_uk).astype(q_nope.dtype)
+    q_latent = einsum_f32("hbn,hnl->hbl", q_nope.swapaxes(0, 1), w_uk).swapaxes(0, 1).astype(q_nope.dtype)
     query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
-    return CoreAttention(query, Softmax.start(query.shape[:2], config.kv_lora_rank), q_nope.shape[0])
+    return CoreAttention(query, Softmax.start(query.shape[:2], config.latent_width), q_nope.shape[0])
 
 
 def absorbed_part(
@@ -322,7 +324,7 @@ def absorbed_part(
         latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
         scores = einsum_f32("bqw,bcw->bqc", core.query, latent) * config.softmax_scale
         scores = jnp.where(key_pos < seen[..., None], scores, -jnp.inf)
-        return state.add(scores, latent[..., : config.kv_lora_rank], "bqc,bcl->bql")
+        return state.add(scores, latent, "bqc,bcw->bqw")
 
     index, count = part
     num_chunks = table.shape[1] // blocks_per_chunk
@@ -336,6 +338,6 @@ def absorbed_part(
 def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttention) -> jax.Array:
     """After all keys; see `attend_absorbed`."""
     tokens, dtype = core.num_tokens, core.query.dtype
-    mixed = core.state.result().reshape(tokens, -1, config.kv_lora_rank).astype(dtype)
+    mixed = core.state.result().reshape(tokens, -1, config.latent_width)[..., : config.kv_lora_rank].astype(dtype)
     _, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
     return einsum_f32("bhl,hvl->bhv", mixed, w_uv).reshape(tokens, -1).astype(dtype)

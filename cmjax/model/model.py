@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from cmjax.errors import UserError
 from cmjax.mesh import fabric
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import Params, named_leaves, quant_mode
+from cmjax.model.params import Params, input_major_params, named_leaves, quant_mode
 from cmjax.model.placed import default_wires, param_specs, place_params, plan_placement
 from cmjax.model.prefill import PrefillBatch, prefill_pass
 from cmjax.model.transformer import RankSpec, lm_head, mtp_head
@@ -81,6 +81,11 @@ class Model:
         """The leaves in int8, by their place in `params`, such as `moe.attn.o`."""
         suffix = ".qvalue"
         return frozenset(name.removesuffix(suffix) for name in named_leaves(self.params) if name.endswith(suffix))
+
+    @functools.cached_property
+    def input_major_params(self) -> Params:
+        """`params` as CPU devices multiply few rows by them fastest; what is stored anew is shared by all who ask."""
+        return input_major_params(self.params)
 
     @functools.cached_property
     def _on_one_device(self) -> tuple[Params, np.ndarray, Mesh, RankSpec]:

@@ -8,6 +8,7 @@ Letters in shapes: V vocabulary, H hidden, F / f intermediate size of a dense ML
 n shared experts, heads, nope / rope / v the parts of a head.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -21,9 +22,10 @@ import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
-from cmjax.quant import QuantArray, QuantMode, dequantize_host, quantize
+from cmjax.quant import InputMajor, QuantArray, QuantMode, dequantize_host, quantize
 
-# An array, or what stands for one: numpy's on the host, a QuantArray, a ShapeDtypeStruct, a PartitionSpec in specs.
+# An array, or what stands for one: numpy's on the host, a QuantArray or an InputMajor, a ShapeDtypeStruct, in specs a
+# PartitionSpec.
 Leaf = Any
 MakeLeaf = Callable[[tuple[int, ...], Any], Leaf]  # (shape, dtype) -> array
 
@@ -244,6 +246,28 @@ def convert_params(
         is_wide = name.endswith("norm") or path[-1].name.startswith("router")
         return leaf if is_wide or leaf.dtype == dtype else np.asarray(leaf).astype(dtype)
 
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=_is_quant_array)
+
+
+def input_major_params(params: Params) -> Params:
+    """Host parameters with the float matrices that every rank multiplies by stored as `InputMajor`, a tied head too.
+
+    Experts keep their form, shared ones included: a placement cuts them.
+    """
+
+    def convert(path: tuple, leaf: Any) -> Any:
+        names = {key.name for key in path}
+        name = path[-1].name
+        if _is_quant_array(leaf) or names & {"experts", "shared"} or name not in QUANTIZED | {"router", "head"}:
+            return leaf
+        outputs = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1]) if name == "q_b" else leaf
+        by_input = np.swapaxes(outputs, -1, -2)
+        value = aligned_empty(by_input.shape, by_input.dtype)
+        value[...] = by_input
+        return InputMajor(value)
+
+    if params.head is None:
+        params = dataclasses.replace(params, head=params.embed)
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=_is_quant_array)
 
 

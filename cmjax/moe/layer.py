@@ -20,6 +20,7 @@ from cmjax.moe.dispatch import (
 from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn
 from cmjax.moe.router import RouterConfig, route
 from cmjax.moe.wire import WireDtype, check_wire_dtype
+from cmjax.quant import Matrix
 
 
 class Exchange(Protocol):
@@ -141,7 +142,7 @@ def routed_choices(
 
 def gate(
     x: jax.Array,
-    router: jax.Array,
+    router: Matrix,
     router_bias: jax.Array | None,
     expert_to_slot: jax.Array,
     is_valid: jax.Array,
@@ -175,7 +176,7 @@ def run_experts(
 
 def moe_ffn(
     x: jax.Array,
-    router: jax.Array,
+    router: Matrix,
     router_bias: jax.Array | None,
     experts: ExpertParams,
     layer: jax.Array | int,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.quant import Matrix, linear
+
 Scoring = Literal["sigmoid", "softmax"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
@@ -30,9 +32,9 @@ class RouterConfig:
     routed_scaling_factor: float = 1.0
 
 
-def router_scores(x: jax.Array, weight: jax.Array, config: RouterConfig) -> jax.Array:
+def router_scores(x: jax.Array, weight: Matrix, config: RouterConfig) -> jax.Array:
     """Return `float32[tokens, experts]`, the scores of `x[tokens, hidden]` under `weight float32[experts, hidden]`."""
-    logits = lax.dot_general(x.astype(jnp.float32), weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    logits = linear(x.astype(jnp.float32), weight)
     return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
@@ -56,7 +58,7 @@ def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def route(x: jax.Array, weight: jax.Array, bias: jax.Array | None, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
+def route(x: jax.Array, weight: Matrix, bias: jax.Array | None, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
     """Choose experts: `(topk_idx int32[tokens, topk], topk_weights float32[tokens, topk])`, logical experts.
 
     Args:

@@ -2,6 +2,7 @@
 
 from cmjax.quant.array import (
     QUANT_MODES,
+    InputMajor,
     Matrix,
     QuantArray,
     QuantizedRows,
@@ -17,6 +18,7 @@ from cmjax.quant.rows import dequantize_rows, quantize_rows
 
 __all__ = [
     "QUANT_MODES",
+    "InputMajor",
     "Matrix",
     "QuantArray",
     "QuantMode",

@@ -54,7 +54,21 @@ class QuantArray:
         return QuantArray(self.qvalue.reshape(shape), self.scale.reshape(shape[:-1]), self.mode)
 
 
-Matrix: TypeAlias = jax.Array | QuantArray
+@flax.struct.dataclass
+class InputMajor:
+    """Float matrices `[..., out, in]` stored by inputs.
+
+    XLA's CPU backend repacks a matrix stored by outputs in every product of a few rows with it, which takes longer than
+    the product. It takes the place of the array in a tree of parameters, where only `linear` meets it.
+
+    Attributes:
+        value: `[..., in, out]`.
+    """
+
+    value: Any
+
+
+Matrix: TypeAlias = jax.Array | QuantArray | InputMajor
 
 
 @flax.struct.dataclass

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.quant.array import Matrix, QuantArray, QuantizedRows, dequantize
+from cmjax.quant.array import InputMajor, Matrix, QuantArray, QuantizedRows, dequantize
 from cmjax.quant.rows import dequantize_rows, quantize_rows
 
 
@@ -20,8 +20,9 @@ def linear(x: jax.Array | QuantizedRows, weight: Matrix, bias: jax.Array | None 
 
     Args:
         x: `[..., in]`, the activations; or `[rows, in]` already quantized.
-        weight: `[out, in]` (the orientation of published checkpoints), of the dtype of `x`; or quantized: then each
-            row of `x` is quantized first, if it is not yet (per token, dynamic; paper section 4.5).
+        weight: `[out, in]` (the orientation of published checkpoints), of the dtype of `x`, however it is stored; or
+            quantized: then each row of `x` is quantized first, if it is not yet (per token, dynamic; paper section
+            4.5).
         bias: `[out]` or None.
     """
     if isinstance(weight, QuantArray):
@@ -33,9 +34,9 @@ def linear(x: jax.Array | QuantizedRows, weight: Matrix, bias: jax.Array | None 
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dimensions, precision=_precision(x, weight))
+def _product(x: jax.Array, weight: jax.Array | InputMajor) -> jax.Array:
+    values, inputs = (weight.value, 0) if isinstance(weight, InputMajor) else (weight, 1)
+    return lax.dot_general(x, values, (((x.ndim - 1,), (inputs,)), ((), ())), precision=_precision(x, values))
 
 
 def _quantized_product(x: jax.Array | QuantizedRows, weight: QuantArray) -> jax.Array:

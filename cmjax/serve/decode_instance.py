@@ -10,7 +10,7 @@ import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
-from cmjax.model import DecodeBatch, Model
+from cmjax.model import DecodeBatch, Model, Params
 from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.instance import PlacedModel, token_logprobs
 from cmjax.serve.request import Request, SamplingParams
@@ -57,6 +57,10 @@ class DecodeInstance(PlacedModel):
         self.slot_counts = [settings.max_num_seqs_per_rank]
         self.set_forms(may_split=settings.max_num_seqs_per_rank % 2 == 0)
         self.reset()
+
+    def host_params(self) -> Params:
+        """A rank's products have few rows."""
+        return self.model.input_major_params if self.instance.devices[0].platform == "cpu" else self.model.params
 
     def reset(self) -> None:
         """Forget every request: a new cache, all places and blocks free."""

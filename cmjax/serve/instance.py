@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, Instance
-from cmjax.model import Model, RankSpec, default_wires, expert_maps, place_params, plan_placement
+from cmjax.model import Model, Params, RankSpec, default_wires, expert_maps, place_params, plan_placement
 from cmjax.moe import ExpertPlacement, SplitExchange
 from cmjax.serve.request import TokenLogprobs
 from cmjax.serve.sampling import Logprobs, Sampling, SamplingRoom
@@ -94,13 +94,17 @@ class PlacedModel:
             microbatches=2 if settings.microbatches == 2 else 1,
         )
         self.spec = StepSpec(rank, mesh)
-        self.params = place_params(model.params, self.placement, mesh)
+        self.params = place_params(self.host_params(), self.placement, mesh)
         maps = expert_maps(self.placement, instance.ep_size)
         self.expert_to_slot = jax.device_put(maps, NamedSharding(mesh, PartitionSpec(None, EP_AXIS)))
         self._loads: list[jax.Array] = []
         self.rooms = [SamplingRoom()]
         self.specs = {self.spec.rank.microbatches: self.spec}
         self.trial = Trial([*self.specs])
+
+    def host_params(self) -> Params:
+        """The model's parameters, stored as the steps want them."""
+        return self.model.params
 
     def set_forms(self, *, may_split: bool) -> None:
         """With microbatches "auto": two of them may be tried."""

@@ -186,7 +186,14 @@ def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
 
 def greedy(logits: jax.Array) -> jax.Array:
     """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
-    return _finite_only(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits)
+    return _finite_only(_best(logits), logits)
+
+
+def _best(scores: jax.Array) -> jax.Array:
+    """The first index of each row's maximum, `int32[rows]`; XLA's argmax is scalar code on a CPU, the two reductions of
+    this are not. Nonsense where a row holds NaN."""
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    return jnp.where(scores == scores.max(-1, keepdims=True), index, scores.shape[-1]).min(-1)
 
 
 def _finite_only(token_ids: jax.Array, logits: jax.Array) -> jax.Array:
@@ -218,13 +225,13 @@ def sample(
         history: `int32[rows, any]`, what each request has generated so far, -1 padded; None: no row has penalties.
     """
     adjusted = _adjusted(logits, state, history)
-    best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    best = _best(adjusted)
     is_random = state.temperature > 0
 
     def draw() -> jax.Array:
         kept = _filtered(adjusted / jnp.where(is_random, state.temperature, 1)[:, None], state)
-        drawn = jnp.argmax(kept + _noise(state.seed, positions, logits.shape[-1]), axis=-1)
-        return jnp.where(is_random, drawn.astype(jnp.int32), best)
+        drawn = _best(kept + _noise(state.seed, positions, logits.shape[-1]))
+        return jnp.where(is_random, drawn, best)
 
     return _finite_only(lax.cond(is_random.any(), draw, lambda: best), logits)
 

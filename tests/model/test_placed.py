@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax.model import init_params, param_specs, place_params, plan_placement, reference
+from cmjax.model import Model, init_params, param_specs, place_params, plan_placement, reference
+from cmjax.model.params import convert_params
+from cmjax.quant import InputMajor
 from tests.helpers import tiny_config
 
 
@@ -73,3 +75,35 @@ def test_a_model_without_experts_needs_no_placement(make_mesh):
     assert plan_placement(config, 8) is None
     placed = place_params(init_params(config), None, make_mesh(8))
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.parametrize("config", [tiny_config(num_nextn_predict_layers=1), tiny_config(tie_word_embeddings=True)])
+def test_input_major_params_hold_the_same_matrices(make_mesh, config, quant):
+    """Of the float matrices that every rank multiplies by; a device shares the host's buffer of them too."""
+    params = convert_params(init_params(config), quant, np.float32)
+    model = Model(config, params, "")
+    stored = model.input_major_params
+    assert model.input_major_params is stored
+    floats = {"router", "head"} | (set() if quant else {"q_a", "q_b", "kv_a", "o", "w13", "w2"})
+    seen = set()
+
+    def check(path, leaf, like):
+        names = [key.name for key in path]
+        if not isinstance(leaf, InputMajor):
+            assert leaf is like
+            return
+        seen.add(names[-1])
+        assert not {"experts", "shared"} & {*names}
+        *lead, inputs = like.shape
+        lead = [lead[0], lead[1] * lead[2]] if names[-1] == "q_b" else lead
+        np.testing.assert_array_equal(np.swapaxes(leaf.value, -1, -2), like.reshape(*lead, inputs))
+        assert leaf.value.flags.c_contiguous
+        assert leaf.value.ctypes.data % 64 == 0
+
+    wanted = params if params.head is not None else params.replace(head=params.embed)
+    jax.tree_util.tree_map_with_path(check, stored, wanted, is_leaf=lambda leaf: isinstance(leaf, InputMajor))
+    assert seen - {"eh_proj"} == floats
+    placed = place_params(stored, plan_placement(config, 8), make_mesh(8))
+    shards = placed.head.value.addressable_shards
+    assert {shard.data.unsafe_buffer_pointer() for shard in shards} == {stored.head.value.ctypes.data}

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmjax.quant import einsum_f32, linear
+from cmjax.quant import InputMajor, einsum_f32, linear
 from tests.helpers import assert_close
 
 
@@ -16,6 +16,7 @@ def test_linear_is_x_times_weight_transposed_plus_bias(rng, dtype):
     for result, expected in (
         (linear(x, weight), wide[0] @ wide[1].T),
         (linear(x, weight, bias), wide[0] @ wide[1].T + wide[2]),
+        (linear(x, InputMajor(weight.T), bias), wide[0] @ wide[1].T + wide[2]),
     ):
         assert result.dtype == dtype
         assert_close(result, expected)
