@@ -39,10 +39,11 @@ def router_scores(x: jax.Array, weight: Matrix, config: RouterConfig) -> jax.Arr
 
 
 def _sum_of_best_two(scores: jax.Array) -> jax.Array:
-    """The sum of the two largest over the last axis, or the one there is. Two maxima cost less than a top-k."""
-    is_best = jnp.arange(scores.shape[-1]) == scores.argmax(-1, keepdims=True)
-    second = jnp.where(is_best, -jnp.inf, scores).max(-1)
-    return scores.max(-1) + jnp.where(jnp.isneginf(second), 0, second)
+    """The sum of the two largest over the last axis, or the one there is. Maxima cost less than a top-k or an argmax."""
+    best = scores.max(-1)
+    is_best = scores == best[..., None]
+    second = jnp.where(is_best.sum(-1) > 1, best, jnp.where(is_best, -jnp.inf, scores).max(-1))
+    return best + jnp.where(jnp.isneginf(second), 0, second)
 
 
 def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:

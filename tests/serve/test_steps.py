@@ -218,7 +218,7 @@ def test_another_placement_does_not_recompile(engine, rng):
         old, physical_to_logical=old.physical_to_logical[:, order], expert_to_slot=moved_to[old.expert_to_slot]
     )
     kept = target.params, target.expert_to_slot
-    target.params = place_params(target.model.params, new, target.spec.mesh)
+    target.params = place_params(target.host_params(), new, target.spec.mesh)
     maps = new.expert_to_slot.astype(np.int32)
     target.expert_to_slot = jax.device_put(maps, NamedSharding(target.spec.mesh, P(None, "ep")))
     after, traces = traces_of(lambda: run_steps(engine, ROWS, 12))
