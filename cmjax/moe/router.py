@@ -39,7 +39,7 @@ def router_scores(x: jax.Array, weight: Matrix, config: RouterConfig) -> jax.Arr
 
 
 def _sum_of_best_two(scores: jax.Array) -> jax.Array:
-    """The sum of the two largest over the last axis, or the one there is. Maxima cost less than a top-k or an argmax."""
+    """The sum of the two largest over the last axis, or the one there is. Maxima cost less than top-k or argmax."""
     best = scores.max(-1)
     is_best = scores == best[..., None]
     second = jnp.where(is_best.sum(-1) > 1, best, jnp.where(is_best, -jnp.inf, scores).max(-1))
