@@ -22,7 +22,9 @@ from cmjax.quant import InputMajor, einsum_f32, linear
 _LATENT_NORM_EPS = 1e-6
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
-_DECODE_CHUNK = 128
+# In decode the first keys are a chunk of their own: where all requests are short, more of it would be work for nothing.
+_FIRST_DECODE_CHUNK = 128
+_DECODE_CHUNK = 256
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -157,8 +159,9 @@ def _chunk_blocks(block_size: int, max_blocks: int, chunk: int) -> int:
     return min(max_blocks, max(1, chunk // block_size))
 
 
-def _pad_table(block_table: jax.Array, blocks_per_chunk: int) -> jax.Array:
-    pad = -block_table.shape[1] % blocks_per_chunk
+def _pad_table(block_table: jax.Array, blocks_per_chunk: int, first_block: int = 0) -> jax.Array:
+    """The table with whole chunks from `first_block` on."""
+    pad = (first_block - block_table.shape[1]) % blocks_per_chunk
     return jnp.pad(block_table, ((0, 0), (0, pad)), constant_values=-1)
 
 
@@ -308,30 +311,40 @@ def absorbed_part(
     block_size: int,
     part: Part = WHOLE,
 ) -> CoreAttention:
-    """The queries meet a share of the key chunks (the last part, where there is only one chunk); arguments as of
+    """The queries meet a share of the key chunks (the last part also the first chunk); arguments as of
     `attend_absorbed`."""
     requests, rows, _ = core.query.shape
-    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _DECODE_CHUNK)
-    chunk = blocks_per_chunk * block_size
-    table = _pad_table(block_table, blocks_per_chunk)
+    first_blocks = _chunk_blocks(block_size, block_table.shape[1], _FIRST_DECODE_CHUNK)
     lengths = lengths.reshape(requests, -1)
     seen = jnp.repeat(lengths, rows // lengths.shape[1], axis=1)
     longest = seen.max(1)
 
-    def attend_chunk(index: jax.Array | int, state: Softmax) -> Softmax:
-        latent = read_blocks(cache, layer, table, index * blocks_per_chunk, blocks_per_chunk, block_size)
-        key_pos = index * chunk + jnp.arange(chunk)
+    def attend_chunk(state: Softmax, table: jax.Array, first_block: jax.Array | int, num_blocks: int) -> Softmax:
+        latent = read_blocks(cache, layer, table, first_block, num_blocks, block_size)
+        key_pos = first_block * block_size + jnp.arange(num_blocks * block_size)
         latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
         scores = einsum_f32("bqw,bcw->bqc", core.query, latent) * config.softmax_scale
         scores = jnp.where(key_pos < seen[..., None], scores, -jnp.inf)
         return state.add(scores, latent, "bqc,bcw->bqw")
 
-    index, count = part
-    num_chunks = table.shape[1] // blocks_per_chunk
-    if num_chunks == 1:
-        return core if index < count - 1 else dataclasses.replace(core, state=attend_chunk(0, core.state))
-    first, end = _share(-(-lengths.max() // chunk), part)
-    state = dynamic_loop(first, end, attend_chunk, core.state, expected_trips=-(-num_chunks // count))
+    state, (index, count) = core.state, part
+    more_blocks = block_table.shape[1] - first_blocks
+    if more_blocks:
+        size = _chunk_blocks(block_size, more_blocks, _DECODE_CHUNK)
+        table = _pad_table(block_table, size, first_blocks)
+        num_chunks = -(-jnp.maximum(lengths.max() - first_blocks * block_size, 0) // (size * block_size))
+        state = dynamic_loop(
+            *_share(num_chunks, part),
+            lambda chunk, state: attend_chunk(state, table, first_blocks + chunk * size, size),
+            state,
+            expected_trips=-(-more_blocks // (size * count)),
+        )
+    if index == count - 1:
+        # A rank without requests has no chunk.
+        is_any = (lengths.max() > 0).astype(jnp.int32)
+        state = dynamic_loop(
+            0, is_any, lambda _, state: attend_chunk(state, block_table, 0, first_blocks), state, expected_trips=1
+        )
     return dataclasses.replace(core, state=state)
 
 
