@@ -58,8 +58,8 @@ class QuantArray:
 class InputMajor:
     """Float matrices `[..., out, in]` stored by inputs.
 
-    XLA's CPU backend repacks a matrix stored by outputs in every product of a few rows with it, which takes longer than
-    the product. It takes the place of the array in a tree of parameters, where only `linear` meets it.
+    XLA's CPU backend repacks a float32 matrix stored by outputs in every product with a few rows, which takes longer
+    than the product. It takes the place of the array in a tree of parameters, where only `linear` meets it.
 
     Attributes:
         value: `[..., in, out]`.

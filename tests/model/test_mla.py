@@ -76,8 +76,8 @@ def whole(lengths):
     return LocalSequences(*(np.asarray(a, np.int32) for a in (np.cumsum(lengths) - lengths, lengths, 0 * lengths)))
 
 
-# Short ones beside ones longer than a query tile and a key chunk, and of just their size.
-LENGTHS = {7: [3, 1, 12, 7], 16: [128, 5, 300, 16, 129], 1: [2, 9]}
+# Short ones beside ones longer than a query tile and several key chunks, and of just their size.
+LENGTHS = {7: [3, 1, 12, 7], 16: [128, 5, 700, 16, 129, 384], 1: [2, 9]}
 
 
 @pytest.mark.parametrize("block_size", LENGTHS)
@@ -148,12 +148,12 @@ def test_expanded_without_any_query(rng):
 
 def test_a_sequence_does_not_see_its_neighbors(rng):
     """Bit for bit the same output alone as beside others, in any place of the batch."""
-    lengths = np.array([40, 33, 7])
+    lengths = np.array([500, 33, 7])
     packed = Packed(rng, lengths, 16)
     together = run_expanded(packed.q_nope, packed.q_pe, packed.cache, whole(lengths), packed.table, block_size=16)
-    alone = LocalSequences(*(np.array(a, np.int32) for a in ([0, 40, 0], [0, 33, 0], [0, 0, 0])))
+    alone = LocalSequences(*(np.array(a, np.int32) for a in ([0, 500, 0], [0, 33, 0], [0, 0, 0])))
     out = run_expanded(packed.q_nope, packed.q_pe, packed.cache, alone, packed.table, block_size=16)
-    np.testing.assert_array_equal(out[40:73], together[40:73])
+    np.testing.assert_array_equal(out[500:533], together[500:533])
 
     last, swap = packed.ends - 1, np.array([2, 0, 1])
     one = run_absorbed(
