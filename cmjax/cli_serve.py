@@ -112,7 +112,8 @@ def serve(folder: str, **options: Any) -> None:
     ease_collector()
     if options["max_prefill_instances"] is not None:
         prefill = Bounds(len(pools.prefill), options["max_prefill_instances"])
-        engine.follow_load(RatioPolicy({"prefill": prefill, "decode": Bounds(*[len(pools.decode)] * 2)}))
+        decode = Bounds(len(pools.decode), len(pools.decode))
+        engine.follow_load(RatioPolicy({"prefill": prefill, "decode": decode}))
     app = create_app(engine, server, tokenizer, template)
     try:
         run_server(
