@@ -37,6 +37,11 @@ class Instance:
         return range(self.first_rank, self.first_rank + self.ep_size)
 
     @property
+    def is_virtual(self) -> bool:
+        """Whether its devices are a CPU's."""
+        return self.devices[0].platform == "cpu"
+
+    @property
     def mesh(self) -> Mesh:
         """The instance's devices along the one axis "ep"."""
         return Mesh(np.array(self.devices, dtype=object), (EP_AXIS,))

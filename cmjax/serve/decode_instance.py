@@ -60,7 +60,7 @@ class DecodeInstance(PlacedModel):
 
     def host_params(self) -> Params:
         """A rank's products have few rows; in bfloat16 a CPU takes as long by either form."""
-        is_repacked = self.instance.devices[0].platform == "cpu" and self.model.dtype == np.float32
+        is_repacked = self.instance.is_virtual and self.model.dtype == np.float32
         return self.model.input_major_params if is_repacked else self.model.params
 
     def reset(self) -> None:
