@@ -111,8 +111,8 @@ def test_all_features_but_one(model, expected, off):
 @pytest.mark.soak
 def test_all_features_together_in_int8(model):
     """Sums in another order may move a rounding: most requests have the very tokens of one device."""
-    params = convert_params(model.params, np.float32, "int8")
-    quantized = Model(model.config, params, params_digest(params))
+    params = convert_params(model.params, "int8", np.float32)
+    quantized = Model(model.config, params, params_digest(model.config, params))
     plain = make_engine(quantized, 1, max_num_seqs_per_rank=8, max_model_len=64, dispatch_dtype="int8")
     expected = plain.generate(PROMPTS, SAMPLINGS).outputs
     same = [a.token_ids == b.token_ids for a, b in zip(streamed(quantized), expected, strict=True)]
