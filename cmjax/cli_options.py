@@ -48,7 +48,7 @@ def instance_options(function: Function) -> Function:
             show_default=True,
             help="Machine to stand in for; with -dies, a device is one die of an NPU.",
         ),
-        click.option("--ep", type=int, help="Devices of a decode instance.  [default: 320, or all there are]"),
+        click.option("--ep", type=int, help="Devices of a decode instance.  [default: 320, or an equal share of all]"),
         click.option("--prefill-ep", type=int, help="Devices of a prefill instance.  [default: min(ep, 32)]"),
         click.option(
             "--prefill-instances",
