@@ -60,5 +60,9 @@ def table(report: dict[str, Any]) -> "Table":
     )
     for name, seconds, of, key in rows:
         found.add_row(name, f"{seconds * 1e3:.0f}", of, f"{results[key]:.2f}", f"{bounds[key]:g}")
+    costs = report["bookkeeping_ms"]
+    parts = ", ".join(f"{part} {costs[part]:.1f}" for part in ("plan", "pickle", "unpickle", "commit"))
+    name = f"bookkeeping of a call, {costs['rows']:,} rows"
+    found.add_row(name, f"{costs['total']:.1f}", parts, "", f"{bounds['bookkeeping_ms']:g} ms")
     found.caption = "\n".join(f"{name}: {text}" for name, text in report["definitions"].items())
     return found

@@ -106,7 +106,7 @@ def demo(
         if not as_json:
             _show_machine(engine, stdout)
         result = engine.generate(prompts, sampling, progress=progress)
-    traffic = fabric.books.snapshot()
+    traffic = fabric.traffic.snapshot()
     report = collect(engine, result, traffic, tokenizer)
     generated = [output.token_ids for output in result.outputs]
     if model.quant is None:
@@ -286,7 +286,7 @@ def _show_machine(engine: Any, console: Any) -> None:
     from cmjax.cli_info import topology_tables
 
     report = collect_info(engine.pools)
-    for one, instance in zip(report["instances"], engine.fleet.instances.values(), strict=True):
+    for one, instance in zip(report["instances"], (*engine.prefill, *engine.fleet.decode.values()), strict=True):
         one["placement"] = placement(instance)
     for table in (*topology_tables(report), placement_table(report)):
         console.print(table)

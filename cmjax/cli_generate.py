@@ -104,7 +104,7 @@ def generate(
     with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:
         engine = Engine(model, pools, settings=settings)
         result = engine.generate(prompts, sampling, progress=progress)
-    report = collect(engine, result, fabric.books.snapshot(), tokenizer)
+    report = collect(engine, result, fabric.traffic.snapshot(), tokenizer)
     report["timings"] |= {"load_s": load_s, "total_s": time.perf_counter() - begin}
     if as_json:
         click.echo(json.dumps(report))
@@ -122,7 +122,7 @@ def collect(
     from cmjax.cli_info import collect as collect_info
 
     machine = collect_info(engine.pools)
-    instances = zip(machine["instances"], engine.fleet.instances.values(), strict=True)
+    instances = zip(machine["instances"], (*engine.prefill, *engine.fleet.decode.values()), strict=True)
     config = engine.model.config
     settings = dataclasses.asdict(engine.settings)
     settings["exchange"] = engine.settings.exchange.__name__
@@ -288,7 +288,7 @@ def traffic_table(planes: dict[str, dict[str, dict[str, int]]]) -> "Table":
             sizes = (f"{counts[key] / 1e6:,.2f}" for key in ("bytes", "local_bytes"))
             table.add_row(plane, name, f"{counts['calls']:,}", *sizes)
     if not planes:
-        table.caption = "none: a single rank exchanges nothing, and lax collectives keep no books"
+        table.caption = "none: a single rank exchanges nothing, and lax collectives are not counted"
     return table
 
 

@@ -142,7 +142,7 @@ def memory_errors(settings: "EngineSettings") -> Iterator[None]:
 
 @contextmanager
 def progress_bar(console: "Console") -> Iterator["Progress"]:
-    """A callback for `Engine.generate` that draws a bar on a terminal, and starts the traffic books anew once the
+    """A callback for `Engine.generate` that draws a bar on a terminal, and starts counting traffic anew once the
     steps are compiled: compiling runs each of them once, on padding."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -155,7 +155,7 @@ def progress_bar(console: "Console") -> Iterator["Progress"]:
 
     def notify(phase: str, num_tokens: int, num_total: int) -> None:
         if phase == "prefill" and "prefill" not in phases_seen:
-            fabric.books.reset()
+            fabric.traffic.reset()
         phases_seen.append(phase)
         bars.update(task, description=PHASES[phase], completed=num_tokens, total=num_total)
 

@@ -73,6 +73,9 @@ def read_config(context: click.Context, _: click.Parameter, path: str | None) ->
 @click.option(
     "--max-concurrent-requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="More get a 429."
 )
+@click.option(
+    "--min-priority", type=int, default=0, show_default=True, help="Most urgent priority a client may ask for."
+)
 @click.option("--metrics-prefix", default="vllm:", show_default=True, help="Of the Prometheus names.")
 @click.option("--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds for what runs at the end.")
 @click.option(
@@ -105,6 +108,7 @@ def serve(folder: str, **options: Any) -> None:
         max_body_bytes=int(options["max_body_mb"] * 1e6),
         max_concurrent_requests=options["max_concurrent_requests"],
         metrics_prefix=options["metrics_prefix"],
+        min_priority=options["min_priority"],
     )
     with memory_errors(settings):
         engine = Engine(model, pools, settings=settings)

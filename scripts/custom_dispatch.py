@@ -5,7 +5,7 @@
 
 `GatherExchange` is the simplest correct exchange there is: every rank gathers everybody's tokens and picks the rows of
 its own experts; the outputs go back as one sum over the ranks. It moves far more bytes than the default, which the
-books show.
+traffic shows.
 """
 
 import dataclasses
@@ -58,10 +58,10 @@ def main() -> None:
         settings = EngineSettings(max_model_len=32, max_num_seqs_per_rank=2)
         if exchange is not None:
             settings = dataclasses.replace(settings, exchange=exchange)
-        fabric.books.reset()
+        fabric.traffic.reset()
         result = Engine(model, pools, settings=settings).generate(prompts, SamplingParams(max_tokens=8))
         tokens[name] = [output.token_ids for output in result.outputs]
-        wire_bytes = fabric.books.snapshot().wire_bytes(plane="ub")
+        wire_bytes = fabric.traffic.snapshot().wire_bytes(plane="ub")
         print(f"{name:8} {wire_bytes:12,} bytes between ranks; first output {tokens[name][0]}")
     if tokens["own"] != tokens["default"]:
         raise SystemExit("the tokens differ")

@@ -74,7 +74,7 @@ def main(num_ranks: int = 320) -> None:
         print(f"{name:24} {num_ranks} ranks: equal to numpy")
 
     print(f"\n{'plane':6} {'collective':20} {'calls':>5} {'bytes on the wire':>18}")
-    for entry in fabric.books.snapshot().entries:
+    for entry in fabric.traffic.snapshot().entries:
         print(f"{entry.plane:6} {entry.collective:20} {entry.calls:5} {entry.wire_bytes:18,}")
     used = {status.form for status in fabric.status().values()}
     print(f"\nform in use: {', '.join(sorted(used))}")

@@ -1,4 +1,4 @@
-"""Generate with a checkpoint, as a library: load, place on the virtual supernode, continue prompts, read the books.
+"""Generate with a checkpoint, as a library: load, place on the virtual supernode, continue prompts, print the traffic.
 
     python scripts/generate.py [MODEL_DIR] [--ep 320]
     XLA_FLAGS=--xla_force_host_platform_device_count=384 python scripts/generate.py
@@ -38,7 +38,7 @@ def main() -> None:
     for prompt, output in zip(prompts, result.outputs, strict=True):
         print(repr(prompt), "->", repr(tokenizer.decode(output.token_ids)))
 
-    traffic = fabric.books.snapshot()
+    traffic = fabric.traffic.snapshot()
     for entry in traffic.entries:
         print(f"{entry.plane:5} {entry.collective:18} {entry.calls:6} calls {entry.num_bytes.sum():12,} bytes")
     busiest = result.decode_load.max(axis=1) if result.decode_load.size else []

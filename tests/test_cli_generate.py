@@ -64,7 +64,7 @@ def test_tokens_equal_the_reference_and_the_report_is_whole(capsys):
     assert seconds["decode_tokens"] == case.generated.size - len(case.prompt)
     assert all(seconds[name] > 0 for name in ("load_s", "compile_s", "prefill_s", "handoff_s", "decode_s", "total_s"))
 
-    # Only what these requests moved: the padding that compiled the steps is not in the books.
+    # Only what these requests moved: the padding that compiled the steps is not counted.
     handoff = report["traffic"]["rdma"]["kv_handoff"]
     width = case.config.num_cache_layers * case.config.latent_width
     assert handoff["calls"] == len(case.prompt)

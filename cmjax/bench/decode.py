@@ -14,10 +14,10 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model
 from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
-from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, StepSpec, decode, hand_off
-from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.prefill_instance import Prefilled
-from cmjax.serve.request import Request
+from cmjax.schedule import SlotLoad, blocks_for
+from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, StepSpec, decode
+from cmjax.serve.direct import Prefilled, fill, prefill_prompts, rows_in_order
+from cmjax.serve.executor import host_load
 
 BOUND = 3.0  # times one device
 WIRES = {"float": None, "int8": "int8"}
@@ -117,7 +117,7 @@ def _result(wire: str, seconds: dict[str, list[float]], num_steps: int, num_toke
 
 def prefilled_prompts(
     model: Model, device: jax.Device, cache_tokens: int, seed: int, num_prompts: int = _NUM_PROMPTS
-) -> tuple[PrefillInstance, list[Prefilled]]:
+) -> tuple[PrefillExecutor, list[Prefilled]]:
     """Random prompts after prefill on one device: real latents for every cache."""
     settings = EngineSettings(
         max_model_len=cache_tokens,
@@ -126,14 +126,10 @@ def prefilled_prompts(
         max_num_batched_tokens=num_prompts * cache_tokens,
     )
     blocks = num_prompts * blocks_for(cache_tokens, _BLOCK_SIZE)
-    source = PrefillInstance(model, Instance("prefill0", "prefill", (device,)), settings, blocks)
+    source = PrefillExecutor(model, Instance("prefill0", "prefill", (device,)), settings, blocks)
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.vocab_size, (num_prompts, cache_tokens))
-    requests = [
-        Request(f"prompt {index}", prompt.tolist(), SamplingParams(max_tokens=1))
-        for index, prompt in enumerate(prompts)
-    ]
-    return source, next(source.run(requests))
+    return source, prefill_prompts(source, prompts.tolist())
 
 
 class Filled:
@@ -143,35 +139,28 @@ class Filled:
         self,
         model: Model,
         devices: list[jax.Device],
-        prefilled: tuple[PrefillInstance, list[Prefilled]],
+        prefilled: tuple[PrefillExecutor, list[Prefilled]],
         seqs_per_rank: int,
         num_steps: int,
         seed: int,
     ) -> None:
         source, prompts = prefilled
-        length = len(prompts[0].request.prompt_ids)
+        length = len(prompts[0].prompt_ids)
         settings = EngineSettings(
             max_model_len=length + num_steps,
             max_num_seqs_per_rank=seqs_per_rank,
             block_size=_BLOCK_SIZE,
         )
         instance = Instance("decode0", "decode", tuple(devices))
-        self.instance = DecodeInstance(model, instance, settings, seqs_per_rank * settings.max_blocks)
+        self.instance = DecodeExecutor(model, instance, settings, seqs_per_rank * settings.max_blocks)
         num_sequences = len(devices) * seqs_per_rank
         first_tokens = np.random.default_rng(seed + 1).integers(0, model.config.vocab_size, num_sequences)
-        placed = []
-        for index in range(num_sequences):
-            prompt = prompts[index % len(prompts)]
-            request = Request(f"prompt {index}", prompt.request.prompt_ids, SamplingParams(max_tokens=num_steps + 1))
-            if not self.instance.router.reserve(request):
-                raise AssertionError("an empty decode instance has no room for its places")
-            placed.append(dataclasses.replace(prompt, request=request))
-        hand_off(source, self.instance, placed)
-        for one, token in zip(placed, first_tokens, strict=True):
-            one.request.append([int(token)])
-        self.state = jax.device_put(self.instance.host_state(), self.instance.spec.by_rank())
-        places = [one.request.decode_rank * seqs_per_rank + one.request.decode_place for one in placed]
-        self.places = np.array(places)
+        placed = [prompts[index % len(prompts)] for index in range(num_sequences)]
+        sampling = SamplingParams(max_tokens=num_steps + 1)
+        plan = fill(source, self.instance, placed, first_tokens.tolist(), sampling, num_steps)
+        self.state = self.instance.enter(plan)
+        self.places = plan.places[np.argsort(rows_in_order(num_sequences, len(devices)))]
+        self.slot_load = SlotLoad()
 
     def spec(self, dispatch_dtype: Any, exchange: type[FabricExchange] = FabricExchange) -> StepSpec:
         """The instance's step with another exchange."""
@@ -193,12 +182,12 @@ class Filled:
         inst = self.instance
         output = decode(inst.params, inst.expert_to_slot, inst.cache, self.state, spec=spec, num_steps=num_steps)
         inst.cache = output.cache
-        inst.record_load(output.slot_load)
+        self.slot_load.add(host_load(output.slot_load))
         return np.asarray(output.token_ids)[:, self.places]
 
     def imbalance(self) -> float:
         """Rows of the busiest routed expert over the mean, the worst MoE layer, over all the calls so far."""
-        load = self.instance.take_expert_load()
+        load = self.instance.logical_load(self.slot_load.take())
         load = load[load.sum(1) > 0]
         return float(np.max(load.max(axis=1) / load.mean(axis=1))) if len(load) else 1.0
 

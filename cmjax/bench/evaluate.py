@@ -14,7 +14,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model, Tokenizer, placed_layer_names
-from cmjax.serve import EngineSettings, ScoringInstance, TextScores, score_together
+from cmjax.serve import EngineSettings, Scorer, TextScores, score_together
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.
 MIN_COMPARED_BYTES = 4096
@@ -183,7 +183,7 @@ def evaluate_together(
         tokenizer: of them all.
         files: what to score.
         instance: devices of any number.
-        context, stride: see `ScoringInstance`.
+        context, stride: see `Scorer`.
         settings: sizes and formats.
         progress: called with (tokens done, tokens in all).
 
@@ -204,7 +204,7 @@ def evaluate_together(
         raise UserError("tokenizer_config.json names neither bos_token nor eos_token for the first token to follow")
     encoded = [tokenizer.encode_with_ends(file.text) for file in files]
     scorers = {
-        name: ScoringInstance(model, instance, context=context, stride=stride, settings=settings)
+        name: Scorer(model, instance, context=context, stride=stride, settings=settings)
         for name, model in models.items()
     }
     total, done = sum(len(ids) for ids, _ in encoded), 0
@@ -218,7 +218,7 @@ def evaluate_together(
     scores = score_together(list(scorers.values()), [[bos, *ids] for ids, _ in encoded], notify)
     ends = [ends for _, ends in encoded]
     return {
-        name: _report(models[name], files, ends, own, scorer.take_expert_load())
+        name: _report(models[name], files, ends, own, scorer.expert_load())
         for (name, scorer), own in zip(scorers.items(), scores, strict=True)
     }
 

@@ -121,7 +121,7 @@ def measure_overlap(num_ranks: int = 8, num_steps: int = 10) -> OverlapResult:
 
         loop, x = _loop(ranks, steps), _payload(ranks, 1)
         jax.block_until_ready(loop(x))
-        fabric.books.reset()
+        fabric.traffic.reset()
         return statistics.median(_time(lambda: loop(x)) for _ in range(3)) / num_steps
 
     work_s = step_s(num_ranks, alone)
@@ -131,7 +131,7 @@ def measure_overlap(num_ranks: int = 8, num_steps: int = 10) -> OverlapResult:
     try:
         for body in (whole, halves):
             seconds = step_s(num_ranks, body)
-            (entry,) = fabric.books.snapshot().select("ub", "all_to_all")
+            (entry,) = fabric.traffic.snapshot().select("ub", "all_to_all")
             measured.append((seconds, entry.exposed_s / entry.calls))
     finally:
         fabric.configure(delay=None)

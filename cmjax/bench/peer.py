@@ -16,9 +16,9 @@ from cmjax.bench.report import in_turn, machine
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model, ModelConfig, init_params, load, num_params, save_hf
-from cmjax.serve import DecodeInstance, EngineSettings, PrefillInstance, SamplingParams, decode, hand_off
-from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.request import Request
+from cmjax.schedule import blocks_for
+from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, decode
+from cmjax.serve.direct import fill, plan_prompts, prefill_prompts
 
 # DeepSeek-V3's shape, scaled down to about 200 million parameters.
 CONFIG = ModelConfig(
@@ -145,7 +145,7 @@ def _measure(
 # -- cmjax ------------------------------------------------------------------------------------------------------------
 
 
-def _prefill_instance(model: Model, prompts: np.ndarray) -> tuple[PrefillInstance, list[Request]]:
+def _prefill_executor(model: Model, prompts: np.ndarray) -> PrefillExecutor:
     batch, length = prompts.shape
     settings = EngineSettings(
         max_model_len=length,
@@ -154,36 +154,26 @@ def _prefill_instance(model: Model, prompts: np.ndarray) -> tuple[PrefillInstanc
         max_num_batched_tokens=batch * length,
     )
     instance = Instance("prefill0", "prefill", tuple(jax.devices()[:1]))
-    source = PrefillInstance(model, instance, settings, batch * blocks_for(length, _BLOCK_SIZE))
-    params = SamplingParams(max_tokens=1)
-    return source, [Request(f"prompt {index}", prompt.tolist(), params) for index, prompt in enumerate(prompts)]
+    return PrefillExecutor(model, instance, settings, batch * blocks_for(length, _BLOCK_SIZE))
 
 
 def prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
     """A call that prefills `prompts int[batch, length]` in one step on the first device."""
-    source, requests = _prefill_instance(model, prompts)
-    for request in requests:
-        source.router.add(request)
-    packed = source.pack(source.router.next_step(source.num_step_tokens, source.max_sequences))
+    source = _prefill_executor(model, prompts)
+    packed = source.pack(plan_prompts(source, prompts.tolist()))
     return lambda: np.asarray(source.step(packed).token_ids)
 
 
 def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[[], object]:
     """A call of `num_steps` steps from the end of the prompts, each time from the same state."""
-    source, requests = _prefill_instance(model, prompts)
+    source = _prefill_executor(model, prompts)
     batch, length = prompts.shape
     settings = EngineSettings(max_model_len=length + num_steps, max_num_seqs_per_rank=batch, block_size=_BLOCK_SIZE)
     instance = Instance("decode0", "decode", tuple(jax.devices()[:1]))
-    target = DecodeInstance(model, instance, settings, batch * settings.max_blocks)
+    target = DecodeExecutor(model, instance, settings, batch * settings.max_blocks)
+    prefilled = prefill_prompts(source, prompts.tolist())
     params = SamplingParams(max_tokens=num_steps + 1)
-    requests = [dataclasses.replace(request, sampling=params) for request in requests]
-    for request in requests:
-        target.router.reserve(request)
-    for ended in source.run(requests):
-        hand_off(source, target, ended)
-        for one in ended:
-            one.request.append([one.token_id])
-    state = jax.device_put(target.host_state(), target.spec.by_rank())
+    state = target.enter(fill(source, target, prefilled, [one.token_id for one in prefilled], params, num_steps))
 
     def call() -> np.ndarray:
         output = decode(

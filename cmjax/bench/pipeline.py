@@ -158,7 +158,7 @@ def _set_delay(seconds_per_byte: float) -> None:
 def _calibrate(call: Callable[[], object], rounds: int) -> float:
     """The delay, in seconds a byte, with which the exchanges of a call take as long as a call without delay.
 
-    The exchanges of the plain step come one after the other, and the books say what the delay makes of each.
+    The exchanges of the plain step come one after the other, and the counters say what the delay makes of each.
     """
     unit = 1e-9
     _set_delay(unit)
@@ -172,7 +172,7 @@ def _calibrate(call: Callable[[], object], rounds: int) -> float:
 
 def _waits() -> np.ndarray:
     """Seconds that all exchanges so far were made to take, and how much of it was still to come after all work."""
-    entries = fabric.books.snapshot().entries
+    entries = fabric.traffic.snapshot().entries
     return np.array([sum(entry.modelled_s for entry in entries), sum(entry.exposed_s for entry in entries)])
 
 

@@ -12,8 +12,8 @@ from cmjax.bench.report import machine
 from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve
 from cmjax.model import Model
-from cmjax.serve import Engine, EngineSettings, SamplingParams, hand_off
-from cmjax.serve.request import Request
+from cmjax.schedule import DecodePlan, Request
+from cmjax.serve import Engine, EngineSettings, SamplingParams
 
 BOUNDS = {"one device, one sequence": 1.2, "320 devices, a sequence a rank": 1.0}
 DEFINITIONS = {
@@ -126,31 +126,30 @@ class _Run:
 
     def round(self) -> None:
         """Prefill, then time the calls; the first round compiles, and does not count."""
-        target, source = self.engine.decode, self.engine.prefill[0]
-        sampling = SamplingParams(max_tokens=self.max_tokens)
-        requests = [Request(f"prompt {index}", prompt, sampling) for index, prompt in enumerate(self.prompts)]
-        waiting = list(requests)
-        while waiting:
-            group: list[Request] = []
-            while waiting and source.router.can_hold([*group, waiting[0]]) and target.router.reserve(waiting[0]):
-                group.append(waiting.pop(0))
-            for ended in source.run(group):
-                hand_off(source, target, ended)
-                for one in ended:
-                    one.request.append([one.token_id])
-        seconds, taken = [], 0
-        for _ in range(self.num_calls):
-            begin = time.perf_counter()
-            taken += sum(one.num_tokens for one in target.call(self.num_steps))
-            seconds.append(time.perf_counter() - begin)
-        kept = target.take_kept_drafts()
+        scheduler, sampling = self.engine.core.scheduler, SamplingParams(max_tokens=self.max_tokens)
+        requests = [
+            Request(f"prompt {index}", prompt, sampling, model=self.engine.model.digest, priority=index)
+            for index, prompt in enumerate(self.prompts)
+        ]
+        self.engine.fleet.open()
+        (planner,) = scheduler.decode.values()
+        planner.is_patient = True
+        for request in requests:
+            scheduler.submit(request)
+        before = planner.kept_drafts.copy(), planner.num_tokens
+        seconds: list[float] = []
+        while len(seconds) < self.num_calls:
+            for loop in self.engine.fleet.loops:
+                begin = time.perf_counter()
+                if isinstance(loop.turn(patience_s=0.001), DecodePlan):
+                    seconds.append(time.perf_counter() - begin)
         if self.token_ids:
             self.step_s += [one / self.num_steps for one in seconds]
-            self.tokens_per_s.append(taken / sum(seconds))
-            self.kept += kept
-        self.token_ids = [request.token_ids for request in requests]
+            self.tokens_per_s.append((planner.num_tokens - before[1]) / sum(seconds))
+            self.kept += planner.kept_drafts - before[0]
+        self.token_ids = [list(request.token_ids) for request in requests]
         for request in requests:
-            target.router.release(request)
+            scheduler.cancel(request)
 
 
 def _result(model: Model, prompts: list[list[int]], batch: int, plain: _Run, drafting: _Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ the axis (what `axis_index_groups` is to `lax`).
 
 `channel` names an exchange. By default each call in a program has its own. Two calls that have no data dependence
 and come from one cached jitted function (two microbatches, say) must be given different ones. `plane` is the network
-the bytes are booked on ("ub", "rdma" or "vpc").
+the bytes are counted on ("ub", "rdma" or "vpc").
 
 An exchange has no derivative and no batching rule: `jax.grad` and `jax.vmap` over it are errors.
 """
@@ -30,7 +30,6 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from cmjax.mesh.books import TrafficBooks, TrafficEntry, TrafficSnapshot
 from cmjax.mesh.exchange import (
     AxisName,
     Params,
@@ -61,13 +60,14 @@ from cmjax.mesh.settings import (
     FormStatus,
     Settings,
 )
+from cmjax.mesh.traffic import TrafficCounters, TrafficEntry, TrafficSnapshot
 
 __all__ = [
     "DelayModel",
     "FabricError",
     "FormStatus",
     "Token",
-    "TrafficBooks",
+    "TrafficCounters",
     "TrafficEntry",
     "TrafficSnapshot",
     "after",
@@ -77,7 +77,6 @@ __all__ = [
     "all_to_all",
     "all_to_all_done",
     "all_to_all_start",
-    "books",
     "configure",
     "done",
     "empty",
@@ -97,13 +96,14 @@ __all__ = [
     "record",
     "status",
     "time_memcpy",
+    "traffic",
 ]
 
 Array = jax.Array
 
 _SETTINGS = Settings(native_ragged_failure)
-books = TrafficBooks()
-record = books.record
+traffic = TrafficCounters()
+record = traffic.record
 configure = _SETTINGS.configure
 status = _SETTINGS.status
 time_memcpy = _SETTINGS.time_memcpy
@@ -255,8 +255,10 @@ def ragged_all_to_all(
 
     The four index arrays are int[ranks * k], k updates per peer, peer-major. Update j for peer d sends the
     `send_sizes[d * k + j]` rows of `operand` from `input_offsets[d * k + j]` on to row `output_offsets[d * k + j]` of
-    d's `output`. `recv_sizes[s * k + j]` is the size of update j of peer s. Rows outside a buffer, and sizes that
-    disagree, fail the exchange on every rank. `operand` and `output` may differ in rows only.
+    d's `output`. `recv_sizes[s * k + j]` is the size of update j of peer s. Rows outside a buffer, sizes that disagree,
+    and ranks whose k or index dtype differ fail the exchange on every rank, before any row is written. Where updates
+    overlap in an `output`, which of them a row there comes from is undefined, as in lax. `operand` and `output` may
+    differ in rows only.
     """
     layout, params = _ragged(axis_name, channel, plane, operand)
     arrays = input_offsets, send_sizes, output_offsets, recv_sizes

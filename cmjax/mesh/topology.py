@@ -7,12 +7,11 @@ Ranks are numbered node by node, NPU by NPU, die by die. Sources of the numbers 
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from cmjax.errors import UserError
 from cmjax.mesh.planes import RDMA, UB, VPC, Operation, Plane, PlaneName, UbSwitches
-
-Role = Literal["prefill", "decode"]
+from cmjax.schedule import Role
 
 DEFAULT_EP_SIZE = 320  # [V3 4.1] 32 shared replicas + 256 routed + 32 redundant experts, one a rank
 MAX_DEFAULT_PREFILL_EP_SIZE = 32  # [V3 4.1] a prefill instance is EP32

@@ -1,25 +1,33 @@
 """Serving: the jitted prefill and decode steps, the KV hand-off, and the engine that drives them."""
 
-from cmjax.serve.block_pool import BlockPool
-from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.schedule import (
+    BlockPool,
+    Bounds,
+    Change,
+    EngineStats,
+    InstanceStats,
+    RatioPolicy,
+    RequestOutput,
+    RequestUpdate,
+    SamplingParams,
+    TokenLogprobs,
+)
+from cmjax.serve.decode_executor import DecodeExecutor
 from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.engine import Engine
-from cmjax.serve.handle import RequestError, RequestHandle, RequestUpdate
+from cmjax.serve.handle import RequestError, RequestHandle
 from cmjax.serve.offline import GenerateResult, Timings
-from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.ratio import Bounds, Change, RatioPolicy
-from cmjax.serve.request import RequestOutput, SamplingParams, TokenLogprobs
-from cmjax.serve.scoring import ScoringInstance, TextScores, plan_windows, score_together
+from cmjax.serve.prefill_executor import PrefillExecutor
+from cmjax.serve.scoring import Scorer, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.stats import EngineStats, InstanceStats
 from cmjax.serve.steps import PrefillOutput, StepSpec, new_cache, prefill, score
-from cmjax.serve.transfer import hand_off, prefill_tp_rank
+from cmjax.serve.transfer import Move, hand_off, prefill_tp_rank
 
 __all__ = [
     "BlockPool",
     "Bounds",
     "Change",
-    "DecodeInstance",
+    "DecodeExecutor",
     "DecodeOutput",
     "DecodeState",
     "Engine",
@@ -27,7 +35,8 @@ __all__ = [
     "EngineStats",
     "GenerateResult",
     "InstanceStats",
-    "PrefillInstance",
+    "Move",
+    "PrefillExecutor",
     "PrefillOutput",
     "RatioPolicy",
     "RequestError",
@@ -35,7 +44,7 @@ __all__ = [
     "RequestOutput",
     "RequestUpdate",
     "SamplingParams",
-    "ScoringInstance",
+    "Scorer",
     "Settled",
     "StepSpec",
     "TextScores",

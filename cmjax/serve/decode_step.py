@@ -1,4 +1,4 @@
-"""The jitted decode step: draft, verify, sample and keep books, without leaving the devices (paper section 4.2.4).
+"""The jitted decode step: draft, verify, sample and keep count, without leaving the devices (paper section 4.2.4).
 
 A step gives every sequence one token, or with k drafts of the model's own MTP module up to k + 1. Drafting: the module
 takes the tokens that the last step settled, with their hidden states, and predicts the next; applied again to what it

@@ -1,6 +1,7 @@
 """The engine: prefill and decode instances as peers, requests from submission to their last token."""
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,20 +11,25 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve, fabric
 from cmjax.model import Model, check_token_ids, token_id_array
-from cmjax.serve.block_pool import blocks_for
+from cmjax.schedule import (
+    EngineStats,
+    RatioPolicy,
+    Request,
+    RequestTimes,
+    Role,
+    SamplingParams,
+    Scheduler,
+    blocks_for,
+)
 from cmjax.serve.core import Core
-from cmjax.serve.decode_instance import DecodeInstance
+from cmjax.serve.decode_executor import DecodeExecutor
 from cmjax.serve.fleet import Fleet
 from cmjax.serve.handle import RequestHandle
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
-from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.ratio import RatioPolicy
-from cmjax.serve.request import Request, SamplingParams
-from cmjax.serve.scheduler import Scheduler
+from cmjax.serve.prefill_executor import PrefillExecutor
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.stats import EngineStats, Role
 
-_LEAST_PRUNED = 64
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -71,18 +77,16 @@ class Engine:
         self._ids = itertools.count()
         self._is_started = False
         self._closing = threading.Event()
-        self._requests: set[Request] = set()  # those under way, and some that have ended
-        self._prune_at = _LEAST_PRUNED
 
     @property
-    def prefill(self) -> list[PrefillInstance]:
-        """The prefill instances."""
-        return self.fleet.prefill_instances
+    def prefill(self) -> list[PrefillExecutor]:
+        """The executors of the prefill instances."""
+        return list(self.fleet.prefill.values())
 
     @property
-    def decode(self) -> DecodeInstance:
-        """The first decode instance."""
-        return self.fleet.decode_instances[0]
+    def decode(self) -> DecodeExecutor:
+        """The executor of the first decode instance."""
+        return next(iter(self.fleet.decode.values()))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -94,31 +98,30 @@ class Engine:
         """
         if self._is_started:
             return
-        self.fleet.start(self.settings.steps_per_call)
+        self.fleet.start()
         self._is_started = True
         self.fleet.compile_for_serving(progress or (lambda _: None))
-        self.take_load()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, wait for those that run, at most `timeout` seconds, cancel the rest, and stop."""
         self._closing.set()
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._wait_until_idle(deadline)
         with self.core.changed:
-            while self._requests and (deadline is None or time.monotonic() < deadline):
-                self.core.changed.wait(0.1)
-                self._forget_finished()
-            left = list(self._requests)
-        for request in left:
-            self._cancel(request)
-        with self.core.changed:
-            while left and not all(request.stage == "done" for request in left) and self.is_healthy:
-                self.core.changed.wait(0.1)
+            for request in list(self.core.handles):
+                self.core.scheduler.cancel(request)
+        self.core.deliver()
         self.fleet.stop()
         self._is_started = False
 
+    def _wait_until_idle(self, deadline: float | None) -> None:
+        with self.core.changed:
+            while self.core.handles and (deadline is None or time.monotonic() < deadline):
+                self.core.changed.wait(0.1)
+
     def follow_load(self, policy: RatioPolicy, period_s: float = 1.0) -> None:
         """Ask a policy every `period_s` seconds whether a role should have more or fewer instances, and do what it
-        says, until the engine shuts down.
+        says, until the engine shuts down. A change that fails is logged, and the policy asked again.
 
         Instances that join have as many devices as the first of their role.
         """
@@ -126,14 +129,20 @@ class Engine:
 
         def follow() -> None:
             while not self._closing.wait(period_s):
-                can_add: dict[Role, bool] = {role: self.fleet.has_room(size) for role, size in sizes.items()}
-                change = policy.decide(self.core.clock(), self.stats(), can_add)
-                if change is not None and change.add is not None:
-                    self.fleet.add(change.add, sizes[change.add])
-                elif change is not None and change.remove is not None:
-                    self.fleet.remove(change.remove)
+                try:
+                    self._follow_once(policy, sizes)
+                except Exception:
+                    logger.exception("the number of instances could not follow the load")
 
         threading.Thread(target=follow, name="ratio", daemon=True).start()
+
+    def _follow_once(self, policy: RatioPolicy, sizes: dict[Role, int]) -> None:
+        can_add: dict[Role, bool] = {role: self.fleet.has_room(size) for role, size in sizes.items()}
+        change = policy.decide(self.core.clock(), self.stats(), can_add)
+        if change is not None and change.add is not None:
+            self.fleet.add(change.add, sizes[change.add])
+        elif change is not None and change.remove is not None:
+            self.fleet.remove(change.remove)
 
     @property
     def is_healthy(self) -> bool:
@@ -166,36 +175,23 @@ class Engine:
         """
         name = request_id or f"request {next(self._ids)}"
         request = self._request(name, prompt_ids, sampling or SamplingParams())
-        request.priority, request.tenant, request.arrival = priority, tenant, self.core.clock()
-        handle = RequestHandle(name, request.prompt_ids, request.arrival, lambda: self._cancel(request))
-        request.handle = handle
+        request.priority, request.tenant = priority, tenant
+        request.times = RequestTimes(self.core.clock())
+        handle = RequestHandle(name, request.prompt_ids, request.times, lambda: self._cancel(request))
         with self.core.changed:
             if self._closing.is_set() or not self._is_started:
                 raise UserError("the engine takes no requests: it has not been started, or is shutting down")
-            if len(self._requests) >= self._prune_at:
-                self._forget_finished()
-                self._prune_at = max(_LEAST_PRUNED, 2 * len(self._requests))
-            self._requests.add(request)
-            # Where others wait already there is no room, and the instances' threads see to it when there is.
-            is_first = self.core.scheduler.num_waiting == 0
+            self.core.handles[request] = handle
             self.core.scheduler.submit(request)
-            self.core.scheduler.fail_hopeless()
-            if is_first:
-                self.core.scheduler.admit()
-            self.core.publish()
+            self.core.changed.notify_all()
+        self.core.deliver()
         return handle
 
     def _cancel(self, request: Request) -> None:
         with self.core.changed:
-            if request.stage == "decode" and request.decode_name in self.fleet.decode:
-                self.fleet.decode[request.decode_name].cancel(request)
-            else:
-                self.core.scheduler.cancel(request)
-            self.core.scheduler.admit()
-            self.core.publish()
-
-    def _forget_finished(self) -> None:
-        self._requests = {request for request in self._requests if request.stage != "done"}
+            self.core.scheduler.cancel(request)
+            self.core.changed.notify_all()
+        self.core.deliver()
 
     def _request(self, name: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
         """Check a prompt and make a request of it."""
@@ -217,7 +213,7 @@ class Engine:
                 raise UserError(
                     f"{name}: {field} {getattr(sampling, field)} exceed the vocabulary of {config.vocab_size}"
                 )
-        request = Request(name, ids.tolist(), sampling)
+        request = Request(name, ids.tolist(), sampling, model=self.model.digest)
         needed = blocks_for(request.num_tokens, self.settings.block_size)
         if needed > self.settings.num_decode_blocks:
             raise UserError(
@@ -252,50 +248,48 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts, but {len(params)} sampling params")
         pairs = zip(prompts, params, strict=True)
         requests = [self._request(f"prompt {index}", *pair) for index, pair in enumerate(pairs)]
-        # A call takes no more steps than any of the requests can use, its first token coming from prefill.
-        most = max((r.sampling.max_tokens - 1 for r in requests), default=0)
-        self.fleet.start(max(1, min(self.settings.steps_per_call, most)), is_patient=True)
+        self.fleet.start()
         try:
-            timings = run_to_end(self.core, self.fleet.prefill, self.fleet.decode, requests, progress)
+            timings = run_to_end(self.core, self.fleet, requests, progress)
         except BaseException:
             self.fleet.stop()
             # What was under way is lost: start the next call afresh.
-            self.fleet.reset()
-            self.core.scheduler = Scheduler(self.settings.handoff_timeout_s)
+            self.fleet.restart()
             raise
         self.fleet.stop()
         prefill_load, decode_load = self.take_load()
-        outputs = [r.output() for r in requests]
-        kept = np.sum([one.take_kept_drafts() for one in self.fleet.decode_instances], axis=0)
-        return GenerateResult(outputs, timings, prefill_load, decode_load, kept)
+        kept = np.sum([one.kept_drafts for one in self.core.scheduler.decode.values()], axis=0)
+        return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load, kept)
 
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:
         """Return and forget the rows by logical expert since the last call: prefill's and decode's."""
-        prefill = [one.take_expert_load() for one in self.prefill]
-        decode = [one.take_expert_load() for one in self.fleet.decode_instances]
+        scheduler = self.core.scheduler
+        with self.core.changed:
+            prefill = [one.logical_load(scheduler.prefill[n].slot_load.take()) for n, one in self.fleet.prefill.items()]
+            decode = [one.logical_load(scheduler.decode[n].slot_load.take()) for n, one in self.fleet.decode.items()]
         return np.sum(prefill, axis=0), np.sum(decode, axis=0)
 
     def stats(self) -> EngineStats:
         """What the engine does at present, and what it has done since its start."""
-        core = self.core
-        with core.changed:
-            kept = np.sum([one.kept_drafts for one in self.fleet.decode_instances], axis=0)
+        traffic: dict[str, int] = {}
+        for entry in fabric.traffic.snapshot().entries:
+            traffic[entry.plane] = traffic.get(entry.plane, 0) + entry.wire_bytes
+        scheduler = self.core.scheduler
+        with self.core.changed:
+            kept = np.sum([one.kept_drafts for one in scheduler.decode.values()], axis=0)
             num_drafts = len(kept) - 1
             accepted = [int(kept[place + 1 :].sum()) for place in range(num_drafts)]
-            traffic: dict[str, int] = {}
-            for entry in fabric.books.snapshot().entries:
-                traffic[entry.plane] = traffic.get(entry.plane, 0) + entry.wire_bytes
             return EngineStats(
-                instances=[worker.stats() for worker in self.fleet.workers],
-                num_waiting=core.scheduler.num_waiting,
-                num_running=core.scheduler.num_running,
-                num_preemptions=core.scheduler.num_preemptions,
-                num_handoffs=core.num_handoffs,
-                num_failed_handoffs=core.scheduler.num_failed_handoffs,
-                num_prompt_tokens=core.num_prompt_tokens,
-                num_generation_tokens=core.num_generation_tokens,
+                instances=[one.stats() for one in scheduler.planners],
+                num_waiting=len(scheduler.waiting),
+                num_running=scheduler.num_running,
+                num_preemptions=scheduler.num_preemptions,
+                num_handoffs=scheduler.num_handoffs,
+                num_failed_handoffs=scheduler.num_failed_handoffs,
+                num_prompt_tokens=scheduler.num_prompt_tokens,
+                num_generation_tokens=scheduler.num_generation_tokens,
                 num_drafts=int(kept.sum()) if num_drafts else 0,
                 num_draft_tokens=int(kept.sum()) * num_drafts,
                 num_accepted_tokens=sum(accepted),

@@ -1,112 +1,111 @@
-"""The instances of an engine and their threads: brought up, added, drained and removed while requests run."""
+"""The instances of an engine: brought up, added, drained and removed while requests run."""
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
+from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController
 from cmjax.serve.core import Core
-from cmjax.serve.decode_instance import DecodeInstance
-from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.request import MAX_LOGPROBS
-from cmjax.serve.sampling import SamplingRoom
+from cmjax.serve.decode_executor import DecodeExecutor
+from cmjax.serve.loop import InstanceLoop
+from cmjax.serve.prefill_executor import PrefillExecutor
 from cmjax.serve.settings import EngineSettings, check_caches_fit
-from cmjax.serve.slo import SloController
-from cmjax.serve.stats import Role
-from cmjax.serve.workers import DecodeWorker, PrefillWorker, Worker, warm_up_handoff
-
-# What a server's steps are compiled for: greedy requests alone, and whatever else a client may ask for.
-SERVING_ROOMS = (
-    SamplingRoom(),
-    SamplingRoom(
-        is_sampled=True,
-        num_bias=16,
-        num_stop=8,
-        has_penalties=True,
-        num_logprobs=MAX_LOGPROBS,
-        num_prompt_logprobs=MAX_LOGPROBS,
-    ),
-)
+from cmjax.serve.transfer import Wire
 
 
 class Fleet:
-    """Instances by name, and while the engine runs a thread for each.
+    """Instances by name. What is here changes with the core's lock held only.
 
     Attributes:
-        instances: all there are.
-        prefill, decode: their threads; empty while none run.
+        prefill, decode: their executors.
+        loops: all of them at work, prefill first.
     """
 
     def __init__(self, model: Model, pools: Pools, settings: EngineSettings, core: Core) -> None:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
         sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
         check_caches_fit(model.config, settings, sizes, model.dtype)
-        self.instances = {one.name: self._place(one) for one in pools.instances}
-        self.prefill: dict[str, PrefillWorker] = {}
-        self.decode: dict[str, DecodeWorker] = {}
-        self._numbers = {role: itertools.count(len(some)) for role, some in (("prefill", pools.prefill),)}
-        self._numbers["decode"] = itertools.count(len(pools.decode))
+        self._wire = Wire()
+        self._instances = {one.name: one for one in (*pools.prefill, *pools.decode)}
+        self.prefill = {one.name: self._place_prefill(one) for one in pools.prefill}
+        self.decode = {one.name: self._place_decode(one) for one in pools.decode}
+        self._numbers = {"prefill": itertools.count(len(pools.prefill)), "decode": itertools.count(len(pools.decode))}
+        self._loops: dict[str, InstanceLoop] = {}
+        self.renew()
 
     @property
-    def prefill_instances(self) -> list[PrefillInstance]:
-        """Those of the prefill role."""
-        return [one for one in self.instances.values() if isinstance(one, PrefillInstance)]
-
-    @property
-    def decode_instances(self) -> list[DecodeInstance]:
-        """Those of the decode role."""
-        return [one for one in self.instances.values() if isinstance(one, DecodeInstance)]
-
-    @property
-    def workers(self) -> list[Worker]:
-        """All threads, prefill first."""
-        return [*self.prefill.values(), *self.decode.values()]
+    def loops(self) -> list[InstanceLoop]:
+        """All instances at work, prefill first."""
+        return list(self._loops.values())
 
     @property
     def is_healthy(self) -> bool:
         """Whether each role has an instance that works."""
-        return all(any(worker.is_alive() for worker in some.values()) for some in (self.prefill, self.decode))
-
-    def start(self, num_steps: int, *, is_patient: bool = False) -> None:
-        """Start a thread for each instance; `num_steps`, `is_patient`: see `DecodeWorker`."""
-        for name, instance in self.instances.items():
-            self._hire(name, instance, num_steps, is_patient=is_patient)
         with self.core.changed:
-            for worker in self.workers:
-                worker.rejoin()
-        for worker in self.workers:
-            worker.start()
+            works = {one.planner.role for one in self.loops if one.is_alive and not one.planner.is_lost}
+        return works == {"prefill", "decode"}
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all threads, with new bookkeeping."""
+        self.renew()
+        for loop in self.loops:
+            loop.start()
 
     def stop(self) -> None:
-        """End all threads after the steps under way."""
-        for worker in self.workers:
-            worker.stop()
-        for worker in self.workers:
-            worker.join()
+        """End all threads after the plans under way."""
+        with self.core.changed:
+            for loop in self.loops:
+                loop.stop()
+        for loop in self.loops:
+            loop.join()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         """Forget all that the instances hold; their threads have ended."""
-        for instance in self.instances.values():
-            instance.reset()
+        self.core.scheduler = Scheduler(self.settings.handoff_timeout_s)
+        for executor in self._executors().values():
+            executor.run(RestartPlan())
+        self.renew()
+
+    def compile(self, plans: dict[str, CompilePlan]) -> None:
+        """Have instances compile, all at the same time, and wait until they have.
+
+        Raises:
+            BaseException: what made one fail.
+        """
+        with self.core.changed:
+            changes = [self._loops[name].planner.change(plan) for name, plan in plans.items()]
+            self.core.changed.notify_all()
+        self._wait_for(changes)
 
     def compile_for_serving(self, tell: Callable[[str], None]) -> None:
-        """Compile all that a server's requests can need."""
+        """Compile all that a server's requests can need; then the instances take requests."""
         tell("the steps")
-        for task in [worker.compile_for_serving(SERVING_ROOMS) for worker in self.workers]:
-            task.result()
+        self.compile({name: CompilePlan(one.serving_variants()) for name, one in self._executors().items()})
         tell("the hand-off")
-        warm_up_handoff(self.prefill, self.decode)
+        self.compile({name: CompilePlan((), tuple(self.decode)) for name in self.prefill})
         with self.core.changed:
-            for worker in self.workers:
-                self._make_ready(worker)
+            for loop in self.loops:
+                self._open(loop)
+
+    def open(self) -> None:
+        """Let all instances take requests."""
+        with self.core.changed:
+            for loop in self.loops:
+                loop.planner.is_compiled = True
+
+    # -- instances that come and go -----------------------------------------------------------------------------------
 
     def has_room(self, ep_size: int) -> bool:
         """Whether so many neighbouring devices are free."""
-        return self._find_ranks(ep_size) is not None
+        with self.core.changed:
+            return self._find_ranks(ep_size) is not None
 
     def add(self, role: Role, ep_size: int) -> str:
         """Bring up an instance on devices that no other has, compile its steps, and let it take part.
@@ -116,32 +115,29 @@ class Fleet:
 
         Raises:
             UserError: no such devices are free, or its cache does not fit.
+            Exception: what made it fail; nothing is left of it.
         """
-        first_rank = self._find_ranks(ep_size)
-        if first_rank is None:
-            raise UserError(f"no {ep_size} neighbouring devices are free for another {role} instance")
-        devices = tuple(jax.devices()[first_rank : first_rank + ep_size])
-        name = f"{role}{next(self._numbers[role])}"
         sizes = [(ep_size, self._num_blocks(role))]
         check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype)
-        instance = self.instances[name] = self._place(Instance(name, role, devices, first_rank))
-        worker = self._hire(name, instance, self.settings.steps_per_call)
+        instance = self._claim_devices(role, ep_size)
+        name = instance.name
+        try:
+            executor = self._place_prefill(instance) if role == "prefill" else self._place_decode(instance)
+            with self.core.changed:
+                if isinstance(executor, PrefillExecutor):
+                    self.prefill[name] = executor
+                else:
+                    self.decode[name] = executor
+                self._make_loop(name, executor).start()
+            targets = tuple(self.decode) if role == "prefill" else ()
+            self.compile({name: CompilePlan(executor.serving_variants(), targets)})
+            if role == "decode":
+                self.compile({other: CompilePlan((), (name,)) for other in self._working_prefill()})
+        except BaseException:
+            self._take_out(name)
+            raise
         with self.core.changed:
-            worker.rejoin()
-            self.core.scheduler.peer(name).status = "draining"  # takes nothing before it is compiled
-        worker.start()
-        worker.compile_for_serving(SERVING_ROOMS).result()
-        own = {name: worker}
-        warm_up_handoff(
-            {
-                n: one
-                for n, one in (own if role == "prefill" else self.prefill).items()
-                if isinstance(one, PrefillWorker)
-            },
-            {n: one for n, one in (own if role == "decode" else self.decode).items() if isinstance(one, DecodeWorker)},
-        )
-        with self.core.changed:
-            self._make_ready(worker)
+            self._open(self._loops[name])
             self.core.scheduler.admit()
             self.core.changed.notify_all()
         return name
@@ -153,12 +149,11 @@ class Fleet:
             UserError: there is no such instance, or no other of its role is ready.
         """
         with self.core.changed:
-            worker = self._worker(name)
-            others = self.prefill if isinstance(worker, PrefillWorker) else self.decode
-            if not any(self.core.scheduler.peer(one).status == "ready" for one in others if one != name):
-                role = "prefill" if isinstance(worker, PrefillWorker) else "decode"
-                raise UserError(f"{name} is the last {role} instance that takes requests")
-            self.core.scheduler.peer(name).status = "draining"
+            planner = self._loop(name).planner
+            others = [one for one in self.core.scheduler.of_role(planner.role) if one is not planner]
+            if not any(one.is_compiled and not one.is_draining and not one.is_lost for one in others):
+                raise UserError(f"{name} is the last {planner.role} instance that takes requests")
+            planner.is_draining = True
 
     def remove(self, name: str, timeout: float | None = None) -> None:
         """Drain an instance and take it out; its devices are free after that.
@@ -168,65 +163,107 @@ class Fleet:
             timeout: seconds to wait for what it has under way; what is left then starts over from its tokens elsewhere.
         """
         self.drain(name)
-        worker, scheduler = self._worker(name), self.core.scheduler
+        planner = self._loop(name).planner
         deadline = None if timeout is None else time.monotonic() + timeout
         with self.core.changed:
-            while not scheduler.is_idle(name) and (deadline is None or time.monotonic() < deadline):
+            while not planner.is_idle and (deadline is None or time.monotonic() < deadline):
                 self.core.changed.wait(0.1)
-        worker.stop()
-        worker.join()
-        with self.core.changed:
-            scheduler.move_all(name)
-            scheduler.forget(name)
-            self.prefill.pop(name, None)
-            self.decode.pop(name, None)
-            del self.instances[name]
-            scheduler.admit()
-            self.core.publish()
+        self._take_out(name)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _executors(self) -> dict[str, PrefillExecutor | DecodeExecutor]:
+        return {**self.prefill, **self.decode}
+
+    def renew(self) -> None:
+        """New bookkeeping for all instances, whose threads do not run: nothing is held."""
+        scheduler = self.core.scheduler
+        with self.core.changed:
+            self._loops = {}
+            scheduler.prefill.clear()
+            scheduler.decode.clear()
+            for name, executor in self._executors().items():
+                self._make_loop(name, executor)
+
+    def _make_loop(self, name: str, executor: PrefillExecutor | DecodeExecutor) -> InstanceLoop:
+        planner = executor.make_planner(name, self.core.scheduler)
+        loop = self._loops[name] = InstanceLoop(self.core, planner, executor)
+        return loop
+
+    def _take_out(self, name: str) -> None:
+        """Whatever there is of an instance; its requests start over elsewhere."""
+        with self.core.changed:
+            loop = self._loops.get(name)
+            if loop is not None:
+                loop.stop()
+                self.core.scheduler.remove(name)
+            self.prefill.pop(name, None)
+            self.decode.pop(name, None)
+        self.core.deliver()
+        if loop is not None:
+            loop.join()
+        self._wire.unregister(name)
+        with self.core.changed:
+            self._loops.pop(name, None)
+            del self._instances[name]  # its devices are free from now on
 
     def _num_blocks(self, role: str) -> int:
         return self.settings.num_prefill_blocks if role == "prefill" else self.settings.num_decode_blocks
 
-    def _place(self, instance: Instance) -> PrefillInstance | DecodeInstance:
-        settings, num_blocks = self.settings, self._num_blocks(instance.role)
-        if instance.role == "prefill":
-            return PrefillInstance(self.model, instance, settings, num_blocks)
-        return DecodeInstance(
+    def _place_prefill(self, instance: Instance) -> PrefillExecutor:
+        return PrefillExecutor(self.model, instance, self.settings, self._num_blocks("prefill"), self._wire)
+
+    def _place_decode(self, instance: Instance) -> DecodeExecutor:
+        executor = DecodeExecutor(
             self.model,
             instance,
-            settings,
-            num_blocks,
-            num_redundant_experts=settings.num_redundant_experts,
-            num_shared_replicas=settings.num_shared_replicas,
+            self.settings,
+            self._num_blocks("decode"),
+            self._wire,
+            num_redundant_experts=self.settings.num_redundant_experts,
+            num_shared_replicas=self.settings.num_shared_replicas,
         )
+        self._wire.register(instance.name, executor)
+        return executor
 
-    def _hire(
-        self, name: str, instance: PrefillInstance | DecodeInstance, num_steps: int, *, is_patient: bool = False
-    ) -> Worker:
-        if isinstance(instance, PrefillInstance):
-            self.prefill[name] = PrefillWorker(name, self.core, instance, self.decode)
-            return self.prefill[name]
-        self.decode[name] = DecodeWorker(name, self.core, instance, num_steps, is_patient=is_patient)
-        return self.decode[name]
+    def _open(self, loop: InstanceLoop) -> None:
+        """An instance whose steps are compiled takes part; with the lock held."""
+        if loop.name in self.core.scheduler.decode and self.settings.tpot_slo_ms is not None:
+            planner = self.core.scheduler.decode[loop.name]
+            sizes = sorted({one.num_slots for one in planner.variants})
+            planner.controller = SloController(self.settings.tpot_slo_ms / 1e3, sizes)
+        loop.planner.is_compiled = True
 
-    def _make_ready(self, worker: Worker) -> None:
-        """An instance whose steps are compiled takes part; called with the lock held."""
-        if isinstance(worker, DecodeWorker) and self.settings.tpot_slo_ms is not None:
-            worker.controller = SloController(self.settings.tpot_slo_ms / 1e3, worker.instance.slot_counts)
-        worker.rejoin()
+    def _working_prefill(self) -> list[str]:
+        with self.core.changed:
+            return [name for name, planner in self.core.scheduler.prefill.items() if not planner.is_lost]
 
-    def _worker(self, name: str) -> Worker:
-        worker = self.prefill.get(name) or self.decode.get(name)
-        if worker is None:
-            known = ", ".join([*self.prefill, *self.decode])
-            raise UserError(f"there is no running instance {name}; there are {known or 'none'}")
-        return worker
+    def _wait_for(self, changes: Iterable[InstanceChange]) -> None:
+        with self.core.changed:
+            for change in changes:
+                while not change.is_over:
+                    self.core.changed.wait(0.1)
+                if change.error is not None:
+                    raise change.error
+
+    def _loop(self, name: str) -> InstanceLoop:
+        if name not in self._loops:
+            raise UserError(f"there is no running instance {name}; there are {', '.join(self._loops) or 'none'}")
+        return self._loops[name]
+
+    def _claim_devices(self, role: Role, ep_size: int) -> Instance:
+        with self.core.changed:
+            first_rank = self._find_ranks(ep_size)
+            if first_rank is None:
+                raise UserError(f"no {ep_size} neighbouring devices are free for another {role} instance")
+            devices = tuple(jax.devices()[first_rank : first_rank + ep_size])
+            name = f"{role}{next(self._numbers[role])}"
+            instance = self._instances[name] = Instance(name, role, devices, first_rank)
+        return instance
 
     def _find_ranks(self, ep_size: int) -> int | None:
         """The first of `ep_size` neighbouring ranks that no instance has; None where there are none."""
-        taken = {rank for one in self.instances.values() for rank in one.instance.ranks}
+        taken = {rank for one in self._instances.values() for rank in one.ranks}
         num_ranks = min(self.pools.supernode.num_ranks, len(jax.devices()))
         free = 0
         for rank in range(num_ranks):

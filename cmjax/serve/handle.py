@@ -1,55 +1,15 @@
 """What a client holds of a request under way: its new tokens as they come, its end, and the way to cancel it."""
 
 import asyncio
-import dataclasses
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from cmjax.serve.request import FinishReason, RequestOutput, TokenLogprobs
+from cmjax.schedule import FinishReason, RequestOutput, RequestTimes, RequestUpdate, TokenLogprobs
 
 
 class RequestError(Exception):
     """A request ended without its result: the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestUpdate:
-    """What one call of a step gave a request.
-
-    Attributes:
-        token_ids: new since the last update; several where a call has several steps or keeps drafts, perhaps none.
-        logprobs: of each of them, where asked for.
-        prompt_logprobs: of each prompt token (None for the first), with the first update only, where asked for.
-        finish_reason: None while it goes on.
-        error: what went wrong, where `finish_reason` is "error".
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-
-
-@dataclasses.dataclass
-class RequestTimes:
-    """When what happened to a request, in seconds of `time.monotonic()`; None for what has not happened.
-
-    Attributes:
-        arrival: it was submitted.
-        scheduled: its first prefill step began.
-        prefilled: its first token was there.
-        first_token, last_token: the client got its first, and its newest, tokens.
-        finished: it ended.
-    """
-
-    arrival: float
-    scheduled: float | None = None
-    prefilled: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-    finished: float | None = None
 
 
 class RequestHandle:
@@ -64,13 +24,13 @@ class RequestHandle:
         num_preemptions: how often it had to give its blocks back and start over from its tokens.
     """
 
-    def __init__(self, request_id: str, prompt_ids: list[int], arrival: float, cancel: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, prompt_ids: list[int], times: RequestTimes, cancel: Callable[[], None]) -> None:
         self.request_id = request_id
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
-        self.times = RequestTimes(arrival)
+        self.times = times
         self.num_preemptions = 0
         self._logprobs: list[TokenLogprobs] | None = None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -136,6 +96,7 @@ class RequestHandle:
         """Take note of an update and pass it on; called by the engine alone."""
         with self._lock:
             self.token_ids += update.token_ids
+            self.num_preemptions = update.num_preemptions
             if update.logprobs is not None:
                 self._logprobs = [*(self._logprobs or []), *update.logprobs]
             if update.prompt_logprobs is not None:

@@ -1,16 +1,15 @@
 """A list of prompts from the first to the last token, on an engine's threads."""
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.schedule import CompilePlan, Request, RequestOutput
 from cmjax.serve.core import Core
-from cmjax.serve.request import Request, RequestOutput
-from cmjax.serve.workers import DecodeWorker, PrefillWorker, warm_up_handoff
+from cmjax.serve.fleet import Fleet
 
 # (what is under way, tokens so far, tokens in all)
 Progress = Callable[[str, int, int], None]
@@ -71,67 +70,60 @@ class GenerateResult:
         return float(self.kept_drafts @ np.arange(num_drafts + 1)) / offered if offered else 0.0
 
 
-def run_to_end(
-    core: Core,
-    prefill: Mapping[str, PrefillWorker],
-    decode: Mapping[str, DecodeWorker],
-    requests: Sequence[Request],
-    progress: Progress | None = None,
-) -> Timings:
-    """Compile what the requests need, run them all, and say how long the phases took.
+def run_to_end(core: Core, fleet: Fleet, requests: Sequence[Request], progress: Progress | None = None) -> Timings:
+    """Compile what the requests need, run them all, and say how long the phases took; the instances' threads run.
 
     Raises:
         UserError: a request ended with an error; the others are left as they are. What made an instance fail is raised
             as it is.
     """
-    timings, notify = Timings(), progress or (lambda *_: None)
+    timings, notify, scheduler = Timings(), progress or (lambda *_: None), core.scheduler
     num_output = sum(r.sampling.max_tokens for r in requests)
     notify("compile", 0, num_output)
     begin = time.perf_counter()
-    _warm_up(core, prefill, decode, requests)
+    _compile(fleet, requests)
     timings.compile_s = time.perf_counter() - begin
-    for worker in (*prefill.values(), *decode.values()):
-        worker.instance.take_expert_load()
-    core.take_error()
-    for activity in (core.prefill, core.handoff, core.decode):
+    for activity in core.activities.values():
         activity.reset()
     notify("prefill", 0, num_output)  # compiled: what is counted from here on is the requests' own
     with core.changed:
+        for planner in scheduler.decode.values():
+            planner.is_patient = True
         for request in requests:
-            core.scheduler.submit(request)
-        core.scheduler.admit()
+            scheduler.submit(request)
         core.changed.notify_all()
     is_done = not requests
     while not is_done:
         with core.changed:
             core.changed.wait(0.2)
             errors = [r.error for r in requests if r.error is not None]
-            is_done = all(r.stage == "done" for r in requests)
+            is_done = all(r.finish_reason is not None for r in requests)
+            num_done = sum(len(r.token_ids) for r in requests)
+            has_decoded = any(one.num_calls for one in scheduler.decode.values())
         if errors:
-            raise core.take_error() or UserError(errors[0])
-        num_done = sum(len(r.token_ids) for r in requests)
-        notify("decode" if core.decode.tokens else "prefill", num_done, num_output)
-    timings.prefill_s, timings.prefill_tokens = core.prefill.seconds, core.prefill.tokens
-    timings.handoff_s = core.handoff.seconds
-    timings.decode_s, timings.decode_tokens = core.decode.seconds, core.decode.tokens
-    timings.decode_steps = core.decode.steps
+            causes = [one.last_error for one in scheduler.planners if one.last_error is not None]
+            raise causes[0] if causes else UserError(errors[0])
+        notify("decode" if has_decoded else "prefill", num_done, num_output)
+    timings.prefill_s, timings.prefill_tokens = core.activities["prefill"].seconds, scheduler.num_prompt_tokens
+    timings.handoff_s = core.activities["handoff"].seconds
+    timings.decode_s = core.activities["decode"].seconds
+    timings.decode_tokens = sum(one.num_tokens for one in scheduler.decode.values())
+    timings.decode_steps = sum(one.num_steps for one in scheduler.decode.values())
     return timings
 
 
-def _warm_up(
-    core: Core, prefill: Mapping[str, PrefillWorker], decode: Mapping[str, DecodeWorker], requests: Sequence[Request]
-) -> None:
+def _compile(fleet: Fleet, requests: Sequence[Request]) -> None:
     """Compile the steps these requests will need, so that the phases time only themselves."""
     if not requests:
         return
     lengths, samplings = [len(r.prompt_ids) for r in requests], [r.sampling for r in requests]
-    share = min(sum(lengths), sum(lengths) // len(prefill) + max(lengths))
-    for source in prefill.values():
-        source.run_task(functools.partial(source.instance.warm_up, share, samplings)).result()
-    if any(r.will_decode for r in requests):
-        for target in decode.values():
-            target.run_task(functools.partial(target.instance.warm_up, target.num_steps, samplings)).result()
-        warm_up_handoff(prefill, decode)
-    with core.changed:
-        for source in prefill.values():
-            source.rejoin()
+    share = min(sum(lengths), sum(lengths) // len(fleet.prefill) + max(lengths))
+    # A call takes no more steps than any of the requests can use, its first token coming from prefill.
+    most = max(one.max_tokens - 1 for one in samplings)
+    num_steps = max(1, min(fleet.settings.steps_per_call, most))
+    targets = tuple(fleet.decode) if most else ()
+    fleet.compile(
+        {name: CompilePlan(one.variants_for(share, samplings), targets) for name, one in fleet.prefill.items()}
+        | {name: CompilePlan(one.variants_for(num_steps, samplings)) for name, one in fleet.decode.items() if most}
+    )
+    fleet.open()

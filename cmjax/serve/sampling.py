@@ -5,8 +5,7 @@ call, or on whether it was guessed before. One set of noise serves a draft and t
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,37 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
-_LEAST_TEMPERATURE = 1e-5  # below it the best token is taken, as vLLM does
-_MOST_TEMPERATURE = 1e30  # all are alike long before; float32 has no inverse of 1e38, and 0 * -inf is NaN
-_MOST_TOP_K = np.iinfo(np.int32).max
-
-
-class Sampling(Protocol):
-    """What is read of a request's settings."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def presence_penalty(self) -> float: ...
-    @property
-    def frequency_penalty(self) -> float: ...
-    @property
-    def logit_bias(self) -> Mapping[int, float]: ...
-    @property
-    def stop_token_ids(self) -> Sequence[int]: ...
-    @property
-    def has_penalties(self) -> bool: ...
-    @property
-    def logprobs(self) -> int | None: ...
-    @property
-    def prompt_logprobs(self) -> int | None: ...
+from cmjax.schedule import NOT_FINITE, SamplingRows
 
 
 @flax.struct.dataclass
@@ -89,75 +58,25 @@ class SamplingState:
             stop_ids=np.full((rows, num_stop), -1, np.int32),
         )
 
-    def set_row(self, row: int, sampling: Sampling, seed: int) -> None:
-        """Write one request's settings into host arrays that have room for its biases and stop tokens."""
-        temperature = min(sampling.temperature, _MOST_TEMPERATURE)
-        self.temperature[row] = temperature if temperature >= _LEAST_TEMPERATURE else 0
-        self.top_k[row] = min(max(sampling.top_k, 0), _MOST_TOP_K)
-        self.top_p[row], self.min_p[row] = sampling.top_p, sampling.min_p
-        self.presence_penalty[row], self.frequency_penalty[row] = sampling.presence_penalty, sampling.frequency_penalty
-        self.seed[row] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
-        bias, stop = sampling.logit_bias, sampling.stop_token_ids
-        self.bias_ids[row, : len(bias)], self.bias_values[row, : len(bias)] = list(bias), list(bias.values())
-        self.stop_ids[row, : len(stop)] = stop
+    def write(self, rows: np.ndarray, given: SamplingRows) -> None:
+        """Write requests' settings into rows of host arrays that have room for their biases and stop tokens."""
+        for name in ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed"):
+            getattr(self, name)[rows] = getattr(given, name)
+        for name in ("bias_ids", "bias_values", "stop_ids"):
+            getattr(self, name)[rows] = 0 if name == "bias_values" else -1
+            getattr(given, name).write_into(getattr(self, name), rows)
 
+    def rows(self, index: np.ndarray, num_bias: int, num_stop: int) -> "SamplingState":
+        """Some rows of host arrays, with room for so many biases and stop tokens."""
+        widths = {"bias_ids": num_bias, "bias_values": num_bias, "stop_ids": num_stop}
+        fields = {field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)}
+        return SamplingState(**{name: a[:, : widths[name]] if name in widths else a for name, a in fields.items()})
 
-@dataclasses.dataclass(frozen=True)
-class SamplingRoom:
-    """What the compiled steps have to offer to the requests of a batch, in few sizes, so that few are compiled.
-
-    Attributes:
-        is_sampled: some request does not just take the best token.
-        num_bias, num_stop: biases and stop tokens of a request, at most. Where nothing is sampled, the stop tokens are
-            left to the host: it drops what a call has made behind one.
-        has_penalties: some request has any.
-        num_logprobs, num_prompt_logprobs: best tokens at a place, at most; None where no request asks.
-    """
-
-    is_sampled: bool = False
-    num_bias: int = 0
-    num_stop: int = 0
-    has_penalties: bool = False
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
-
-    def fit(self, samplings: Iterable[Sampling]) -> "SamplingRoom":
-        """Room for these too."""
-        room = self
-        for one in samplings:
-            num_bias, num_stop = (
-                1 << (n - 1).bit_length() if n else 0 for n in map(len, (one.logit_bias, one.stop_token_ids))
-            )
-            is_sampled = one.temperature > 0 or one.has_penalties or num_bias > 0
-            room = room.union(
-                SamplingRoom(is_sampled, num_bias, num_stop, one.has_penalties, one.logprobs, one.prompt_logprobs)
-            )
-        return room
-
-    def covers(self, other: "SamplingRoom") -> bool:
-        """Whether this is room for all that `other` is room for."""
-        num_stop = other.num_stop if other.is_sampled else 0
-        wanted = dataclasses.replace(other, num_stop=num_stop)
-        return self == self.union(wanted)
-
-    def union(self, other: "SamplingRoom") -> "SamplingRoom":
-        """Room for both."""
-        return SamplingRoom(
-            self.is_sampled or other.is_sampled,
-            max(self.num_bias, other.num_bias),
-            max(self.num_stop, other.num_stop),
-            self.has_penalties or other.has_penalties,
-            _most(self.num_logprobs, other.num_logprobs),
-            _most(self.num_prompt_logprobs, other.num_prompt_logprobs),
-        )
-
-    def state(self, rows: int) -> SamplingState | None:
-        """Host arrays for a batch; None where no request needs them."""
-        return SamplingState.empty(rows, self.num_bias, self.num_stop) if self.is_sampled else None
-
-
-def _most(room: int | None, wanted: int | None) -> int | None:
-    return room if wanted is None else max(wanted, room or 0)
+    def clear(self, rows: np.ndarray) -> None:
+        """Make rows of host arrays greedy, so that they do not have the others draw, sort or add."""
+        empty = SamplingState.empty(1, self.bias_ids.shape[1], self.stop_ids.shape[1])
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[rows] = getattr(empty, field.name)[0]
 
 
 @flax.struct.dataclass
@@ -241,7 +160,11 @@ def _adjusted(logits: jax.Array, state: SamplingState, history: jax.Array | None
     vocabulary = logits.shape[1]
     if state.bias_ids.shape[1]:
         index = jnp.where(state.bias_ids < 0, vocabulary, state.bias_ids)
-        logits = logits.at[rows, index].add(state.bias_values, mode="drop")
+        has_bias = (state.bias_ids >= 0).any()
+        # The scatter is scalar code on a CPU, and hardly any request has a bias.
+        logits = lax.cond(
+            has_bias, lambda x: x.at[rows, index].add(state.bias_values, mode="drop"), lambda x: x, logits
+        )
     if history is not None:
         index = jnp.where(history < 0, vocabulary, history)
         counts = jnp.zeros(logits.shape, jnp.int32).at[rows, index].add(1, mode="drop")

@@ -9,11 +9,20 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model
-from cmjax.serve.block_pool import blocks_for
-from cmjax.serve.instance import NOT_FINITE_MESSAGE
-from cmjax.serve.prefill_instance import PrefillInstance
-from cmjax.serve.request import Request, SamplingParams
-from cmjax.serve.sampling import NOT_FINITE
+from cmjax.schedule import (
+    NOT_FINITE,
+    NOT_FINITE_MESSAGE,
+    PrefillPlan,
+    PrefillPlanner,
+    PrefillResult,
+    Request,
+    SamplingParams,
+    Scheduler,
+    SlotLoad,
+    blocks_for,
+)
+from cmjax.serve.executor import host_load
+from cmjax.serve.prefill_executor import PrefillExecutor
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import ScoreOutput, score
 
@@ -65,7 +74,7 @@ def plan_windows(lengths: Sequence[int], context: int, stride: int) -> list[Wind
     return windows
 
 
-class ScoringInstance(PrefillInstance):
+class Scorer:
     """Scores texts on an instance's devices, any number of ranks.
 
     Args:
@@ -74,6 +83,10 @@ class ScoringInstance(PrefillInstance):
         context: most tokens that the model looks at together.
         stride: distance between windows; less than `context`, so that no token is scored without context.
         settings: sizes and formats; `max_model_len` is taken from `context`.
+
+    Attributes:
+        executor: what runs the steps.
+        slot_load: rows that its experts received.
     """
 
     def __init__(
@@ -88,17 +101,36 @@ class ScoringInstance(PrefillInstance):
         self.context, self.stride = context, stride
         # A step's worth of windows, and one that begins in it.
         budget = blocks_for(settings.max_num_batched_tokens, settings.block_size)
-        super().__init__(model, instance, settings, settings.max_blocks + budget)
+        self.executor = PrefillExecutor(model, instance, settings, settings.max_blocks + budget)
+        self.slot_load = SlotLoad()
 
     def score_texts(
         self, texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
     ) -> list[TextScores]:
-        """Score texts of token ids: `score_together` of this instance alone."""
+        """Score texts of token ids: `score_together` of this one alone."""
         return score_together([self], texts, progress)[0]
+
+    def expert_load(self) -> np.ndarray:
+        """Rows per logical expert so far, see `Executor.logical_load`."""
+        return self.executor.logical_load(self.slot_load.total)
+
+    def step(self, plan: PrefillPlan, reference: tuple[jax.Array, jax.Array] | None) -> ScoreOutput:
+        """Score a step's chunks; `reference`: see `score`."""
+        one = self.executor
+        output = score(one.params, one.expert_to_slot, one.cache, one.pack(plan), reference, spec=one.spec)
+        one.cache = output.cache
+        self.slot_load.add(host_load(output.slot_load))
+        return output
+
+    @property
+    def head(self) -> jax.Array:
+        """Of the model, on the devices."""
+        params = self.executor.params
+        return params.embed if params.head is None else params.head
 
 
 def score_together(
-    scorers: Sequence[ScoringInstance], texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
+    scorers: Sequence[Scorer], texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
 ) -> list[list[TextScores]]:
     """Score texts of token ids, each of at least two tokens, with several models step by step.
 
@@ -114,18 +146,12 @@ def score_together(
     first = scorers[0]
     windows = plan_windows([len(text) for text in texts], first.context, first.stride)
     scores = [[TextScores.empty(len(text)) for text in texts] for _ in scorers]
-    waiting = [Request(f"text {w.text}", list(texts[w.text][w.start : w.stop]), SamplingParams()) for w in windows]
-    begin = 0
-    while begin < len(waiting):
-        end = begin + 1
-        while end < len(waiting) and first.router.can_hold(waiting[begin : end + 1]):
-            end += 1
-        for window, found in zip(windows[begin:end], _expectations(scorers, waiting[begin:end]), strict=True):
-            for own, expectations in zip(scores, found, strict=True):
-                _enter(own[window.text], window, texts[window.text], expectations)
-            if progress is not None:
-                progress(window.stop - window.first_scored)
-        begin = end
+    parts = [texts[window.text][window.start : window.stop] for window in windows]
+    for window, found in zip(windows, _expectations(scorers, windows, parts), strict=True):
+        for own, expectations in zip(scores, found, strict=True):
+            _enter(own[window.text], window, texts[window.text], expectations)
+        if progress is not None:
+            progress(window.stop - window.first_scored)
     return scores
 
 
@@ -167,32 +193,50 @@ def _enter(scores: TextScores, window: Window, text: Sequence[int], found: _Expe
 
 
 def _expectations(
-    scorers: Sequence[ScoringInstance], windows: Sequence[Request]
+    scorers: Sequence[Scorer], windows: Sequence[Window], parts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[_Expectations, ...]]:
-    """Run windows through as many steps as they need; yield what each scorer makes of each, in order."""
-    first = scorers[0]  # whose blocks are everybody's: the caches have one size
-    parts: dict[Request, list[tuple[_Expectations, ...]]] = {window: [] for window in windows}
-    for window in windows:
-        first.router.add(window)
-    while chunks := first.router.next_step(first.num_step_tokens, first.max_sequences):
-        found, reference, batch = [], None, first.pack(chunks)
-        for one in scorers:
-            output = score(one.params, one.expert_to_slot, one.cache, batch, reference, spec=one.spec)
-            one.cache = output.cache
-            one.record_load(output.slot_load)
-            if reference is None and len(scorers) > 1:
-                reference = output.hidden, one.params.embed if one.params.head is None else one.params.head
-            found.append(_Expectations.of(output))
-        first.router.computed(chunks)
+    """Run windows, `parts` of their texts, through as many steps as they need; yield what each scorer makes of each, in
+    order."""
+    planner = _plan_prompts(scorers[0].executor, windows, parts)
+    found: dict[int, list[tuple[_Expectations, ...]]] = {index: [] for index in range(len(windows))}
+    done = 0
+    while (plan := planner.plan(0.0)) is not None:
+        assert isinstance(plan, PrefillPlan)
+        expectations = _run_step(scorers, plan)
         begin = 0
-        for chunk in chunks:
-            end = begin + chunk.stop - chunk.start
-            here = tuple(expectations.part(slice(begin, end)) for expectations in found)
-            if any((expectations.token_ids == NOT_FINITE).any() for expectations in here):
-                raise UserError(f"{chunk.request.request_id}: {NOT_FINITE_MESSAGE}")
-            parts[chunk.request].append(here)
-            begin = end
-    for window in windows:
-        first.router.release(window)
-    for part in parts.values():
-        yield tuple(jax.tree.map(lambda *arrays: np.concatenate(arrays), *own) for own in zip(*part, strict=True))
+        for attempt_id, start, stop in zip(plan.attempt_ids.tolist(), plan.starts, plan.stops, strict=True):
+            request = planner.attempts[attempt_id].request
+            here = tuple(one.part(slice(begin, begin + int(stop - start))) for one in expectations)
+            if any((one.token_ids == NOT_FINITE).any() for one in here):
+                raise UserError(f"{request.request_id}: {NOT_FINITE_MESSAGE}")
+            found[request.priority].append(here)
+            begin += int(stop - start)
+        planner.commit(plan, PrefillResult(np.zeros(len(plan.places), np.int32), np.zeros((0, 0), np.int64), 0.0), 0.0)
+        while done < len(windows) and sum(len(here[0].token_ids) for here in found[done]) == len(parts[done]):
+            pieces = found.pop(done)
+            yield tuple(jax.tree.map(lambda *arrays: np.concatenate(arrays), *own) for own in zip(*pieces, strict=True))
+            done += 1
+
+
+def _plan_prompts(
+    executor: PrefillExecutor, windows: Sequence[Window], parts: Sequence[Sequence[int]]
+) -> PrefillPlanner:
+    """Bookkeeping of windows as prompts that come one after another: their numbers are their priorities."""
+    scheduler, sampling = Scheduler(handoff_timeout_s=float("inf")), SamplingParams(max_tokens=1)
+    planner = executor.make_planner("scorer", scheduler)
+    planner.is_compiled = True
+    for index, (window, part) in enumerate(zip(windows, parts, strict=True)):
+        name = f"text {window.text}"
+        scheduler.submit(Request(name, list(part), sampling, model=executor.model.digest, priority=index))
+    return planner
+
+
+def _run_step(scorers: Sequence[Scorer], plan: PrefillPlan) -> list[_Expectations]:
+    """A step of each model, its expectations beside the first one's."""
+    found, reference = [], None
+    for one in scorers:
+        output = one.step(plan, reference)
+        if reference is None and len(scorers) > 1:
+            reference = output.hidden, one.head
+        found.append(_Expectations.of(output))
+    return found

@@ -10,7 +10,7 @@ import psutil
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
 from cmjax.moe import Exchange, ExpertPlacement, FabricExchange, WireDtype, buffer_bytes, message_bytes
-from cmjax.serve.block_pool import blocks_for
+from cmjax.schedule import blocks_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

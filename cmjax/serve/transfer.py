@@ -3,26 +3,27 @@
 With MLA's single latent head every prefill rank holds the same latents, so the source is free to choose; a fixed map
 spreads the decode ranks evenly over the prefill ranks. A prompt travels in rounds of some tokens: the prefill side
 reads and sends them one after another, and the decode side writes what has arrived between two of its calls. The copies
-go on the books of the RDMA plane, apart from the exchanges of decode.
+count as traffic of the RDMA plane, apart from the exchanges of decode.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cmjax.mesh import EP_AXIS, fabric
-from cmjax.serve.block_pool import slot_mapping
-from cmjax.serve.decode_instance import DecodeInstance
-from cmjax.serve.instance import bucket
-from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
-from cmjax.serve.request import Request
+from cmjax.mesh import EP_AXIS, Instance, fabric
+from cmjax.model import Model
+from cmjax.schedule import Arrival, Segments, make_segments, plan_rounds, slot_mapping
+from cmjax.serve.executor import Executor, bucket
+from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import StepSpec
 
 # A rank's share of a round: whole short prompts, and no more of a long one than decode can take between two calls.
@@ -85,196 +86,254 @@ def _insert(
     return spec.on_ranks(rank, by_rank, by_rank)(cache, kept, latents, slots, hidden, places)
 
 
-@dataclasses.dataclass(frozen=True)
-class Parcel:
-    """Tokens `[start, stop)` of a prefilled prompt, on their way to the place reserved for it.
+# What stands for the parts of ranks that get nothing in a round: latents and hidden states of each rank.
+IdleParts = tuple[list[jax.Array], list[jax.Array]]
 
-    Attributes:
-        attempt, decode_rank: what they were when it was sent; a request that has moved on since takes no delivery.
-    """
 
-    prefilled: Prefilled
-    start: int
-    stop: int
-    attempt: int
-    decode_rank: int
+class Receiver(Protocol):
+    """What a hand-off needs of the decode executor that it goes to."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Latents of each layer."""
-        return self.stop - self.start
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is whole with it."""
-        return self.stop == self.prefilled.request.num_cached
-
-    @property
-    def is_current(self) -> bool:
-        """Whether its request still waits for it."""
-        request = self.prefilled.request
-        return (request.num_attempts, request.decode_rank) == (self.attempt, self.decode_rank)
+    model: Model
+    instance: Instance
+    settings: EngineSettings
+    spec: StepSpec
+    num_places: int
+    cache: jax.Array
+    hidden: jax.Array | None
+    idle_parts: IdleParts | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Handoff:
-    """One round of a hand-off: for every decode rank at most so many tokens.
+class Payload:
+    """One round of a hand-off on its way: for every decode rank at most so many tokens.
 
     Attributes:
-        parcels: by decode rank, side by side.
         latents: `[decode ranks, layers, tokens, width]`, on the decode devices, perhaps not yet there.
         hidden: `[decode ranks * places, hidden]`, the last hidden states of the prompts that end.
     """
 
-    parcels: dict[int, list[Parcel]]
     latents: jax.Array
     hidden: jax.Array
 
     @property
     def is_ready(self) -> bool:
         """Whether it has arrived."""
-        return all(array.is_ready() for array in (self.latents, self.hidden))  # type: ignore[attr-defined]  # the stub lacks it
+        arrays: tuple[Any, ...] = (self.latents, self.hidden)  # their stub lacks `is_ready`
+        return all(array.is_ready() for array in arrays)
 
 
-def round_tokens(target: DecodeInstance) -> int:
+class Wire:
+    """The rounds on their way between the executors of one process, by the one they go to. Used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._receivers: dict[str, Receiver] = {}
+        self._rounds: dict[Receiver, OrderedDict[Arrival, Payload]] = defaultdict(OrderedDict)
+        self._known: dict[Receiver, set[Arrival]] = defaultdict(set)
+
+    def register(self, name: str, receiver: Receiver) -> None:
+        """Rounds can be sent to it by name."""
+        with self._lock:
+            self._receivers[name] = receiver
+
+    def unregister(self, name: str) -> None:
+        """It has been taken out, if it was there."""
+        with self._lock:
+            receiver = self._receivers.pop(name, None)
+            if receiver is not None:
+                self._rounds.pop(receiver, None)
+                self._known.pop(receiver, None)
+
+    def receiver(self, name: str) -> Receiver:
+        """An executor by name.
+
+        Raises:
+            RuntimeError: it has been taken out.
+        """
+        with self._lock:
+            if name not in self._receivers:
+                raise RuntimeError(f"there is no decode instance {name}")
+            return self._receivers[name]
+
+    def put(self, name: str, key: Arrival, payload: Payload) -> None:
+        """A round is on its way."""
+        receiver = self.receiver(name)
+        with self._lock:
+            self._rounds[receiver][key] = payload
+
+    def arrived(self, receiver: Receiver) -> list[Arrival]:
+        """Rounds that have arrived since the last call, in the order they were sent."""
+        with self._lock:
+            known, found = self._known[receiver], []
+            for key, payload in self._rounds[receiver].items():
+                if key not in known:
+                    if not payload.is_ready:
+                        break
+                    found.append(key)
+            known |= set(found)
+        return found
+
+    def is_expected(self, receiver: Receiver) -> bool:
+        """Whether rounds are on their way that have not arrived."""
+        with self._lock:
+            return len(self._rounds[receiver]) > len(self._known[receiver])
+
+    def take(self, receiver: Receiver, key: Arrival) -> Payload:
+        """A round that has arrived."""
+        with self._lock:
+            self._known[receiver].discard(key)
+            return self._rounds[receiver].pop(key)
+
+    def clear(self, receiver: Receiver) -> None:
+        """Throw away what is on its way to one."""
+        with self._lock:
+            self._rounds.pop(receiver, None)
+            self._known.pop(receiver, None)
+
+
+def round_tokens(settings: EngineSettings) -> int:
     """Tokens that a decode rank receives in one round."""
-    return min(MAX_ROUND_TOKENS, bucket(target.settings.max_model_len, target.settings.block_size))
+    return min(MAX_ROUND_TOKENS, bucket(settings.max_model_len, settings.block_size))
 
 
-def hand_off(source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled]) -> list[Request]:
-    """Copy the prompts' latents (the MTP layer's included) and last hidden states to their reserved decode places, and
-    wait for them: `send`, then `insert` of each round. Returns the requests that have arrived."""
-    return [request for one in send(source, target, prefilled) for request in insert(target, one)]
-
-
-def warm_up_source(source: PrefillInstance, target: DecodeInstance) -> None:
-    """Compile what the prefill side of a hand-off runs, by reading nothing."""
-    _gather_round(source, target, {}, None)
-
-
-def warm_up_target(target: DecodeInstance) -> None:
-    """Compile what the decode side of a hand-off runs, by writing nothing."""
-    insert(target, _assemble(target, {}, {}))
-
-
-def send(source: PrefillInstance, target: DecodeInstance, prefilled: Sequence[Prefilled]) -> Iterator[Handoff]:
-    """Start copying prompts that one step of `source` has just ended to `target`, round by round.
-
-    Each round is on its way when it is yielded. The latents are read in the order of the source's programs, so that its
-    blocks may be used again by its next step.
-    """
-    for parcels in plan_rounds(prefilled, round_tokens(target)):
-        yield _on_their_way(source, target, parcels, prefilled[0].last_hidden)
-
-
-def plan_rounds(prefilled: Sequence[Prefilled], max_tokens: int) -> list[dict[int, list[Parcel]]]:
-    """Cut prompts into rounds of at most `max_tokens` tokens for each decode rank, in order."""
-    rounds: list[dict[int, list[Parcel]]] = []
-    filled: dict[int, int] = defaultdict(int)  # decode rank -> tokens it has been given, over all rounds
-    for one in prefilled:
-        request, start = one.request, 0
-        while start < request.num_cached:
-            index, used = divmod(filled[request.decode_rank], max_tokens)
-            stop = min(request.num_cached, start + max_tokens - used)
-            if index == len(rounds):
-                rounds.append({})
-            parcel = Parcel(one, start, stop, request.num_attempts, request.decode_rank)
-            rounds[index].setdefault(request.decode_rank, []).append(parcel)
-            filled[request.decode_rank] += stop - start
-            start = stop
-    return rounds
-
-
-def insert(target: DecodeInstance, handoff: Handoff) -> list[Request]:
-    """Write a round into the cache of `target`; returns the requests that are whole with it.
-
-    Parcels whose request has been cancelled, or sent again, are left out: their blocks are somebody else's.
-    """
-    num_ranks, num_tokens, num_places = target.instance.ep_size, round_tokens(target), target.router.num_places
-    slots = np.full((num_ranks, num_tokens), -1, np.int32)
-    places = np.full((num_ranks, num_places), -1, np.int32)
-    arrived = []
-    for rank, parcels in handoff.parcels.items():
-        begin = row = 0
-        for parcel in parcels:
-            request, end = parcel.prefilled.request, begin + parcel.num_tokens
-            if parcel.is_current:
-                positions = np.arange(parcel.start, parcel.stop, dtype=np.int32)
-                slots[rank, begin:end] = slot_mapping(request.decode_blocks, positions, target.settings.block_size)
-                if parcel.is_last:
-                    places[rank, row] = request.decode_place
-                    arrived.append(request)
-            row += parcel.is_last
-            begin = end
-    latents, hidden = handoff.latents, handoff.hidden
-    target.cache, target.hidden = _insert(target.cache, target.hidden, latents, slots, hidden, places, spec=target.spec)
-    for request in arrived:
-        request.num_settled = 1
-    return arrived
-
-
-def _on_their_way(
-    source: PrefillInstance,
-    target: DecodeInstance,
-    parcels: dict[int, list[Parcel]],
+def read(
+    source: Executor,
+    target: Receiver,
+    segments: Segments,
+    step_rows: np.ndarray,
     last_hidden: jax.Array,
-) -> Handoff:
-    """Read a round, and start moving it to its decode devices."""
+) -> Payload:
+    """Read a round on the prefill devices, and start moving it to its decode devices. What is read is that of the
+    source's programs so far: its blocks may be used again by its next step.
+
+    Args:
+        segments: with the source's blocks.
+        step_rows: `int32[segments]`, which rows of `last_hidden` go along, -1 for none.
+        last_hidden: of the step that ended these prompts.
+    """
     devices = target.instance.devices
-    found = _gather_round(source, target, parcels, last_hidden)
+    found = _gather_round(source, target, segments, step_rows, last_hidden)
     moved = jax.device_put([*found.values()], [(devices[rank],) * 2 for rank in found])
-    for rank in found:
-        peer = prefill_tp_rank(rank, source.instance.ep_size, target.instance.ep_size)
-        for parcel in parcels[rank]:
-            _record(source.instance.devices[peer], devices[rank], parcel, target)
-    return _assemble(target, parcels, dict(zip(found, moved, strict=True)))
+    num_peers, num_ranks = source.instance.ep_size, target.instance.ep_size
+    for rank, length, row in zip(segments.ranks, segments.stops - segments.starts, step_rows, strict=True):
+        device = source.instance.devices[prefill_tp_rank(int(rank), num_peers, num_ranks)]
+        _record(device, devices[rank], int(length), target, has_hidden=row >= 0)
+    return _assemble(target, dict(zip(found, moved, strict=True)))
 
 
-def _assemble(
-    target: DecodeInstance, parcels: dict[int, list[Parcel]], moved: dict[int, tuple[jax.Array, jax.Array]]
-) -> Handoff:
+def write(target: Receiver, payload: Payload, segments: Segments, places: np.ndarray) -> None:
+    """Write a round into the cache of `target`; what is in no segment is left out.
+
+    Args:
+        segments: with the target's blocks.
+        places: `int32[segments]`, places of their ranks that get a hidden state, -1 for none.
+    """
+    num_ranks, num_tokens = target.instance.ep_size, round_tokens(target.settings)
+    slots = np.full((num_ranks, num_tokens), -1, np.int32)
+    hidden_places = np.full((num_ranks, target.num_places), -1, np.int32)
+    for index, found in enumerate(_slots(segments, target.settings.block_size)):
+        rank, begin = segments.ranks[index], segments.begins[index]
+        slots[rank, begin : begin + len(found)] = found
+        if places[index] >= 0:
+            hidden_places[rank, segments.hidden_rows[index]] = places[index]
+    target.cache, target.hidden = _insert(
+        target.cache, target.hidden, payload.latents, slots, payload.hidden, hidden_places, spec=target.spec
+    )
+
+
+def compile_read(source: Executor, target: Receiver) -> None:
+    """Compile what the prefill side of a hand-off runs, by reading nothing."""
+    shape = (source.num_places, source.model.config.hidden_size)
+    everywhere = NamedSharding(source.spec.mesh, _EVERYWHERE)
+    last_hidden = jax.device_put(np.zeros(shape, source.model.dtype), everywhere)
+    nothing = make_segments([], lambda part: [], source.settings.block_size)
+    _gather_round(source, target, nothing, np.zeros(0, np.int32), last_hidden)
+
+
+def compile_write(target: Receiver) -> None:
+    """Compile what the decode side of a hand-off runs, by writing nothing."""
+    nothing = make_segments([], lambda part: [], target.settings.block_size)
+    write(target, _assemble(target, {}), nothing, np.zeros(0, np.int32))
+
+
+class Move(NamedTuple):
+    """A prompt to hand over by hand: its tokens' blocks at the source and its row in the step that ended it, and the
+    rank, place and blocks it goes to."""
+
+    num_tokens: int
+    source_blocks: Sequence[int]
+    step_row: int
+    rank: int
+    place: int
+    target_blocks: Sequence[int]
+
+
+def hand_off(source: Executor, target: Receiver, moves: Sequence[Move], last_hidden: jax.Array) -> None:
+    """Copy prompts' latents (the MTP layer's included) and last hidden states to decode places, and wait for them.
+
+    An engine does the same by plans, beside its steps.
+    """
+    rounds = plan_rounds([one.rank for one in moves], [one.num_tokens for one in moves], round_tokens(target.settings))
+    for parts in rounds:
+        ends = [part.hidden_row >= 0 for part in parts]
+        rows = [moves[part.prompt].step_row if end else -1 for part, end in zip(parts, ends, strict=True)]
+        places = [moves[part.prompt].place if end else -1 for part, end in zip(parts, ends, strict=True)]
+        here = make_segments(parts, lambda part: moves[part.prompt].source_blocks, source.settings.block_size)
+        there = make_segments(parts, lambda part: moves[part.prompt].target_blocks, target.settings.block_size)
+        payload = read(source, target, here, np.array(rows, np.int32), last_hidden)
+        write(target, payload, there, np.array(places, np.int32))
+
+
+def _slots(segments: Segments, block_size: int) -> list[np.ndarray]:
+    """The slots of each segment's tokens."""
+    found = []
+    for start, stop, blocks in zip(segments.starts, segments.stops, segments.blocks, strict=True):
+        first = start // block_size * block_size
+        found.append(slot_mapping(blocks, np.arange(start - first, stop - first), block_size))
+    return found
+
+
+def _assemble(target: Receiver, moved: dict[int, tuple[jax.Array, jax.Array]]) -> Payload:
     """One array of all ranks' parts; ranks that get nothing have idle ones."""
     latents, hidden = (list(parts) for parts in _idle_parts(target))
     for rank, parts in moved.items():
         latents[rank], hidden[rank] = parts
 
-    def on_ranks(parts: list) -> jax.Array:
+    def on_ranks(parts: list[jax.Array]) -> jax.Array:
         shape = (len(parts) * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, target.spec.by_rank(), parts)
 
-    return Handoff(parcels, on_ranks(latents), on_ranks(hidden))
+    return Payload(on_ranks(latents), on_ranks(hidden))
 
 
 def _gather_round(
-    source: PrefillInstance,
-    target: DecodeInstance,
-    parcels: dict[int, list[Parcel]],
-    last_hidden: jax.Array | None,
+    source: Executor,
+    target: Receiver,
+    segments: Segments,
+    step_rows: np.ndarray,
+    last_hidden: jax.Array,
 ) -> dict[int, tuple[jax.Array, jax.Array]]:
     """Read a round on the prefill devices: decode rank -> (latents, hidden states)."""
-    config, block_size = source.model.config, source.settings.block_size
-    num_peers, num_tokens, num_places = source.instance.ep_size, round_tokens(target), target.router.num_places
-    if last_hidden is None:
-        shape = (source.max_sequences, config.hidden_size)
-        last_hidden = jax.device_put(np.zeros(shape, source.model.dtype), NamedSharding(source.spec.mesh, _EVERYWHERE))
+    num_peers, num_tokens = source.instance.ep_size, round_tokens(target.settings)
     by_peer: dict[int, list[int]] = defaultdict(list)
-    for rank in parcels:
+    for rank in np.unique(segments.ranks).tolist():
         by_peer[prefill_tp_rank(rank, num_peers, target.instance.ep_size)].append(rank)
+    slots_of = _slots(segments, source.settings.block_size)
+    of_rank: dict[int, list[int]] = defaultdict(list)
+    for index, rank in enumerate(segments.ranks.tolist()):
+        of_rank[rank].append(index)
     found: dict[int, tuple[jax.Array, jax.Array]] = {}
     # Each prefill rank sends to one of its decode ranks at a time. Without any it is one turn, for the compilation.
     for turn in itertools.zip_longest(*by_peer.values()) if by_peer else [()]:
         slots = np.full((num_peers, num_tokens), -1, np.int32)
-        rows = np.full((num_peers, num_places), -1, np.int32)
+        rows = np.full((num_peers, target.num_places), -1, np.int32)
         sending = {peer: rank for peer, rank in zip(by_peer, turn, strict=False) if rank is not None}
         for peer, rank in sending.items():
-            begin = row = 0
-            for parcel in parcels[rank]:
-                positions, end = np.arange(parcel.start, parcel.stop, dtype=np.int32), begin + parcel.num_tokens
-                slots[peer, begin:end] = slot_mapping(parcel.prefilled.blocks, positions, block_size)
-                if parcel.is_last:
-                    rows[peer, row] = parcel.prefilled.row
-                    row += 1
-                begin = end
+            for index in of_rank[rank]:
+                begin = segments.begins[index]
+                slots[peer, begin : begin + len(slots_of[index])] = slots_of[index]
+                if step_rows[index] >= 0:
+                    rows[peer, segments.hidden_rows[index]] = step_rows[index]
         taken = _gather(source.cache, last_hidden, slots, rows, spec=source.spec)
         parts = [{shard.device: shard.data for shard in array.addressable_shards} for array in taken]
         for peer, rank in sending.items():
@@ -283,13 +342,13 @@ def _gather_round(
     return found
 
 
-def _idle_parts(target: DecodeInstance) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What stands for the parts of ranks that get nothing in a round; made once, since it is as large as all parts."""
+def _idle_parts(target: Receiver) -> IdleParts:
+    """Made once, since it is as large as all parts."""
     if target.idle_parts is None:
         config, dtype, num_ranks = target.model.config, target.model.dtype, target.instance.ep_size
         shapes = (
-            (num_ranks, config.num_cache_layers, round_tokens(target), config.latent_width),
-            (num_ranks * target.router.num_places, config.hidden_size),
+            (num_ranks, config.num_cache_layers, round_tokens(target.settings), config.latent_width),
+            (num_ranks * target.num_places, config.hidden_size),
         )
         zeros = jax.jit(lambda: tuple(jnp.zeros(s, dtype) for s in shapes), out_shardings=target.spec.by_rank())
         by_device = [{shard.device: shard.data for shard in array.addressable_shards} for array in zeros()]
@@ -298,9 +357,11 @@ def _idle_parts(target: DecodeInstance) -> tuple[list[jax.Array], list[jax.Array
     return target.idle_parts
 
 
-def _record(source: jax.Device, destination: jax.Device, parcel: Parcel, target: DecodeInstance) -> None:
+def _record(
+    source: jax.Device, destination: jax.Device, num_tokens: int, target: Receiver, *, has_hidden: bool
+) -> None:
     config, itemsize = target.model.config, target.model.dtype.itemsize
-    num_bytes = config.num_cache_layers * parcel.num_tokens * config.latent_width * itemsize
-    if target.hidden is not None and parcel.is_last:
+    num_bytes = config.num_cache_layers * num_tokens * config.latent_width * itemsize
+    if target.hidden is not None and has_hidden:
         num_bytes += config.hidden_size * itemsize
     fabric.record(_PLANE, _RECORD, source.id, destination.id, num_bytes)

@@ -10,7 +10,9 @@ import pytest
 
 from cmjax.cli_options import BUNDLED_MODEL
 from cmjax.model import Tokenizer
-from cmjax.serve import SamplingParams
+from cmjax.schedule import SendPlan
+from cmjax.serve import SamplingParams, decode, prefill
+from cmjax.serve.http.state import ServerState
 from tests.http.serving import served, wait_until_idle
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
@@ -217,7 +219,10 @@ def test_mistakes_are_openai_s_errors(client, http):
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", None),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", None),
         ({"prompt": "a", "n": 129}, 400, "n", None),
-        ({"prompt": "a", "n": 41}, 429, None, None),
+        ({"prompt": "a", "n": 41}, 400, "prompt", None),
+        ({"prompt": ["a", "b", "c"], "n": 14}, 400, "prompt", None),
+        ({"prompt": "a", "priority": -1}, 400, "priority", None),
+        ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(301)}}, 400, "logit_bias", None),
     ]
     for body, status, param, code in cases:
         answer = http.post("/v1/completions", json=body)
@@ -236,6 +241,53 @@ def test_mistakes_are_openai_s_errors(client, http):
     # What other clients send and nobody minds.
     fine = {"prompt": "a", "max_tokens": 1, "stop": None, "user": "me", "best_of": 1, "unknown": 3, "stream": False}
     assert http.post("/v1/completions", json=fine).status_code == 200
+
+
+def test_prompts_times_choices_are_counted_before_they_cost_anything(http, monkeypatch):
+    monkeypatch.setattr(ServerState, "sampling", lambda *_: pytest.fail("made the settings of a choice"))
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("tokenized a prompt"))
+    for prompts in ([[1]] * 9_000, ["a"] * 9_000):
+        answer = http.post("/v1/completions", json={"prompt": prompts, "n": 128})
+        assert answer.status_code == 400
+        assert "1152000 prompts times choices, at most 40 are taken" in answer.json()["error"]["message"]
+
+
+def test_more_than_may_be_under_way_are_asked_to_try_again(address, http):
+    body = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "n": 30, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        refused = http.post("/v1/completions", json={"prompt": "a", "n": 11})
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+
+
+def test_no_request_makes_a_server_compile(http, engine):
+    """As many biases as there may be, more stop tokens than a step looks for, all log probabilities, penalties."""
+    num_compiled = decode._cache_size(), prefill._cache_size()
+    everything = {
+        "logit_bias": {str(token): 0.5 for token in range(300)},
+        "stop_token_ids": list(range(1000, 1064)),
+        "logprobs": 20,
+        "temperature": 0.7,
+        "frequency_penalty": 0.5,
+    }
+    stops = {"temperature": 0, "stop_token_ids": list(range(1000, 1064))}
+    for fields in (everything, stops):
+        answer = http.post("/v1/completions", json={"prompt": TEXTS[0], "max_tokens": 12, **fields})
+        assert answer.status_code == 200, answer.text
+    assert (decode._cache_size(), prefill._cache_size()) == num_compiled
+
+
+def test_a_stop_token_beyond_those_that_a_step_looks_for_ends_a_request(http, engine):
+    free = alone(engine, TOKENIZER.encode(TEXTS[0]), max_tokens=12).token_ids
+    wanted = free[: free.index(free[5]) + 1]
+    others = [token for token in range(1900, 1963) if token not in free]
+    for temperature in (0, 1e-4):  # taken by the greedy step, and by the one that samples
+        body = {"prompt": TEXTS[0], "max_tokens": 12, "temperature": temperature, "top_k": 1, "return_token_ids": True}
+        answer = http.post("/v1/completions", json={**body, "stop_token_ids": [*others, free[5]]}).json()
+        assert "choices" in answer, answer
+        assert answer["choices"][0]["token_ids"] == wanted
+        assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 def test_keys_open_and_tell_tenants_apart(engine):
@@ -266,10 +318,15 @@ def test_a_client_that_goes_frees_what_it_held(address, engine, stream):
 
 
 def test_a_failed_request_is_an_error_and_never_a_result(address, http, engine, monkeypatch):
-    def send(source, target, prefilled):
-        raise RuntimeError("the link is down")
+    (source,) = engine.prefill
+    run = source.run
 
-    monkeypatch.setattr(engine.core, "send", send)
+    def fails_to_send(plan):
+        if isinstance(plan, SendPlan):
+            raise RuntimeError("the link is down")
+        return run(plan)
+
+    monkeypatch.setattr(source, "run", fails_to_send)
     answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8})
     assert answer.status_code == 500
     assert "its KV could not be sent to decode0: the link is down" in answer.json()["error"]["message"]

@@ -7,16 +7,30 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cmjax.serve import EngineStats, RequestHandle
-from cmjax.serve.handle import RequestTimes
+from cmjax.schedule import EngineStats, InstanceStats, RequestTimes
+from cmjax.serve import RequestHandle
 from cmjax.serve.http.metrics import Metrics
-from cmjax.serve.stats import InstanceStats
 
 LABELS = {"model_name": "demo", "engine": "0"}
 STATS = EngineStats(
     instances=[
         InstanceStats("prefill0", "prefill", "ready", 2, 3, 1, 40, 10, 7, 900, 1.5),
-        InstanceStats("decode0", "decode", "ready", 4, 5, 0, 80, 20, 60, 300, 2.5, num_places=8, seqs_per_rank=2),
+        InstanceStats(
+            "decode0",
+            "decode",
+            "ready",
+            4,
+            5,
+            0,
+            80,
+            20,
+            60,
+            300,
+            2.5,
+            num_places=8,
+            seqs_per_rank=2,
+            expert_imbalance=1.5,
+        ),
     ],
     num_waiting=6,
     num_running=8,
@@ -38,9 +52,8 @@ def make_metrics(stats=STATS, **options):
 
 
 def make_handle(num_prompt, num_tokens, **times):
-    handle = RequestHandle("request", [0] * num_prompt, times["arrival"], lambda: None)
+    handle = RequestHandle("request", [0] * num_prompt, RequestTimes(**times), lambda: None)
     handle.token_ids = [0] * num_tokens
-    handle.times = RequestTimes(**times)
     return handle
 
 
@@ -140,6 +153,8 @@ def test_the_engine_s_statistics_are_read_at_each_scrape():
         ("instance_kv_usage", "decode0", "decode"): 0.25,
         ("instance_tokens_total", "prefill0", "prefill"): 900,
         ("instance_tokens_total", "decode0", "decode"): 300,
+        ("instance_expert_imbalance", "prefill0", "prefill"): 1.0,
+        ("instance_expert_imbalance", "decode0", "decode"): 1.5,
     }
     assert {key: found.get(key) for key in expected} == expected
     now[0] = dataclasses.replace(STATS, instances=[], num_running=0, num_generation_tokens=400)

@@ -121,11 +121,11 @@ def test_padded_form_on_lax_collectives(rng, make_mesh, num_ranks):
     try:
         assert fabric.status()["ragged_all_to_all"].form == "lax padded"
         assert fabric.status()["all_to_all"].form == "lax"
-        fabric.books.reset()
+        fabric.traffic.reset()
         for fn in (whole, in_halves):
             actual = compile_ragged(make_mesh(num_ranks), fn)(operand, output, *flat_index(index))
             np.testing.assert_array_equal(actual, expected)
-        assert fabric.books.snapshot().calls() == 0  # lax collectives are not on the books
+        assert fabric.traffic.snapshot().calls() == 0  # lax collectives are not counted
         text = compile_ragged(make_mesh(num_ranks)).lower(operand, output, *flat_index(index)).as_text()
         assert "stablehlo.all_to_all" in text
         assert "cmjax_fabric" not in text
@@ -195,6 +195,22 @@ def test_output_is_aliased_and_never_cleared(make_mesh):
     np.testing.assert_array_equal(np.asarray(compiled(x, *index))[:, :4], twice.transpose(1, 0, 2))
 
 
+def test_a_modelled_delay_is_of_the_busiest_rank(rng, make_mesh):
+    """What a rank keeps does not travel, and of what it sends and what it receives the greater counts."""
+    operand, output, index = skewed_case(rng, 8)
+    sizes = index[1] * (1 - np.eye(8, dtype=int))[:, :, None]
+    busiest = max(*sizes.sum((1, 2)), *sizes.sum((0, 2)))
+    compiled = compile_ragged(make_mesh(8))
+    fabric.configure(delay=fabric.DelayModel({"ub": 0.0}, {"ub": 1e5}))
+    try:
+        fabric.traffic.reset()
+        jax.block_until_ready(compiled(operand, output, *flat_index(index)))
+        (entry,) = fabric.traffic.snapshot().entries
+        assert entry.modelled_s == pytest.approx(busiest * WIDTH / 1e5, rel=1e-6)
+    finally:
+        fabric.configure(delay=None)
+
+
 def mistake(array, value, sender=2, receiver=6, update=1):
     """One wrong number in a healthy exchange of eight ranks in which everybody sends one row."""
     index = [a.copy() for a in pack(np.ones((8, 8, UPDATES), int))]
@@ -223,6 +239,37 @@ def test_wrong_numbers_fail_every_rank(eight, array, value, message):
         for shard in result.addressable_shards:
             with pytest.raises(jax.errors.JaxRuntimeError, match=f"{message}: rank 2 sends rank 6 .update 1"):
                 np.asarray(shard.data)
+
+
+@pytest.mark.parametrize("fn", [whole, in_halves])
+@pytest.mark.parametrize(("odd_updates", "odd_type"), [(1, "int32"), (UPDATES, "int64"), (1, "int64")])
+def test_ranks_that_disagree_on_the_index_arrays(make_mesh, fn, odd_updates, odd_type):
+    """Rank 3 has fewer updates for each peer than the others, wider offsets, or both: nobody reads its arrays."""
+
+    def mixed(operand, output, *index):
+        # The branches name one channel, so that they are one exchange.
+        def some(num_updates, dtype):
+            def exchange(operand, output, *index):
+                index = [a.reshape(8, UPDATES)[:, :num_updates].reshape(-1).astype(dtype) for a in index]
+                if fn is whole:
+                    return fabric.ragged_all_to_all(operand, output, *index, axis_name="ep", channel="mixed")
+                token = fabric.ragged_all_to_all_start(operand, *index, axis_name="ep", channel="mixed")
+                return fabric.ragged_all_to_all_done(operand, output, token)
+
+            return exchange
+
+        odd = lax.axis_index("ep") == 3
+        return lax.cond(odd, some(odd_updates, odd_type), some(UPDATES, "int32"), operand, output, *index)
+
+    with jax.enable_x64(True):
+        operand, output = np.zeros((8, ROWS_IN, WIDTH), np.float32), np.zeros((8, ROWS_OUT, WIDTH), np.float32)
+        index = flat_index(pack(np.ones((8, 8, UPDATES), int)))
+        result = compile_ragged(make_mesh(8), mixed)(operand, output, *index)
+    usual = rf"rank [^3] brought .*, {UPDATES} updates a peer in int32, "
+    odd = rf"rank 3 brought .*, {odd_updates} updates? a peer in {odd_type}, "
+    for shard in result.addressable_shards:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"ranks disagree: ({usual}.*{odd}|{odd}.*{usual})"):
+            np.asarray(shard.data)
 
 
 def test_misuse_is_one_clear_error(make_mesh):

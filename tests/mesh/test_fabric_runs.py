@@ -1,4 +1,4 @@
-"""The fabric over time: loops, concurrent programs, mistakes, missing ranks, books, delays."""
+"""The fabric over time: loops, concurrent programs, mistakes, missing ranks, traffic, delays."""
 
 import os
 import pathlib
@@ -39,9 +39,9 @@ def turn(x, times, axis="ep"):
 def test_ten_thousand_exchanges_leave_nothing_behind(make_mesh):
     x = np.arange(64, dtype=np.int32).reshape(8, 8)
     step = compile_step(make_mesh(8), lambda x: turn(x, 12_000))
-    before = fabric.books.snapshot().calls("ub", "all_to_all")
+    before = fabric.traffic.snapshot().calls("ub", "all_to_all")
     np.testing.assert_array_equal(step(x), x + 12_000)
-    assert fabric.books.snapshot().calls("ub", "all_to_all") - before == 12_000
+    assert fabric.traffic.snapshot().calls("ub", "all_to_all") - before == 12_000
     assert num_live() == 0
 
 
@@ -178,51 +178,6 @@ def test_a_start_that_is_never_finished_is_forgotten(make_mesh):
         fabric.configure(timeout_s=120)
 
 
-ENTERS_TWICE = r"""
-#include <cstdio>
-#include "fabric.h"
-int main() {
-  int64_t dims[] = {4};
-  float source[2][4] = {{1, 2, 3, 4}, {10, 20, 30, 40}}, target[2][4];
-  std::atomic<int> finished{0};
-  std::string errors[3];
-  for (int i : {0, 0, 1}) {  // rank 0, rank 0 again, rank 1
-    static int call_number = 0;
-    const int number = call_number++;
-    cmjax::Call call;
-    call.channel = "shared", call.plane = "ub", call.collective = cmjax::Collective::kPsum;
-    call.run_id = 7, call.num_ranks = 2, call.rank = i, call.item_bytes = 4, call.sum = cmjax::Sum::kF32;
-    call.dims = dims, call.num_dims = 1;
-    cmjax::Buffers buffers;
-    buffers.source = reinterpret_cast<char*>(source[i]), buffers.target = reinterpret_cast<char*>(target[i]);
-    cmjax::Fabric::Get().Enter(call, buffers, [&errors, &finished, number](const std::string* error) {
-      errors[number] = error ? *error : "";
-      ++finished;
-    });
-  }
-  while (finished < 3) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  for (auto& error : errors) std::printf("%s\n", error.c_str());
-  return static_cast<int>(cmjax::Fabric::Get().num_live());
-}
-"""
-
-
-def test_entering_twice_names_the_channel(tmp_path):
-    """XLA runs exchanges of one rank at once only when it likes, so the core, which knows no XLA, is driven alone."""
-    native = pathlib.Path(build.__file__).parent
-    (tmp_path / "main.cc").write_text(ENTERS_TWICE)
-    sources = [tmp_path / "main.cc", native / "fabric.cc", native / "exchange.cc"]
-    program = tmp_path / "main"
-    command = [build.find_compiler(), "-std=c++17", "-pthread", f"-I{native}", *sources, "-o", program]
-    subprocess.run(command, check=True)
-    result = subprocess.run([program], capture_output=True, text=True, check=True)
-    message = (
-        "fabric.psum on channel 'shared' (group 0, 2 ranks): rank 0 entered again before its last exchange was "
-        "complete; two calls without data dependence need distinct channel="
-    )
-    assert result.stdout.splitlines() == [message] * 3
-
-
 def test_disagreement_names_both_ranks(make_mesh):
     def step(x):
         odd = lax.axis_index("ep") == 3
@@ -235,6 +190,17 @@ def test_disagreement_names_both_ranks(make_mesh):
 
     result = compile_step(make_mesh(8), step)(np.zeros((8, 4), np.float32))
     message = r"all_gather on channel 'mixed' .group 0, 8 ranks.: ranks disagree: rank \d brought \[\d\] .* rank \d "
+    every_rank_fails(result, message)
+
+
+def test_groups_of_another_size_on_one_channel_are_told_apart(make_mesh):
+    def step(x):
+        with_all = lambda x: fabric.all_gather(x, "ep", channel="mixed").sum(0)  # noqa: E731
+        with_half = lambda x: fabric.all_gather(x, "ep", channel="mixed", group_size=4).sum(0)  # noqa: E731
+        return lax.cond(lax.axis_index("ep") == 3, with_half, with_all, x)
+
+    result = compile_step(make_mesh(8), step)(np.zeros((8, 4), np.float32))
+    message = r"ranks disagree: rank \d brought .* among [48] ranks, rank \d brought .* among [48] ranks"
     every_rank_fails(result, message)
 
 
@@ -294,6 +260,33 @@ def test_a_token_is_used_once(make_mesh):
         result.block_until_ready()
 
 
+def test_a_token_of_another_group_is_refused(make_mesh):
+    """Two groups of two ranks exchange their tokens, and with them the exchanges that they finish."""
+
+    def step(x):
+        token = fabric.all_gather_start(x, "ep", channel="c")
+        other = fabric.ppermute(token.stamp, "dp", [(0, 1), (1, 0)])
+        return fabric.all_gather_done(x, token.replace(stamp=other))
+
+    result = compile_step(make_mesh(2, 2, axes=("dp", "ep")), step)(np.zeros((4, 4), np.int32))
+    message = (
+        r"all_gather on channel 'c' .group [01], 2 ranks.: rank [01] finished what it had not started: "
+        "it is one of 2 ranks of group [01]"
+    )
+    every_rank_fails(result, message)
+
+
+def test_a_token_of_another_number_of_ranks_is_refused(make_mesh):
+    def step(x):
+        pair = fabric.psum_start(x, "ep", channel="pair")
+        everyone = fabric.psum_start(x, ("dp", "ep"), channel="everyone")
+        return fabric.psum_done(x, everyone.replace(stamp=pair.stamp))
+
+    result = compile_step(make_mesh(4, 2, axes=("dp", "ep")), step)(np.zeros((8, 4), np.int32))
+    message = r"psum on channel 'pair' .group \d, 2 ranks.: rank \d finished what .* one of 8 ranks of group 0"
+    every_rank_fails(result, message)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "step"),
     [
@@ -348,10 +341,10 @@ def test_wrong_delay_models():
         fabric.DelayModel({}, {}, multiplier=-1)
 
 
-# --- Books ---
+# --- Traffic ---
 
 
-def test_books_are_exact(make_mesh):
+def test_traffic_is_exact(make_mesh):
     """Each collective's bytes from device to device, on a mesh that starts at device 5, two groups of three."""
     sizes = np.array([[[1, 0], [2, 1], [0, 0]], [[0, 0], [3, 0], [1, 1]], [[2, 2], [0, 1], [0, 0]]])
     ends = sizes.reshape(3, -1).cumsum(1).reshape(sizes.shape)
@@ -372,10 +365,10 @@ def test_books_are_exact(make_mesh):
 
     compiled = compile_step(make_mesh(2, 3, axes=("dp", "ep"), first=5), step)
     x = np.zeros((6, 3, 7), np.int32)
-    fabric.books.reset()
+    fabric.traffic.reset()
     for _ in range(2):
         compiled(x, *index).block_until_ready()
-    snapshot = fabric.books.snapshot()
+    snapshot = fabric.traffic.snapshot()
 
     def matrix(pairs):
         expected = np.zeros((11, 11), np.int64)
@@ -404,27 +397,27 @@ def test_books_are_exact(make_mesh):
 
 
 def test_recorded_copies_stand_beside_exchanges(devices):
-    fabric.books.reset()
+    fabric.traffic.reset()
     fabric.record("rdma", "kv_handoff", devices[3], devices[7], 100)
     fabric.record("rdma", "kv_handoff", 3, 7, 20, calls=2)
     fabric.record("rdma", "kv_handoff", 4, 4, 5)
-    (entry,) = fabric.books.snapshot().entries
+    (entry,) = fabric.traffic.snapshot().entries
     assert (entry.calls, entry.wire_bytes, entry.local_bytes, entry.num_bytes[3, 7]) == (4, 120, 5, 120)
     with pytest.raises(ValueError, match="must not be negative"):
         fabric.record("rdma", "kv_handoff", 3, 7, -1)
-    fabric.books.reset()
-    assert fabric.books.snapshot().entries == ()
-    assert fabric.books.snapshot().matrix().shape == (0, 0)
+    fabric.traffic.reset()
+    assert fabric.traffic.snapshot().entries == ()
+    assert fabric.traffic.snapshot().matrix().shape == (0, 0)
 
 
-def test_books_can_be_read_while_they_are_written(make_mesh):
+def test_traffic_can_be_read_while_it_is_counted(make_mesh):
     step = compile_step(make_mesh(8), lambda x: turn(x, 2000))
-    fabric.books.reset()
+    fabric.traffic.reset()
     running = step(np.zeros((8, 8), np.int32))
-    seen = [fabric.books.snapshot().calls("ub", "all_to_all") for _ in range(50)]
+    seen = [fabric.traffic.snapshot().calls("ub", "all_to_all") for _ in range(50)]
     assert seen == sorted(seen)
     running.block_until_ready()
-    entry = fabric.books.snapshot().select("ub", "all_to_all")[0]
+    entry = fabric.traffic.snapshot().select("ub", "all_to_all")[0]
     assert (entry.calls, entry.wire_bytes) == (2000, 2000 * 56 * 4)
 
 
@@ -454,17 +447,17 @@ def test_delay_is_hidden_behind_work_and_only_then(make_mesh):
     try:
         for in_between in (False, True):
             compiled = compile_step(make_mesh(8), lambda x, i=in_between: step(x, i))
-            fabric.books.reset()
+            fabric.traffic.reset()
             np.testing.assert_array_equal(compiled(x), x.transpose(1, 0, 2))
-            (entry,) = fabric.books.snapshot().entries
+            (entry,) = fabric.traffic.snapshot().entries
             assert entry.modelled_s == pytest.approx(modelled_s, rel=1e-6)
             assert entry.exposed_s == 0 if in_between else entry.exposed_s > 0
         # The whole form waits for all of it; planes the model does not list take no time.
         for plane, expected in (("ub", modelled_s), ("vpc", 0)):
             compiled = compile_step(make_mesh(8), lambda x, plane=plane: fabric.all_to_all(x, "ep", 0, 0, plane=plane))
-            fabric.books.reset()
+            fabric.traffic.reset()
             np.testing.assert_array_equal(compiled(x), x.transpose(1, 0, 2))
-            (entry,) = fabric.books.snapshot().entries
+            (entry,) = fabric.traffic.snapshot().entries
             assert entry.modelled_s == pytest.approx(expected, rel=1e-6)
             # All of it, but for the moment between the last rank's start and its arrival.
             assert 0.5 * expected <= entry.exposed_s <= entry.modelled_s
@@ -498,7 +491,7 @@ try:
     run(320, lambda x: fabric.psum(x, "ep"), np.arange(320.0))
 except fabric.FabricError as error:
     print(error)
-print(fabric.books.snapshot().entries)
+print(fabric.traffic.snapshot().entries)
 """
 
 
@@ -510,14 +503,14 @@ def test_without_a_compiler(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     reason = "no C++ compiler was found (g++ or clang++; install one or set CXX)"
-    warning, total, ragged, *statuses, refusal, books = result.stdout.splitlines()
+    warning, total, ragged, *statuses, refusal, traffic = result.stdout.splitlines()
     assert warning == f"WARNING fabric: {reason}; running on lax collectives (ragged ones padded), at most 256 devices"
     assert total == "[6.0, 6.0, 6.0, 6.0]"
     assert ragged == "[0, 2, 1, 3]"
     assert f"psum | lax | {reason}" in statuses
     assert statuses[-1].startswith(f"ragged_all_to_all | lax padded | {reason}")
     assert refusal == f"fabric: 320 devices need the C++ fabric (lax collectives on CPU stop at 256), but {reason}"
-    assert books == "()"
+    assert traffic == "()"
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch):

@@ -107,12 +107,12 @@ def traced():
         engine = make_engine(tiny_model(num_hidden_layers=4, max_position_embeddings=512), 4, **settings)
         if phase == "decode":
             target = engine.decode
-            state = jax.device_put(target.host_state(), target.spec.by_rank())
+            state = target.empty_state(target.variants_for(2, ())[0])
             arguments = (target.params, target.expert_to_slot, target.cache, state)
             jaxpr = decode.trace(*arguments, spec=target.spec, num_steps=2).jaxpr
         else:
             source = engine.prefill[0]
-            batch = source.pack([])
+            batch = source.empty_batch(source.num_step_tokens)
             jaxpr = prefill.trace(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).jaxpr
         *_, body = layer_bodies(jaxpr.jaxpr)  # that of the layers is within that of the steps
         return Graph(body)

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from cmjax.model import Model, convert_params, head_shards, params_digest, token_order
 from cmjax.serve import prefill
-from cmjax.serve.request import Chunk
 from tests.helpers import max_error, tiny_config, tiny_model
-from tests.serve.driving import make_engine, make_requests
+from tests.serve.driving import chunk_plan, make_engine
 
 BUDGET = 48
 BLOCK = 8
@@ -21,7 +20,7 @@ class Side:
     """A prefill instance, and the logits and latents that it computes."""
 
     def __init__(self, model, ep_size, microbatches=1):
-        settings = {"max_num_batched_tokens": BUDGET, "block_size": BLOCK, "max_num_seqs_per_rank": 8}
+        settings = {"max_num_batched_tokens": BUDGET, "block_size": BLOCK, "max_num_seqs_per_rank": 24}
         engine = make_engine(model, 1, prefill_ep_size=ep_size, microbatches=microbatches, **settings)
         (self.source,) = engine.prefill
         self.source.cache = jax.device_put(np.zeros(self.source.cache.shape, np.float32), self.source.spec.by_rank())
@@ -29,29 +28,31 @@ class Side:
     def run(self, chunks):
         """One step: logits of the packed tokens, and the cache of every rank."""
         source = self.source
-        batch = source.pack(chunks, BUDGET)
+        batch = source.pack(chunk_plan(source, chunks))
         output = prefill(
             source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, with_all_logits=True
         )
         source.cache = output.cache
         order = token_order(BUDGET, source.instance.ep_size, source.spec.rank.microbatches)
-        num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        num_tokens = sum(stop - start for *_, start, stop in chunks)
         return np.asarray(output.all_logits)[order][:num_tokens], np.asarray(output.cache)
 
 
 def packed(steps):
-    """Chunks of each step: `steps` holds (prompt, tokens of it) of each; blocks in the order of first use."""
+    """Chunks of each step, see `chunk_plan`: `steps` holds (prompt, tokens of it) of each; blocks and places in the
+    order of first use."""
     prompts = {prompt for step in steps for prompt, _ in step}
     lengths = {one: sum(n for step in steps for prompt, n in step if prompt == one) for one in prompts}
     rng = np.random.default_rng(sum(lengths.values()))
-    requests = dict(zip(lengths, make_requests([rng.integers(0, 101, n) for n in lengths.values()], 1), strict=True))
+    tokens = {one: rng.integers(0, 101, n).tolist() for one, n in lengths.items()}
+    places = {one: index for index, one in enumerate(lengths)}
     free = iter(range(1000))
     blocks = {one: [next(free) for _ in range(-(-n // BLOCK))] for one, n in lengths.items()}
     done = dict.fromkeys(lengths, 0)
     for step in steps:
         chunks = []
         for prompt, count in step:
-            chunks.append(Chunk(requests[prompt], blocks[prompt], done[prompt], done[prompt] + count))
+            chunks.append((places[prompt], tokens[prompt], blocks[prompt], done[prompt], done[prompt] + count))
             done[prompt] += count
         yield chunks
 
@@ -116,7 +117,9 @@ def test_a_rank_scores_its_share_of_the_heads():
     model = tiny_model(num_attention_heads=6, num_hidden_layers=2)
     source = Side(model, 4).source
     text = str(
-        prefill.trace(source.params, source.expert_to_slot, source.cache, source.pack([]), spec=source.spec).jaxpr
+        prefill.trace(
+            source.params, source.expert_to_slot, source.cache, source.empty_batch(BUDGET), spec=source.spec
+        ).jaxpr
     )
     tokens, width = BUDGET // 4, model.config.qk_head_dim
     assert f"f32[{2 * tokens},{3 * width}]" in text

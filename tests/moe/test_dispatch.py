@@ -204,20 +204,20 @@ def test_one_axis_of_a_grid(make_mesh, rng):
 
 
 def test_only_rows_that_exist_travel(make_mesh, rng):
-    """The books: one row a choice, nothing for -1, beside the two small exchanges of counts and offsets."""
+    """One row a choice, nothing for -1, beside the two small exchanges of counts and offsets."""
     x = rank_coded(8, NUM_TOKENS, HIDDEN)
     slot_idx = choose("holes", rng, 8, 8 * NUM_LOCAL)
     step = echo(make_mesh(8))
     weights = np.ones(slot_idx.shape, np.float32)
     jax.block_until_ready(step(x, slot_idx, weights))
-    fabric.books.reset()
+    fabric.traffic.reset()
     jax.block_until_ready(step(x, slot_idx, weights))
-    books = fabric.books.snapshot()
+    traffic = fabric.traffic.snapshot()
     target = np.where(slot_idx < 0, 8, slot_idx // NUM_LOCAL)
     expected = np.stack([np.bincount(row.reshape(-1), minlength=9)[:8] for row in target]) * HIDDEN * 4
-    np.testing.assert_array_equal(books.matrix("ub", "ragged_all_to_all")[:8, :8], expected + expected.T)
-    assert books.calls("ub", "ragged_all_to_all") == 2
-    assert books.calls("ub", "all_to_all") == 2
+    np.testing.assert_array_equal(traffic.matrix("ub", "ragged_all_to_all")[:8, :8], expected + expected.T)
+    assert traffic.calls("ub", "ragged_all_to_all") == 2
+    assert traffic.calls("ub", "all_to_all") == 2
 
 
 def test_too_many_choices_for_the_sort_key_is_an_error(make_mesh):

@@ -1,7 +1,6 @@
 """Driving the serving steps by hand: prompts through prefill, hand-off and decode, with every position's logits."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,9 +9,8 @@ import numpy as np
 
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, token_order
-from cmjax.serve import DecodeInstance, Engine, EngineSettings, SamplingParams, decode, hand_off, prefill
-from cmjax.serve.prefill_instance import Prefilled, PrefillInstance
-from cmjax.serve.request import Request
+from cmjax.schedule import DecodePlan, DecodeVariant, PrefillPlan, PrefillResult, Ragged, Request
+from cmjax.serve import DecodeExecutor, Engine, EngineSettings, PrefillExecutor, SamplingParams, decode, prefill
 from tests.parity import ParityCase
 
 MACHINE = Supernode.preset("cloudmatrix384")
@@ -44,106 +42,174 @@ def model_of(case: ParityCase) -> Model:
     return Model(case.config, case.params, case.digest)
 
 
-def make_requests(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
-    """One request a prompt, all with the same limit."""
-    sampling = SamplingParams(max_tokens=max_tokens)
-    return [Request(f"prompt {i}", [int(token) for token in prompt], sampling) for i, prompt in enumerate(prompts)]
+def make_requests(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[Request]:
+    """One request a prompt, all with the same limit; they go in this order."""
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    return [
+        Request(f"prompt {i}", [int(token) for token in prompt], params, model=model.digest, priority=i)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
-def fill_cache(target: DecodeInstance) -> None:
+def fill_cache(target: DecodeExecutor) -> None:
     """Zeros for latents: a new cache holds whatever the memory did, and a test may decode without a prompt before."""
     target.cache = jax.device_put(np.zeros(target.cache.shape, target.cache.dtype), target.spec.by_rank())
 
 
-def reserve(target: DecodeInstance, requests: Sequence[Request]) -> None:
-    """Give every request a place and blocks on a decode rank."""
-    for request in requests:
-        assert target.router.reserve(request)
+def prefill_logits(source: PrefillExecutor, plan: PrefillPlan) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Run a prefill step: `(first tokens of its rows, logits [tokens, V] of each row's chunk)`."""
+    output = prefill(
+        source.params, source.expert_to_slot, source.cache, source.pack(plan), spec=source.spec, with_all_logits=True
+    )
+    source.cache = output.cache
+    source.keep_last_hidden(plan, output.last_hidden)
+    order = token_order(plan.variant.num_tokens, source.instance.ep_size, source.spec.rank.microbatches)
+    all_logits = np.asarray(output.all_logits)[order]
+    ends = np.cumsum(plan.stops - plan.starts)
+    return np.asarray(output.token_ids)[: len(ends)], np.split(all_logits[: ends[-1]], ends[:-1])
 
 
-def prefill_by_step(
-    source: PrefillInstance, requests: Sequence[Request]
-) -> Iterator[tuple[list[Prefilled], dict[int, np.ndarray]]]:
-    """Prefill the prompts; yields each step's ended prompts, and the logits `[tokens, V]` it computed by request.
+def chunk_plan(
+    source: PrefillExecutor, chunks: Sequence[tuple[int, Sequence[int], Sequence[int], int, int]]
+) -> PrefillPlan:
+    """A greedy step of the whole budget over chunks: (place, prompt, its blocks, start, stop)."""
+    following = [[*prompt, -1][start + 1 : stop + 1] for _, prompt, _, start, stop in chunks]
+    joins = [row for row, (_, _, _, start, _) in enumerate(chunks) if start == 0]
+    nothing = np.zeros(0, np.int32)
 
-    The prompts' blocks stay taken until the caller releases them.
+    def ints(values: Iterable[int]) -> np.ndarray:
+        return np.array(list(values), np.int32)
+
+    return PrefillPlan(
+        number=1,
+        variant=source.variants_for(source.num_step_tokens, ())[0],
+        microbatches=source.spec.rank.microbatches,
+        attempt_ids=np.arange(len(chunks)),
+        places=ints(chunk[0] for chunk in chunks),
+        starts=ints(chunk[3] for chunk in chunks),
+        stops=ints(chunk[4] for chunk in chunks),
+        is_last=np.array([stop == len(prompt) for _, prompt, _, _, stop in chunks], bool),
+        token_ids=ints(token for _, prompt, _, start, stop in chunks for token in prompt[start:stop]),
+        next_token_ids=ints(token for some in following for token in some),
+        joins=ints(joins),
+        blocks=Ragged.of([chunks[row][2] for row in joins]),
+        sampling=None,
+        logprob_rows=nothing,
+        prompt_logprob_rows=nothing,
+        oldest_step=1,
+    )
+
+
+class Drive:
+    """The first prefill and the first decode instance of an engine whose threads do not run, plan by plan.
+
+    Attributes:
+        logits: request -> `[length, V]` of its prompt.
     """
-    index = {request: place for place, request in enumerate(requests)}
-    for request in requests:
-        source.router.add(request)
-    while chunks := source.router.next_step(source.num_step_tokens, source.max_sequences):
-        batch = source.pack(chunks)
-        output = prefill(
-            source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, with_all_logits=True
-        )
-        source.cache = output.cache
-        order = token_order(source.num_step_tokens, source.instance.ep_size, source.spec.rank.microbatches)
-        all_logits, token_ids = np.asarray(output.all_logits)[order], np.asarray(output.token_ids)
-        ended, logits, begin = [], {}, 0
-        for row, chunk in enumerate(chunks):
-            end = begin + chunk.stop - chunk.start
-            logits[index[chunk.request]] = all_logits[begin:end]
-            begin = end
-            if chunk.is_last:
-                ended.append(Prefilled(chunk.request, chunk.blocks, row, output.last_hidden, int(token_ids[row])))
-        source.router.computed(chunks)
-        yield ended, logits
 
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], variants: tuple[DecodeVariant, ...] | None = None
+    ) -> None:
+        """`variants`: of decode, where the greedy one will not do."""
+        engine.fleet.renew()
+        engine.fleet.open()
+        scheduler = self.scheduler = engine.core.scheduler
+        self.source, self.target = engine.prefill[0], engine.decode
+        self.planner, *others = scheduler.prefill.values()
+        self.decode_planner = next(iter(scheduler.decode.values()))
+        self.decode_planner.is_patient = True
+        self.decode_planner.variants = variants or self.decode_planner.variants
+        for other in others:
+            other.is_draining = True
+        self.requests = list(requests)
+        self.logits: dict[Request, np.ndarray] = {}
+        for request in requests:
+            scheduler.submit(request)
 
-def prefill_and_hand_off(
-    source: PrefillInstance, target: DecodeInstance, requests: Sequence[Request]
-) -> tuple[list[Prefilled], list[np.ndarray]]:
-    """Prefill the prompts and hand each to its reserved place; also every prompt's logits `[length, V]`."""
-    everyone: list[Prefilled] = []
-    parts: list[list[np.ndarray]] = [[] for _ in requests]
-    for ended, logits in prefill_by_step(source, requests):
-        hand_off(source, target, ended)
-        everyone += ended
-        for index, part in logits.items():
-            parts[index].append(part)
-    return everyone, [np.concatenate(part) for part in parts]
+    def skip_prefill(self, first_token: int) -> DecodePlan:
+        """As `prefill`, but nothing is computed or sent: the caches hold what they did."""
+        while True:
+            plan, arrivals = self.planner.plan(0.0), []
+            if isinstance(plan, PrefillPlan):
+                tokens = np.full(len(plan.places), first_token, np.int32)
+                self.planner.commit(plan, PrefillResult(tokens, np.zeros((0, 0), np.int64), 0.0), 0.0)
+            elif plan is not None:
+                arrivals = [(plan.transfer_id, plan.round)]
+                self.planner.commit(plan, None, 0.0)
+            call = self.decode_planner.plan(0.0, arrivals)
+            if isinstance(call, DecodePlan):
+                return call
+            if call is not None:
+                self.decode_planner.commit(call, None, 0.0)
 
+    def prefill(
+        self, first_token: Callable[[Request], int] | None = None, on_end: Callable | None = None
+    ) -> DecodePlan:
+        """Prefill, hand over and place all requests; the first decode call is under way then.
 
-@dataclasses.dataclass
-class Columns:
-    """Where requests sit in the arrays `[places of all ranks]` of a decode batch."""
+        Args:
+            first_token: to go on with in place of the model's.
+            on_end: called with each step's plan, when its prompts have been computed and not sent.
+        """
+        while True:
+            plan = self.planner.plan(0.0)
+            if isinstance(plan, PrefillPlan):
+                self.planner.commit(plan, self._step(plan, first_token), 0.0)
+                if on_end is not None:
+                    on_end(plan)
+            elif plan is not None:
+                self.planner.commit(plan, self.source.run(plan), 0.0)
+            call = self.decode_planner.plan(0.0, self.target.poll())
+            if isinstance(call, DecodePlan):
+                return call
+            if call is not None:
+                self.decode_planner.commit(call, self.target.run(call), 0.0)
 
-    index: list[int]
-    size: int
+    def _step(self, plan: PrefillPlan, first_token: Callable[[Request], int] | None) -> PrefillResult:
+        token_ids, logits = prefill_logits(self.source, plan)
+        for row, attempt_id in enumerate(plan.attempt_ids.tolist()):
+            request = self.planner.attempts[attempt_id].request
+            self.logits[request] = np.concatenate([*([self.logits[request]] if plan.starts[row] else []), logits[row]])
+            if first_token is not None:
+                token_ids = token_ids.copy()
+                token_ids[row] = first_token(request)
+        return PrefillResult(token_ids, np.zeros((0, 0), np.int64), 0.0)
 
-    @classmethod
-    def of(cls, target: DecodeInstance, requests: Sequence[Request]) -> "Columns":
-        places = target.settings.max_num_seqs_per_rank
-        return cls([r.decode_rank * places + r.decode_place for r in requests], target.instance.ep_size * places)
+    def call(self, plan: DecodePlan | None = None) -> DecodePlan:
+        """Run a decode call, by default the next one, and commit it."""
+        plan = plan or self.decode_planner.plan(0.0)
+        assert isinstance(plan, DecodePlan)
+        self.decode_planner.commit(plan, self.target.run(plan), 0.0)
+        return plan
+
+    def columns(self, plan: DecodePlan) -> list[int]:
+        """The row of each request in the arrays `[places of all ranks]` of a call of all places."""
+        by_request = {self.decode_planner.attempts[i].request: row for row, i in enumerate(plan.attempt_ids.tolist())}
+        return [int(plan.places[by_request[request]]) for request in self.requests]
 
 
 def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt: int) -> np.ndarray:
     """Logits `float32[B, S, V]` of `sequences int[B, S]`: the first `num_prompt` tokens by prefill, the rest by decode.
 
-    Decode is fed the sequences token by token. Places and blocks are given back.
+    Decode is fed the sequences token by token.
     """
     sequences = np.asarray(sequences)
     num_steps = sequences.shape[1] - num_prompt
-    target, source = engine.decode, engine.prefill[0]
-    requests = make_requests(sequences[:, :num_prompt], num_steps + 1)
-    reserve(target, requests)
-    columns = Columns.of(target, requests)
-    forced = np.full((num_steps, columns.size), -1, np.int32)
-    forced[: num_steps - 1, columns.index] = sequences[:, num_prompt + 1 :].T
+    target = engine.decode
+    requests = make_requests(engine.model, sequences[:, :num_prompt], num_steps + 1)
+    drive = Drive(engine, requests)
+    forced = np.full((num_steps, target.instance.ep_size * target.num_places), -1, np.int32)
     arguments = (target.params, target.expert_to_slot, target.cache)
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
-    lowered = decode.lower(*arguments, batch, forced, spec=target.spec, num_steps=num_steps, with_logits=True)
+    state = target.empty_state(target.variants_for(num_steps, ())[0])
+    lowered = decode.lower(*arguments, state, forced, spec=target.spec, num_steps=num_steps, with_logits=True)
     with ThreadPoolExecutor(1) as threads:
         compiling = threads.submit(lowered.compile)  # compiling is most of the time: both steps at once
-        ended, prompt_logits = prefill_and_hand_off(source, target, requests)
-    for request, row in zip(requests, sequences, strict=True):
-        request.token_ids.append(int(row[num_prompt]))
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
-    output = compiling.result()(target.params, target.expert_to_slot, target.cache, batch, forced)
+        plan = drive.prefill(lambda request: int(sequences[request.priority, num_prompt]))
+    columns = drive.columns(plan)
+    forced[: num_steps - 1, columns] = sequences[:, num_prompt + 1 :].T
+    state = target.enter(plan)
+    output = compiling.result()(target.params, target.expert_to_slot, target.cache, state, forced)
     target.cache = output.cache
-    decoded = np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)
-    for request in requests:
-        target.router.release(request)
-    for one in ended:
-        source.router.release(one.request)
-    return np.concatenate([np.stack(prompt_logits), decoded], axis=1)
+    decoded = np.asarray(output.logits)[:, columns].transpose(1, 0, 2)
+    prompts = np.stack([drive.logits[request] for request in requests])
+    return np.concatenate([prompts, decoded], axis=1)

@@ -20,10 +20,11 @@ def check_greedy(model, output):
 
 
 def check_all_free(engine):
-    for decode in engine.fleet.decode_instances:
-        assert decode.router.placed() == []
-        assert all(pool.num_free == pool.num_blocks for pool in decode.router.pools)
-    assert all(one.router.pool.num_free == one.router.pool.num_blocks for one in engine.prefill)
+    engine.core.scheduler.check()
+    assert len(engine.core.scheduler.waiting) == engine.core.scheduler.num_running == 0
+    for planner in engine.core.scheduler.planners:
+        assert planner.is_idle
+        assert planner.stats().num_used_blocks == 0
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,9 @@ def test_several_decode_instances_share_the_requests(rng):
     result = engine.generate(make_prompts(rng, [5, 20, 9, 3, 12, 7, 30, 4]), SamplingParams(max_tokens=5))
     for output in result.outputs:
         check_greedy(model, output)
-    assert [name for name, worker in engine.fleet.decode.items() if worker.calls] == ["decode0", "decode1"]
-    assert len(engine.fleet.decode_instances) == 2
+    planners = engine.core.scheduler.decode
+    assert [name for name, planner in planners.items() if planner.calls] == ["decode0", "decode1"]
+    assert len(engine.fleet.decode) == 2
     check_all_free(engine)
 
 

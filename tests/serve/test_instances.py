@@ -11,10 +11,10 @@ from jax.experimental import io_callback
 from cmjax.mesh import fabric
 from cmjax.mesh.native import build
 from cmjax.moe import FabricExchange
+from cmjax.schedule import CompilePlan
 from cmjax.serve import SamplingParams
-from cmjax.serve.request import Chunk
 from tests.helpers import tiny_model
-from tests.serve.driving import make_engine, make_requests
+from tests.serve.driving import chunk_plan, make_engine
 
 
 def test_three_instances_at_the_same_time():
@@ -23,16 +23,16 @@ def test_three_instances_at_the_same_time():
     engine = make_engine(model, 320, prefill_ep_size=32, num_prefill_instances=2, max_num_batched_tokens=64)
     assert len(engine.pools.devices) == 384
     prompts = [[1, 2, 3, 4, 5], [9, 8, 7]]
-    requests = make_requests(prompts, 2)
     expected = engine.generate(prompts, SamplingParams(max_tokens=3)).outputs
     outcome: dict[str, list] = {}
 
     def run_prefill(name, source):
-        batch = source.pack([Chunk(requests[0], [0], 0, 5), Chunk(requests[1], [1], 0, 3)])
+        batch = source.pack(chunk_plan(source, [(0, prompts[0], [0], 0, 5), (1, prompts[1], [1], 0, 3)]))
         outcome[name] = [np.asarray(source.step(batch).token_ids)[:2] for _ in range(6)]
 
     def run_steps():
-        outcome["decode"] = [engine.decode.warm_up(4) for _ in range(6)]
+        plan = CompilePlan(engine.decode.variants_for(4, ()))
+        outcome["decode"] = [engine.decode.run(plan) for _ in range(6)]
 
     work = [threading.Thread(target=run_prefill, args=(f"prefill{i}", one)) for i, one in enumerate(engine.prefill)]
     work.append(threading.Thread(target=run_steps))

@@ -21,7 +21,7 @@ from cmjax.quant import QUANT_MODES, linear, quantize
 from cmjax.serve import SamplingParams, decode
 from tests.helpers import tiny_model
 from tests.parity import FOLDER, load_case
-from tests.serve.driving import fill_cache, make_engine, make_requests, reserve, step_through
+from tests.serve.driving import Drive, fill_cache, make_engine, make_requests, step_through
 
 CASE = "v3-ep320"
 NUM_PROMPT, LENGTH = 7, 12
@@ -127,19 +127,15 @@ def sent(model, **formats):
     """(rows, bytes) that four steps of decode send to experts and back, those that stay on their rank too."""
     engine = make_engine(model, 8, num_prefill_instances=0, **formats)
     target = engine.decode
-    requests = make_requests([[3], [4], [5]], 5)
     fill_cache(target)
-    reserve(target, requests)
-    for request in requests:
-        request.token_ids.append(7)
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
-    fabric.books.reset()
+    batch = target.enter(Drive(engine, make_requests(model, [[3], [4], [5]], 5)).skip_prefill(7))
+    fabric.traffic.reset()
     output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
     rows = int(np.asarray(output.slot_load).sum())
-    return rows, sum(int(e.num_bytes.sum()) for e in fabric.books.snapshot().select("ub", "ragged_all_to_all"))
+    return rows, sum(int(e.num_bytes.sum()) for e in fabric.traffic.snapshot().select("ub", "ragged_all_to_all"))
 
 
-def test_the_books_show_the_saving():
+def test_the_traffic_shows_the_saving():
     """To the byte: a row of 128 values goes there as int8 with a scale, and comes back as bfloat16."""
     model = tiny_model(hidden_size=128, num_hidden_layers=2)
     rows = 3 * 4 * model.config.num_topk

@@ -1,6 +1,5 @@
 """Speculative decoding with the model's MTP module: the very tokens of plain decoding, in fewer steps."""
 
-import dataclasses
 import functools
 import json
 
@@ -12,11 +11,11 @@ import scipy.special
 import cmjax
 from cmjax.cli_options import BUNDLED_MODEL
 from cmjax.errors import UserError
+from cmjax.schedule import CompilePlan
 from cmjax.serve import SamplingParams, decode
-from cmjax.serve.sampling import SamplingRoom
 from tests.helpers import tiny_model
 from tests.parity import load_case
-from tests.serve.driving import fill_cache, make_engine, make_requests, model_of, reserve
+from tests.serve.driving import Drive, fill_cache, make_engine, make_requests, model_of
 from tests.serve.test_engine import check_all_free, check_greedy
 
 # Few tokens a prefill step: any prompt needs more than half of one, and so all steps are one program.
@@ -39,8 +38,8 @@ def completions(count):
 def demo_engine(num_drafts):
     """With room from the start for whatever the tests ask for: each step is compiled once."""
     engine = make_engine(demo_model(), 1, max_num_seqs_per_rank=8, num_speculative_tokens=num_drafts, **DEMO)
-    for instance in (engine.decode, *engine.prefill):
-        instance.room = SamplingRoom().fit([*SETTINGS, SamplingParams(stop_token_ids=(0,))])
+    for executor in (engine.decode, *engine.prefill):
+        executor.shape_for(SETTINGS)
     return engine
 
 
@@ -224,14 +223,13 @@ def test_nothing_leaves_the_devices_between_steps():
     """One program for all the steps of a call, which calls nothing but the fabric, and moves nothing to the host."""
     engine = make_engine(tiny_model(num_nextn_predict_layers=1, num_hidden_layers=2), 4, num_speculative_tokens=2)
     target = engine.decode
-    requests = make_requests([[3], [4]], 20)
-    for request in requests:
-        request.sampling = dataclasses.replace(request.sampling, temperature=1.0, presence_penalty=0.5)
+    requests = make_requests(engine.model, [[3], [4]], 20, temperature=1.0, presence_penalty=0.5)
     fill_cache(target)
-    reserve(target, requests)
-    for request in requests:
-        request.token_ids.append(7)
-    state = jax.device_put(target.host_state(), target.spec.by_rank())
+    (variant,) = target.variants_for(5, [request.sampling for request in requests])
+    target.compile(CompilePlan((variant,)))
+    drive = Drive(engine, requests, (variant,))
+    drive.planner.variants = engine.prefill[0].variants_for(16, [request.sampling for request in requests])
+    state = target.enter(drive.skip_prefill(7))
     arguments = (target.params, target.expert_to_slot, target.cache, state)
     lowered = decode.lower(*arguments, spec=target.spec, num_steps=5, num_drafts=2)
     text = lowered.as_text()

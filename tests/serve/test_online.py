@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cmjax.errors import UserError
-from cmjax.serve import RequestError, SamplingParams, transfer
+from cmjax.schedule import DecodePlan, PrefillPlan, SendPlan
+from cmjax.serve import RequestError, SamplingParams
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 
@@ -139,60 +140,59 @@ def test_cancelled_requests_free_what_they_hold_and_disturb_nobody(engine, expec
     assert any(handle.finish_reason == "abort" for handle in handles)
 
 
-def test_a_handoff_that_fails_is_sent_again_and_at_last_an_error(engine, expected):
+def wrap(monkeypatch, executor, kind, function):
+    """Have `function(run, plan)` run the plans of a kind in place of the executor."""
+    run = executor.run
+    monkeypatch.setattr(executor, "run", lambda plan: function(run, plan) if isinstance(plan, kind) else run(plan))
+
+
+def test_a_handoff_that_fails_is_sent_again_and_at_last_an_error(engine, expected, monkeypatch):
     failures = iter([True, False, True, True])
 
-    def send(source, target, prefilled):
+    def send(run, plan):
         if next(failures, False):
             raise RuntimeError("the link is down")
-        yield from transfer.send(source, target, prefilled)
+        return run(plan)
 
-    engine.core.send = send
-    try:
-        handles = submit_all(engine)
-        assert_same([handle.result(timeout=120) for handle in handles], expected)
-        assert engine.stats().num_failed_handoffs > 0
-        failures = iter([True] * 100)
-        handle = engine.submit(PROMPTS[0], SAMPLINGS[0])
-        with pytest.raises(RequestError, match=r"its KV could not be sent to decode0: the link is down"):
-            handle.result(timeout=120)
-        assert handle.token_ids == expected[0].token_ids[:1]
-    finally:
-        engine.core.send = transfer.send
+    for source in engine.prefill:
+        wrap(monkeypatch, source, SendPlan, send)
+    handles = submit_all(engine)
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+    assert engine.stats().num_failed_handoffs > 0
+    failures = iter([True] * 100)
+    handle = engine.submit(PROMPTS[0], SAMPLINGS[0])
+    with pytest.raises(RequestError, match=r"its KV could not be sent to decode0: the link is down"):
+        handle.result(timeout=120)
+    assert handle.token_ids == expected[0].token_ids[:1]
 
 
-def test_a_handoff_that_never_arrives_is_noticed(engine, expected):
+def test_a_handoff_that_never_arrives_is_noticed(engine, expected, monkeypatch):
     lost = iter([True, False])
 
-    def send(source, target, prefilled):
-        handoffs = transfer.send(source, target, prefilled)
+    def send(run, plan):
+        run(plan)
         if next(lost, False):
-            list(handoffs)  # read, and gone
-            return iter(())
-        return handoffs
+            engine.decode._wire.take(engine.decode, (plan.transfer_id, plan.round))  # read, and gone
 
-    engine.core.send = send
-    engine.core.scheduler.handoff_timeout_s = 0.3
-    try:
-        handle = engine.submit(PROMPTS[1], SAMPLINGS[1])
-        assert handle.result(timeout=120).token_ids == expected[1].token_ids
-    finally:
-        engine.core.send = transfer.send
-        engine.core.scheduler.handoff_timeout_s = 5.0
+    for source in engine.prefill:
+        wrap(monkeypatch, source, SendPlan, send)
+    monkeypatch.setattr(engine.core.scheduler, "handoff_timeout_s", 0.3)
+    handle = engine.submit(PROMPTS[1], SAMPLINGS[1])
+    assert handle.result(timeout=120).token_ids == expected[1].token_ids
+    assert engine.stats().num_failed_handoffs > 0
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_an_instance_whose_step_fails_starts_afresh_and_its_requests_go_on(engine, expected, role, monkeypatch, caplog):
-    instance = engine.decode if role == "decode" else engine.prefill[0]
-    name = "call" if role == "decode" else "compute"
-    works, calls = getattr(instance, name), iter(range(100))
+    executor, kind = (engine.decode, DecodePlan) if role == "decode" else (engine.prefill[0], PrefillPlan)
+    calls = iter(range(100))
 
-    def fails_once(*args):
+    def fails_once(run, plan):
         if next(calls) == 1:
             raise RuntimeError("a device fell out")
-        return works(*args)
+        return run(plan)
 
-    monkeypatch.setattr(instance, name, fails_once)
+    wrap(monkeypatch, executor, kind, fails_once)
     handles = submit_all(engine)
     assert_same([handle.result(timeout=120) for handle in handles], expected)
     assert "a step failed" in caplog.text
@@ -217,9 +217,9 @@ def test_an_engine_that_shuts_down_finishes_what_runs(model, expected):
         engine.submit([1])
     engine.start()
     handles = submit_all(engine)
-    workers = engine.fleet.workers
+    loops = engine.fleet.loops
     engine.shutdown()
     assert_same([handle.result(timeout=0) for handle in handles], expected)
     with pytest.raises(UserError, match="shutting down"):
         engine.submit([1])
-    assert not any(worker.is_alive() for worker in workers)
+    assert not any(loop.is_alive for loop in loops)

@@ -6,8 +6,8 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.model import token_order
 from cmjax.moe import FabricExchange
+from cmjax.schedule import Autotune
 from cmjax.serve import SamplingParams
-from cmjax.serve.instance import Trial
 from tests.helpers import max_error, tiny_model
 from tests.parity import load_case
 from tests.serve.driving import make_engine, model_of, step_through
@@ -51,19 +51,20 @@ def test_token_order():
 
 def test_auto_stays_with_the_faster():
     """Each form is tried in turn; what is slower is left after a few calls."""
-    trial = Trial([1, 2])
+    autotune = Autotune([1, 2])
     for call in range(20):
-        form = trial.choice
+        form = autotune.choice
         assert (form == 1 + call % 2) if call < 8 else (form == 2)
-        trial.add(form, {1: 3.0, 2: 1.0 if call else 99.0}[form])
-    assert Trial([1]).choice == 1
+        autotune.add(form, {1: 3.0, 2: 1.0 if call else 99.0}[form])
+    assert Autotune([1]).choice == 1
     model = tiny_model(num_hidden_layers=2)
     engine = make_engine(model, 4, max_num_seqs_per_rank=2, microbatches="auto", steps_per_call=1)
     plain = make_engine(model, 4, max_num_seqs_per_rank=2, steps_per_call=1)  # compiled as a form of `auto`
     prompts, sampling = [[1, 2], [3], [4, 5, 6]], SamplingParams(max_tokens=12)
     found, wanted = (one.generate(prompts, sampling).outputs for one in (engine, plain))
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
-    assert all(len(taken) == Trial.ROUNDS for taken in engine.decode.trial._seconds.values())
+    (planner,) = engine.core.scheduler.decode.values()
+    assert planner.autotune.is_settled
     # A half of an odd number of places there is not.
     assert list(make_engine(model, 4, max_num_seqs_per_rank=3, microbatches="auto").decode.specs) == [1]
 

@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax.errors import UserError
+from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
-from cmjax.serve.sampling import NOT_FINITE, SamplingRoom, is_stop, logprobs, repeat, sample
+from cmjax.serve.sampling import SamplingState, is_stop, logprobs, repeat, sample
 
 V = 23
 sample_jit = jax.jit(sample)
 
 
 def make_state(params, seeds=None):
-    state = SamplingRoom().fit([SamplingParams(temperature=1.0), *params]).state(len(params))
-    for row, one in enumerate(params):
-        state.set_row(row, one, one.seed or 0 if seeds is None else seeds[row])
+    shape = SamplingShape.for_all(params)
+    return write_all(SamplingState.empty(len(params), shape.num_bias, shape.num_stop), params, seeds)
+
+
+def write_all(state, params, seeds=None):
+    seeds = [one.seed or 0 for one in params] if seeds is None else seeds
+    state.write(np.arange(len(params)), SamplingRows.of(params, seeds))
     return state
 
 
@@ -74,9 +79,7 @@ def test_only_what_the_settings_leave_is_drawn(batch, seed):
     logits = (3 * rng.normal(size=(len(batch), V))).astype(np.float32)
     params, histories = zip(*batch, strict=True)
     # One shape for every example: room for the most that a request can have.
-    state = SamplingRoom(True, 4, 0, True).state(len(batch))
-    for row, one in enumerate(params):
-        state.set_row(row, one, one.seed)
+    state = write_all(SamplingState.empty(len(batch), 4, 0), params)
     for position in range(3):
         found = np.asarray(sample_jit(logits, state, np.full(len(batch), position), history_of(histories)))
         for row, token in enumerate(found):

@@ -13,8 +13,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from cmjax.mesh import EP_AXIS
+from cmjax.schedule import NOT_FINITE, SamplingRows
 from cmjax.serve import SamplingParams
-from cmjax.serve.sampling import NOT_FINITE, SamplingRoom, SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
 from tests.helpers import assert_close
 
 VOCABULARY = 12
@@ -26,8 +27,7 @@ logprobs_jit = jax.jit(logprobs, static_argnums=2)
 
 def state_of(*params, seeds=None, num_bias=4, num_stop=3):
     state = SamplingState.empty(len(params), num_bias, num_stop)
-    for row, one in enumerate(params):
-        state.set_row(row, one, row if seeds is None else seeds[row])
+    state.write(np.arange(len(params)), SamplingRows.of(params, range(len(params)) if seeds is None else seeds))
     return state
 
 
@@ -333,13 +333,11 @@ def test_repeat_puts_a_rows_copies_side_by_side():
         chex.assert_trees_all_equal(jax.tree.map(lambda a, copy=copy: np.asarray(a[copy::3]), tripled), state)
 
 
-def test_the_room_of_a_batch():
-    room = SamplingRoom().fit([SamplingParams(), SamplingParams(top_p=0.5)])
-    assert room == SamplingRoom()
-    assert room.state(3) is None
-    room = room.fit([SamplingParams(stop_token_ids=(1, 2, 3)), SamplingParams(logit_bias={4: 1.0}, logprobs=0)])
-    assert room == SamplingRoom(is_sampled=True, num_bias=1, num_stop=4, num_logprobs=0)
-    # Nothing is taken back: what is compiled stays of use.
-    room = room.fit([SamplingParams(presence_penalty=0.1, logprobs=5, prompt_logprobs=2), SamplingParams(logprobs=1)])
-    assert room == SamplingRoom(True, 1, 4, True, 5, 2)
-    chex.assert_trees_all_equal(room.state(6), SamplingState.empty(6, 1, 4))
+def test_rows_are_cut_to_what_a_step_has_room_for():
+    state = state_of(SamplingParams(), SamplingParams(temperature=0.5, logit_bias={4: 1.0}, stop_token_ids=(1, 2)))
+    found = state.rows(np.array([1, 0, 1]), 1, 2)
+    assert found.bias_ids.tolist() == [[4], [-1], [4]]
+    assert found.stop_ids.tolist() == [[1, 2], [-1, -1], [1, 2]]
+    found.clear(np.array([True, False, False]))
+    chex.assert_trees_all_equal(found.rows(np.array([0]), 1, 2), SamplingState.empty(1, 1, 2))
+    assert found.temperature.tolist() == [0.0, 0.0, 0.5]

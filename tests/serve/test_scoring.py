@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cmjax.errors import UserError
 from cmjax.mesh import carve
 from cmjax.model import Model
-from cmjax.serve import EngineSettings, ScoringInstance, plan_windows
+from cmjax.serve import EngineSettings, Scorer, plan_windows
 from tests.helpers import tiny_model
 
 CONTEXT, STRIDE = 24, 9
@@ -44,11 +44,11 @@ def texts(model):
     return [rng.integers(0, model.config.vocab_size, length).tolist() for length in LENGTHS]
 
 
-def scorer(model: Model, ranks: int, **changes: object) -> ScoringInstance:
+def scorer(model: Model, ranks: int, **changes: object) -> Scorer:
     pools = carve(jax.devices()[:ranks], ep_size=ranks, num_prefill_instances=0)
     sizes = {"context": CONTEXT, "stride": STRIDE} | changes
     # Steps of fewer tokens than a window, so that windows are cut into chunks as well.
-    return ScoringInstance(model, pools.decode[0], settings=EngineSettings(max_num_batched_tokens=16), **sizes)
+    return Scorer(model, pools.decode[0], settings=EngineSettings(max_num_batched_tokens=16), **sizes)
 
 
 def expected(model: Model, text: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,7 +99,7 @@ def test_without_a_draft_nothing_agrees(texts):
 def test_counts_the_rows_of_the_experts(model, texts):
     instance = scorer(model, 8)
     instance.score_texts(texts)
-    load = instance.take_expert_load()
+    load = instance.expert_load()
     tokens = sum(w.stop - w.start for w in plan_windows(LENGTHS, CONTEXT, STRIDE))
     num_windows = len(plan_windows(LENGTHS, CONTEXT, STRIDE))
     topk = model.config.num_topk

@@ -24,11 +24,10 @@ from cmjax.model import (
     reference,
 )
 from cmjax.moe import FabricExchange
-from cmjax.serve import DecodeState, SamplingParams, StepSpec, decode, hand_off, prefill
-from cmjax.serve.decode_instance import DecodeInstance
-from cmjax.serve.prefill_instance import PrefillInstance
+from cmjax.schedule import CompilePlan
+from cmjax.serve import DecodeState, SamplingParams, StepSpec, decode, prefill
 from tests.helpers import max_error, tiny_model
-from tests.serve.driving import Columns, fill_cache, make_engine, make_requests, prefill_by_step, reserve
+from tests.serve.driving import Drive, fill_cache, make_engine, make_requests
 
 V3 = {
     "model_type": "deepseek_v3",
@@ -182,29 +181,20 @@ def test_another_model_of_the_same_shape_does_not_recompile(engine):
 
 def run_steps(engine, rows, num_prompt):
     """As `step_through`, by plain calls of the jitted steps."""
-    target, source = engine.decode, engine.prefill[0]
-    num_steps = rows.shape[1] - num_prompt
-    requests = make_requests(rows[:, :num_prompt], num_steps + 1)
-    reserve(target, requests)
-    columns = Columns.of(target, requests)
-    logits = []
-    for ended, by_request in prefill_by_step(source, requests):
-        hand_off(source, target, ended)
-        logits += [by_request[requests.index(one.request)] for one in ended]
-        for one in ended:
-            source.router.release(one.request)
-            one.request.token_ids.append(int(rows[requests.index(one.request), num_prompt]))
-    forced = np.full((num_steps, columns.size), -1, np.int32)
-    forced[: num_steps - 1, columns.index] = rows[:, num_prompt + 1 :].T
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
+    target, num_steps = engine.decode, rows.shape[1] - num_prompt
+    requests = make_requests(engine.model, rows[:, :num_prompt], num_steps + 1)
+    drive = Drive(engine, requests)
+    plan = drive.prefill(lambda request: int(rows[request.priority, num_prompt]))
+    columns = drive.columns(plan)
+    forced = np.full((num_steps, target.instance.ep_size * target.num_places), -1, np.int32)
+    forced[: num_steps - 1, columns] = rows[:, num_prompt + 1 :].T
     output = decode(
-        target.params, target.expert_to_slot, target.cache, batch, forced, spec=target.spec, num_steps=num_steps,
-        with_logits=True,
+        target.params, target.expert_to_slot, target.cache, target.enter(plan), forced, spec=target.spec,
+        num_steps=num_steps, with_logits=True,
     )  # fmt: skip
     target.cache = output.cache
-    for request in requests:
-        target.router.release(request)
-    return np.concatenate([np.stack(logits), np.asarray(output.logits)[:, columns.index].transpose(1, 0, 2)], axis=1)
+    logits = np.stack([drive.logits[request] for request in requests])
+    return np.concatenate([logits, np.asarray(output.logits)[:, columns].transpose(1, 0, 2)], axis=1)
 
 
 def test_another_placement_does_not_recompile(engine, rng):
@@ -218,7 +208,7 @@ def test_another_placement_does_not_recompile(engine, rng):
         old, physical_to_logical=old.physical_to_logical[:, order], expert_to_slot=moved_to[old.expert_to_slot]
     )
     kept = target.params, target.expert_to_slot
-    target.params = place_params(target.host_params(), new, target.spec.mesh)
+    target.params = place_params(engine.model.input_major_params, new, target.spec.mesh)
     maps = new.expert_to_slot.astype(np.int32)
     target.expert_to_slot = jax.device_put(maps, NamedSharding(target.spec.mesh, P(None, "ep")))
     after, traces = traces_of(lambda: run_steps(engine, ROWS, 12))
@@ -229,12 +219,8 @@ def test_another_placement_does_not_recompile(engine, rng):
 
 def test_the_step_returns_the_load_of_every_slot(engine):
     target = engine.decode
-    requests = make_requests([[3], [4], [5]], 5)
     fill_cache(target)
-    reserve(target, requests)
-    for request in requests:
-        request.token_ids.append(7)
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
+    batch = target.enter(Drive(engine, make_requests(engine.model, [[3], [4], [5]], 5)).skip_prefill(7))
     output = decode(target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=4)
     target.cache = output.cache
     config = target.model.config
@@ -242,21 +228,19 @@ def test_the_step_returns_the_load_of_every_slot(engine):
     np.testing.assert_array_equal(np.asarray(output.slot_load).sum(1), 3 * 4 * config.num_topk)
     np.testing.assert_array_equal((np.asarray(output.token_ids) >= 0).sum(0), [4, 4, 4, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(output.state.batch.positions, -1)
-    for request in requests:
-        target.router.release(request)
 
 
 def compiled_decode(engine, num_steps=3):
-    target: DecodeInstance = engine.decode
-    batch = jax.device_put(target.host_state(), target.spec.by_rank())
+    target = engine.decode
+    batch = target.empty_state(target.variants_for(num_steps, ())[0])
     return decode.lower(
         target.params, target.expert_to_slot, target.cache, batch, spec=target.spec, num_steps=num_steps
     ).compile()
 
 
 def compiled_prefill(engine):
-    source: PrefillInstance = engine.prefill[0]
-    batch = source.pack([])
+    source = engine.prefill[0]
+    batch = source.empty_batch(source.num_step_tokens)
     return prefill.lower(source.params, source.expert_to_slot, source.cache, batch, spec=source.spec).compile()
 
 
@@ -289,16 +273,18 @@ def test_no_collective_of_xla_is_left(engine, compiled):
 def test_exchanges_of_a_step():
     """A MoE layer exchanges counts, offsets and rows, and the rows again on their way back; decode nothing else."""
     engine = make_engine(tiny_model(num_hidden_layers=4), 8, prefill_ep_size=4)
-    engine.decode.warm_up(3)
-    engine.prefill[0].warm_up(16)
+    source, target = engine.prefill[0], engine.decode
+    plans = CompilePlan(source.variants_for(16, ())), CompilePlan(target.variants_for(3, ()))
+    source.run(plans[0])
+    target.run(plans[1])
     for run, expected in (
-        (lambda: engine.decode.warm_up(3), {"all_to_all": 3 * 3 * 2, "ragged_all_to_all": 3 * 3 * 2}),
+        (lambda: target.run(plans[1]), {"all_to_all": 3 * 3 * 2, "ragged_all_to_all": 3 * 3 * 2}),
         (
-            lambda: engine.prefill[0].warm_up(16),
+            lambda: source.run(plans[0]),
             {"all_gather": 4, "all_to_all": 3 * 2, "ragged_all_to_all": 3 * 2, "psum": 1},
         ),
     ):
-        fabric.books.reset()
+        fabric.traffic.reset()
         run()
-        calls = {entry.collective: entry.calls for entry in fabric.books.snapshot().select("ub")}
+        calls = {entry.collective: entry.calls for entry in fabric.traffic.snapshot().select("ub")}
         assert calls == expected

@@ -1,14 +1,14 @@
-"""The KV hand-off: the right latents, bit for bit, in the right slots, from the right rank, on the right books."""
+"""The KV hand-off: the right latents, bit for bit, in the right slots, from the right rank, counted as they travel."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cmjax.mesh import fabric
-from cmjax.serve import hand_off, prefill_tp_rank
-from cmjax.serve.block_pool import slot_mapping
+from cmjax.schedule import BlockPool, slot_mapping
+from cmjax.serve import prefill_tp_rank
 from tests.helpers import max_error, tiny_model
-from tests.serve.driving import make_engine, make_requests, prefill_by_step, reserve
+from tests.serve.driving import Drive, make_engine, make_requests
 
 LENGTHS = (17, 1, 30, 16, 5, 33, 9, 2, 12, 20)
 
@@ -16,6 +16,19 @@ LENGTHS = (17, 1, 30, 16, 5, 33, 9, 2, 12, 20)
 def copied(cache_of_rank, blocks, length, block_size):
     """The latents `[layers, length, width]` of a request in a rank's cache."""
     return cache_of_rank[:, slot_mapping(blocks, np.arange(length), block_size)]
+
+
+def scattered(init):
+    """Pools whose blocks come out of order, so that block tables are no ranges."""
+
+    def start(self, *args):
+        init(self, *args)
+        if self.num_blocks >= 10:
+            first = self.take(10)
+            for block in first.ids[::-1]:
+                self.free([block])
+
+    return start
 
 
 class Transfer:
@@ -32,33 +45,38 @@ class Transfer:
             max_num_batched_tokens=32,
             max_num_seqs_per_rank=places,
         )
-        # Freed blocks come back out of order, so that block tables are no ranges.
-        source, self.target = self.engine.prefill[0], self.engine.decode
-        source.num_blocks, self.target.num_blocks = 64, 64
-        source.reset()
-        self.target.reset()
-        for pool in (source.router.pool, *self.target.router.pools):
-            blocks = pool.take(10)
-            pool.free(blocks[::-1])
-            pool.take(3)
+        self.target = self.engine.decode
         prompts = [np.random.default_rng(i).integers(0, 101, length).tolist() for i, length in enumerate(lengths)]
-        self.requests = make_requests(prompts, 4)
-        reserve(self.target, self.requests)
+        self.requests = make_requests(self.model, prompts, 4)
         self.sent, self.hidden = {}, {}
-        fabric.books.reset()
-        for ended, _ in prefill_by_step(source, self.requests):
-            cache = np.asarray(source.cache)
-            for one in ended:
-                length = len(one.request.prompt_ids)
-                self.sent[one.request.request_id] = np.stack([copied(c, one.blocks, length, 8) for c in cache])
-                self.hidden[one.request.request_id] = np.asarray(one.last_hidden[one.row])
-            hand_off(source, self.target, ended)
-        self.matrix = fabric.books.snapshot().matrix("rdma", "kv_handoff")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BlockPool, "__init__", scattered(BlockPool.__init__))
+            drive = Drive(self.engine, self.requests)
+        fabric.traffic.reset()
+        plan = drive.prefill(on_end=lambda plan: self.note(drive, plan))
+        self.matrix = fabric.traffic.snapshot().matrix("rdma", "kv_handoff")
         self.cache = np.asarray(self.target.cache)
+        attempts = [drive.decode_planner.attempts[attempt_id] for attempt_id in plan.attempt_ids.tolist()]
+        self.holds = {attempt.request.request_id: attempt.decode for attempt in attempts}
+
+    def note(self, drive, plan):
+        """What the source holds of the prompts that a step has ended."""
+        cache, hidden = np.asarray(drive.source.cache), np.asarray(drive.source.last_hidden(plan.number))
+        for row in np.flatnonzero(plan.is_last).tolist():
+            attempt = drive.planner.attempts[int(plan.attempt_ids[row])]
+            name, blocks = attempt.request.request_id, attempt.prefill.blocks.ids
+            self.sent[name] = np.stack([copied(c, blocks, attempt.num_prefill, 8) for c in cache])
+            self.hidden[name] = hidden[row]
 
     def arrived(self, request):
         """The latents of a request in its decode rank's cache."""
-        return copied(self.cache[request.decode_rank], request.decode_blocks, len(request.prompt_ids), 8)
+        hold = self.holds[request.request_id]
+        return copied(self.cache[hold.rank], hold.blocks.ids, len(request.prompt_ids), 8)
+
+    def place(self, request):
+        """(rank, place) of a request."""
+        hold = self.holds[request.request_id]
+        return hold.rank, hold.place.ids[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +107,8 @@ def test_last_hidden_states_arrive_in_their_places(transfer):
     for request in transfer.requests:
         expected = transfer.hidden[request.request_id]
         assert np.abs(expected).max() > 0.1
-        np.testing.assert_array_equal(found[request.decode_rank, request.decode_place], expected)
-    taken = {(r.decode_rank, r.decode_place) for r in transfer.requests}
+        np.testing.assert_array_equal(found[transfer.place(request)], expected)
+    taken = {transfer.place(request) for request in transfer.requests}
     free = [(rank, place) for rank in range(8) for place in range(2) if (rank, place) not in taken]
     assert free
     for rank, place in free:
@@ -108,15 +126,16 @@ def test_one_device_computes_the_same_latents(transfer):
 
 
 @pytest.mark.parametrize(("ep_size", "prefill_ep_size", "dtype"), [(8, 4, np.float32), (12, 5, jnp.bfloat16)])
-def test_bytes_are_booked_from_the_mapped_rank_to_the_decode_rank(transfer, ep_size, prefill_ep_size, dtype):
+def test_bytes_are_counted_from_the_mapped_rank_to_the_decode_rank(transfer, ep_size, prefill_ep_size, dtype):
     if ep_size != 8:
         transfer = Transfer(ep_size, prefill_ep_size, dtype)
     config, itemsize = transfer.model.config, np.dtype(dtype).itemsize
     expected = np.zeros_like(transfer.matrix)
     for request in transfer.requests:
-        peer = prefill_tp_rank(request.decode_rank, prefill_ep_size, ep_size)
+        rank, _ = transfer.place(request)
+        peer = prefill_tp_rank(rank, prefill_ep_size, ep_size)
         values = config.num_cache_layers * len(request.prompt_ids) * config.latent_width + config.hidden_size
-        expected[peer, prefill_ep_size + request.decode_rank] += values * itemsize
+        expected[peer, prefill_ep_size + rank] += values * itemsize
     np.testing.assert_array_equal(transfer.matrix, expected)
 
 

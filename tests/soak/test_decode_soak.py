@@ -1,4 +1,4 @@
-"""A thousand decode steps on 320 devices: no hang, no growth, and the last step as right as the first."""
+"""Decode steps by the thousand: no hang, no growth, and the last step as right as the first."""
 
 import ctypes
 import sys
@@ -11,10 +11,9 @@ import pytest
 from cmjax.mesh.native import build
 from cmjax.serve import SamplingParams
 from tests.parity import load_case
-from tests.serve.driving import make_engine, make_requests, model_of, prefill_and_hand_off, reserve
+from tests.serve.driving import Drive, make_engine, make_requests, model_of
 
-STEPS_PER_CALL, NUM_CALLS = 10, 100
-WARM_UP_CALLS = 40
+STEPS_PER_CALL = 10
 MAX_GROWTH_BYTES = 40 * 2**20
 
 
@@ -25,38 +24,40 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_thousand_decode_steps_on_320_devices():
+@pytest.mark.parametrize(
+    ("ep_size", "num_turns", "calls_a_turn"),
+    [(8, 2, 3), pytest.param(320, 5, 20, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
+    ids=["60 steps on 8 devices", "a thousand steps on 320 devices"],
+)
+def test_many_decode_steps(ep_size, num_turns, calls_a_turn):
+    """In turns of fresh requests, each of which runs to the end of its turn."""
     case = load_case("v3-ep320")
     engine = make_engine(
-        model_of(case), 320, num_prefill_instances=2, max_model_len=256, max_num_seqs_per_rank=8, block_size=16
+        model_of(case),
+        ep_size,
+        max_model_len=256,
+        max_num_seqs_per_rank=8,
+        block_size=16,
+        steps_per_call=STEPS_PER_CALL,
     )
-    target = engine.decode
-    for call in range(NUM_CALLS):
-        if call % 20 == 0:
-            # Fresh requests: with 200 steps each, they all run until the next turn.
-            for request in target.router.running():
-                target.router.release(request)
-            requests = make_requests(case.prompt, 201)
-            reserve(target, requests)
-            ended, _ = prefill_and_hand_off(engine.prefill[0], target, requests)
-            for one in ended:
-                one.request.append([one.token_id])
-                engine.prefill[0].router.release(one.request)
-        assert target.call(STEPS_PER_CALL) == len(requests) * STEPS_PER_CALL
-        target.take_expert_load()
-        if call == WARM_UP_CALLS:
-            before = resident_bytes()
-        if call % 20 == 19:
-            for row, request in enumerate(requests):
-                num = case.num_clear(row)
-                np.testing.assert_array_equal(request.token_ids[:num], case.generated[row, :num])
+    before = 0
+    for turn in range(num_turns):
+        requests = make_requests(engine.model, case.prompt, STEPS_PER_CALL * calls_a_turn + 1)
+        drive = Drive(engine, requests)
+        plan = drive.prefill()
+        for call in range(1, calls_a_turn + 1):
+            drive.call(plan if call == 1 else None)
+            assert drive.decode_planner.num_tokens == len(requests) * STEPS_PER_CALL * call
+        assert {request.finish_reason for request in requests} == {"length"}
+        drive.scheduler.check()
+        for row, request in enumerate(requests):
+            num = min(case.num_clear(row), len(request.token_ids))
+            np.testing.assert_array_equal(request.token_ids[:num], case.generated[row, :num])
+        if turn == 1:
+            before, arrays = resident_bytes(), len(jax.live_arrays())
     assert build.load().library.cmjax_fabric_num_live() == 0
     growth = resident_bytes() - before
-    assert growth < MAX_GROWTH_BYTES, f"grew by {growth / 2**20:.0f} MiB in {NUM_CALLS - WARM_UP_CALLS} calls"
-    arrays = len(jax.live_arrays())
-    target.call(1)
+    assert growth < MAX_GROWTH_BYTES, f"grew by {growth / 2**20:.0f} MiB in {num_turns - 2} turns"
     assert len(jax.live_arrays()) <= arrays + 8
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -22,11 +23,21 @@ constexpr int kTargetBlock = 32;
 constexpr int64_t kStreamBytes = 24 << 20;
 constexpr int64_t kJoinBytes = 2 << 10;
 constexpr int64_t kLineBytes = 64;
+// A sender's sizes and offsets for neighboring receivers share cache lines, so they are read together.
+template <typename Index>
+constexpr int kRaggedBlock = kLineBytes / sizeof(Index);
 
-std::string DescribeShape(int32_t dtype, size_t item_bytes, const int64_t* dims, size_t num_dims) {
+// What a rank brought, to be told from what another did.
+std::string Describe(int32_t dtype, size_t item_bytes, const int64_t* dims, size_t num_dims, int64_t num_updates,
+                     bool wide_index, std::string_view plane, int num_ranks) {
   std::string text = "[";
   for (size_t i = 0; i < num_dims; ++i) text += (i ? "," : "") + std::to_string(dims[i]);
-  return text + "] of dtype " + std::to_string(dtype) + " (" + std::to_string(item_bytes) + " bytes)";
+  text += "] of dtype " + std::to_string(dtype) + " (" + std::to_string(item_bytes) + " bytes)";
+  if (num_updates > 0) {
+    text += ", " + std::to_string(num_updates) + (num_updates > 1 ? " updates" : " update") + " a peer in " +
+            (wide_index ? "int64" : "int32") + ",";
+  }
+  return text + " on plane '" + std::string(plane) + "' among " + std::to_string(num_ranks) + " ranks";
 }
 
 // memcpy that leaves the caches alone, but for the ends of the range.
@@ -142,13 +153,12 @@ Exchange::Exchange(const Call& call)
       sum(call.sum),
       dims(call.dims, call.dims + call.num_dims),
       pairs(call.pairs, call.pairs + call.num_pairs),
+      num_updates(call.num_updates),
+      wide_index(call.wide_index),
       seats(call.num_ranks) {
   source_bytes_ = static_cast<int64_t>(item_bytes);
   for (int64_t dim : dims) source_bytes_ *= dim;
-  if (collective == Collective::kRaggedAllToAll) {
-    sent_.reset(new std::atomic<int64_t>[seats.size()]());
-    received_.reset(new std::atomic<int64_t>[seats.size()]());
-  }
+  if (collective == Collective::kRaggedAllToAll && dims[0] > 0) row_bytes_ = source_bytes_ / dims[0];
 }
 
 std::string Exchange::Name() const {
@@ -156,22 +166,26 @@ std::string Exchange::Name() const {
          std::to_string(group) + ", " + std::to_string(num_ranks()) + " ranks)";
 }
 
+bool Exchange::HasPlaceOf(const Call& call) const { return call.num_ranks == num_ranks() && call.group == group; }
+
 bool Exchange::HasShapeOf(const Call& call) const {
-  return call.collective == collective && call.num_ranks == num_ranks() && call.dtype == dtype &&
-         call.num_dims == dims.size() && std::equal(dims.begin(), dims.end(), call.dims);
+  return call.collective == collective && call.dtype == dtype && call.num_dims == dims.size() &&
+         std::equal(dims.begin(), dims.end(), call.dims) && call.num_updates == num_updates &&
+         call.wide_index == wide_index;
 }
 
 std::unique_ptr<std::string> Exchange::Mismatch(const Call& call) const {
   const bool same_pairs = call.num_pairs == pairs.size() && std::equal(pairs.begin(), pairs.end(), call.pairs);
-  if (HasShapeOf(call) && same_pairs && call.plane == plane && call.channel == channel) {
+  if (HasPlaceOf(call) && HasShapeOf(call) && same_pairs && call.plane == plane && call.channel == channel) {
     return nullptr;
   }
   return std::make_unique<std::string>(
       Name() + ": ranks disagree: rank " + std::to_string(first_rank) + " brought " +
-      DescribeShape(dtype, item_bytes, dims.data(), dims.size()) + " on plane '" + plane + "', rank " +
+      Describe(dtype, item_bytes, dims.data(), dims.size(), num_updates, wide_index, plane, num_ranks()) + ", rank " +
       std::to_string(call.rank) + " brought " + CollectiveName(call.collective) + " of " +
-      DescribeShape(call.dtype, call.item_bytes, call.dims, call.num_dims) + " on plane '" +
-      std::string(call.plane) + "'; exchanges without data dependence need distinct channel=");
+      Describe(call.dtype, call.item_bytes, call.dims, call.num_dims, call.num_updates, call.wide_index, call.plane,
+               call.num_ranks) +
+      "; exchanges without data dependence need distinct channel=");
 }
 
 void Exchange::Fail(const std::string& message) {
@@ -190,8 +204,14 @@ int Exchange::NumTasks(int num_threads) const {
   return std::max(1, std::min(units, num_threads * 8));
 }
 
-void Exchange::RunTask(int task, int num_tasks) {
+void Exchange::CheckTask(int task, int num_tasks) {
   if (failed_.load(std::memory_order_relaxed)) return;
+  const int begin = static_cast<int>(int64_t{num_ranks()} * task / num_tasks);
+  const int end = static_cast<int>(int64_t{num_ranks()} * (task + 1) / num_tasks);
+  wide_index ? CheckRagged<int64_t>(begin, end) : CheckRagged<int32_t>(begin, end);
+}
+
+void Exchange::RunTask(int task, int num_tasks) {
   const int64_t units = collective == Collective::kPsum ? SumBlocks(source_bytes_) : num_ranks();
   const int begin = static_cast<int>(units * task / num_tasks);
   const int end = static_cast<int>(units * (task + 1) / num_tasks);
@@ -202,7 +222,7 @@ void Exchange::RunTask(int task, int num_tasks) {
     case Collective::kPsumScatter: return SumToOwner(sum, seats, source_bytes_, begin, end);
     case Collective::kPpermute: return Ppermute(begin, end);
     case Collective::kRaggedAllToAll:
-      return seats[0].buffers.wide_index ? Ragged<int64_t>(begin, end) : Ragged<int32_t>(begin, end);
+      return wide_index ? MoveRagged<int64_t>(begin, end) : MoveRagged<int32_t>(begin, end);
   }
 }
 
@@ -276,32 +296,59 @@ void Exchange::Ppermute(int begin, int end) {
   }
 }
 
+// Checks what the targets in [begin, end) are to receive.
 template <typename Index>
-void Exchange::Ragged(int begin, int end) {
-  // A sender's sizes and offsets for neighboring receivers share cache lines, so they are read together.
-  constexpr int kBlock = kLineBytes / sizeof(Index);
+void Exchange::CheckRagged(int begin, int end) {
+  constexpr int kBlock = kRaggedBlock<Index>;
+  int64_t target_rows = seats[0].buffers.target_rows;
+  for (const Seat& seat : seats) target_rows = std::min(target_rows, seat.buffers.target_rows);
   for (int d0 = begin; d0 < end; d0 += kBlock) {
+    const int d1 = std::min(end, d0 + kBlock);
     for (int s = 0; s < num_ranks(); ++s) {
-      for (int d = d0; d < std::min(end, d0 + kBlock); ++d) {
-        if (!RaggedPair<Index>(s, d)) return;
+      if (IsPlainlyRight<Index>(s, d0, d1, target_rows)) continue;
+      for (int d = d0; d < d1; ++d) {
+        if (!CheckRaggedPair<Index>(s, d)) return;
       }
     }
   }
 }
 
-// Checks, then copies, what `source` sends `target`. Every offset is checked before the first byte moves.
+// Whether nothing that `source` sends the targets in [begin, end) can be wrong, where each has `target_rows` or more.
+// Without branches: nearly every exchange is right, and this is all that its checks cost.
 template <typename Index>
-bool Exchange::RaggedPair(int source, int target) {
+bool Exchange::IsPlainlyRight(int source, int begin, int end, int64_t target_rows) const {
+  const Buffers& from = seats[source].buffers;
+  const int64_t k = num_updates, first = begin * k, last = end * k;
+  const Index* input_offsets = static_cast<const Index*>(from.index[0]);
+  const Index* send_sizes = static_cast<const Index*>(from.index[1]);
+  const Index* output_offsets = static_cast<const Index*>(from.index[2]);
+  constexpr int64_t kMax = std::numeric_limits<Index>::max();
+  const Index max_in = static_cast<Index>(std::min(dims[0], kMax));
+  const Index max_out = static_cast<Index>(std::min(target_rows, kMax));
+  Index wrong = 0;
+  for (int64_t i = first; i < last; ++i) {
+    const Index size = send_sizes[i], in = input_offsets[i], out = output_offsets[i], rows = std::max<Index>(size, 0);
+    const bool is_outside = (in < 0) | (in > max_in - rows) | (out < 0) | (out > max_out - rows);
+    wrong |= (size < 0) | ((size != 0) & is_outside);
+  }
+  for (int d = begin; d < end; ++d) {
+    const Index* recv_sizes = static_cast<const Index*>(seats[d].buffers.index[3]) + source * k;
+    for (int64_t j = 0; j < k; ++j) wrong |= send_sizes[d * k + j] ^ recv_sizes[j];
+  }
+  return wrong == 0;
+}
+
+// Whether everything that `source` sends `target` is expected there and lies inside both buffers.
+template <typename Index>
+bool Exchange::CheckRaggedPair(int source, int target) {
   const Buffers& from = seats[source].buffers;
   const Buffers& to = seats[target].buffers;
-  const int64_t k = from.num_updates;
+  const int64_t k = num_updates;
   const Index* input_offsets = static_cast<const Index*>(from.index[0]) + target * k;
   const Index* send_sizes = static_cast<const Index*>(from.index[1]) + target * k;
   const Index* output_offsets = static_cast<const Index*>(from.index[2]) + target * k;
   const Index* recv_sizes = static_cast<const Index*>(to.index[3]) + source * k;
   const int64_t source_rows = dims[0];
-  const int64_t row_bytes = source_rows > 0 ? source_bytes_ / source_rows : 0;
-  int64_t rows = 0;
   for (int64_t j = 0; j < k; ++j) {
     const int64_t size = send_sizes[j];
     if (size == 0 && recv_sizes[j] == 0) continue;
@@ -321,17 +368,49 @@ bool Exchange::RaggedPair(int source, int target) {
            std::to_string(to.target_rows) + ", the receiver expects " + std::to_string(recv_sizes[j]));
       return false;
     }
-    std::memcpy(to.target + out * row_bytes, from.source + in * row_bytes, size * row_bytes);
-    rows += size;
-  }
-  if (rows > 0) {
-    traffic->Add(source, target, rows * row_bytes);
-    if (source != target) {
-      sent_[source].fetch_add(rows * row_bytes, std::memory_order_relaxed);
-      received_[target].fetch_add(rows * row_bytes, std::memory_order_relaxed);
-    }
   }
   return true;
+}
+
+// Copies what the targets in [begin, end) receive, once everything has been checked.
+template <typename Index>
+void Exchange::MoveRagged(int begin, int end) {
+  constexpr int kBlock = kRaggedBlock<Index>;
+  for (int d0 = begin; d0 < end; d0 += kBlock) {
+    for (int s = 0; s < num_ranks(); ++s) {
+      for (int d = d0; d < std::min(end, d0 + kBlock); ++d) MoveRaggedPair<Index>(s, d);
+    }
+  }
+}
+
+// Pieces that overlap in a receiver's buffer are copied one after the other, by sender and update, so the last of them
+// stays. Callers cannot rely on it: lax leaves it undefined.
+template <typename Index>
+void Exchange::MoveRaggedPair(int source, int target) {
+  const Buffers& from = seats[source].buffers;
+  const Buffers& to = seats[target].buffers;
+  const int64_t k = num_updates;
+  const Index* input_offsets = static_cast<const Index*>(from.index[0]) + target * k;
+  const Index* sizes = static_cast<const Index*>(from.index[1]) + target * k;
+  const Index* output_offsets = static_cast<const Index*>(from.index[2]) + target * k;
+  int64_t rows = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    if (sizes[j] == 0) continue;
+    std::memcpy(to.target + output_offsets[j] * row_bytes_, from.source + input_offsets[j] * row_bytes_,
+                sizes[j] * row_bytes_);
+    rows += sizes[j];
+  }
+  if (rows > 0) traffic->Add(source, target, rows * row_bytes_);
+}
+
+template <typename Index>
+int64_t Exchange::RaggedWireBytes(int rank) const {
+  const Index* send_sizes = static_cast<const Index*>(seats[rank].buffers.index[1]);
+  const Index* recv_sizes = static_cast<const Index*>(seats[rank].buffers.index[3]);
+  int64_t sent = 0, received = 0, own = 0;
+  for (int64_t i = 0; i < num_ranks() * num_updates; ++i) sent += send_sizes[i], received += recv_sizes[i];
+  for (int64_t j = 0; j < num_updates; ++j) own += send_sizes[rank * num_updates + j];
+  return (std::max(sent, received) - own) * row_bytes_;
 }
 
 int64_t Exchange::BytesPerPair() const {
@@ -350,7 +429,9 @@ int64_t Exchange::BytesPerPair() const {
 
 int64_t Exchange::WireBytes(int rank) const {
   if (collective == Collective::kPpermute) return source_bytes_;
-  if (collective == Collective::kRaggedAllToAll) return std::max(sent_[rank].load(), received_[rank].load());
+  if (collective == Collective::kRaggedAllToAll) {
+    return wide_index ? RaggedWireBytes<int64_t>(rank) : RaggedWireBytes<int32_t>(rank);
+  }
   return BytesPerPair() * (num_ranks() - 1);
 }
 

@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "books.h"
+#include "traffic.h"
 
 namespace cmjax {
 
@@ -43,6 +43,9 @@ struct Call {
   size_t num_dims = 0;
   const int64_t* pairs = nullptr;  // kPpermute: source, target, source, target, ...
   size_t num_pairs = 0;
+  // kRaggedAllToAll only: what a rank's index arrays look like to the others.
+  int64_t num_updates = 0;  // per peer
+  bool wide_index = false;  // int64 instead of int32
 };
 
 // A rank's memory, valid until its Completion is called.
@@ -51,8 +54,6 @@ struct Buffers {
   char* target = nullptr;
   // kRaggedAllToAll only.
   int64_t target_rows = 0;
-  int64_t num_updates = 0;                               // per peer
-  bool wide_index = false;                               // int64 instead of int32
   const void* index[4] = {nullptr, nullptr, nullptr, nullptr};  // input_offsets, send_sizes, output_offsets, recv_sizes
 };
 
@@ -71,14 +72,20 @@ struct Exchange {
   int num_ranks() const { return static_cast<int>(seats.size()); }
   int64_t source_bytes() const { return source_bytes_; }
   std::string Name() const;  // "all_to_all on channel 'x' (group 0)"
+  // Whether a rank's call is by one of this exchange's ranks, as far as their number and group tell.
+  bool HasPlaceOf(const Call& call) const;
   // Whether a rank's call moves the same kind of array by the same collective.
   bool HasShapeOf(const Call& call) const;
 
   // Null when `call` agrees with what the first rank said.
   std::unique_ptr<std::string> Mismatch(const Call& call) const;
 
-  // Number of independent tasks the movement splits into; then each of them once, from any thread.
+  // Number of independent tasks the work splits into; then each of them once, from any thread.
   int NumTasks(int num_threads) const;
+  // Where the ranks' numbers can be wrong, all of them are looked at before any byte moves: a failed exchange leaves
+  // every buffer as it was. No RunTask before the last CheckTask, and none at all once there is an error.
+  bool NeedsCheck() const { return collective == Collective::kRaggedAllToAll; }
+  void CheckTask(int task, int num_tasks);
   void RunTask(int task, int num_tasks);
 
   // Bytes each ordered pair of ranks carries; -1 where they differ from pair to pair (cells).
@@ -100,6 +107,8 @@ struct Exchange {
   size_t item_bytes;
   Sum sum;
   std::vector<int64_t> dims, pairs;
+  int64_t num_updates;
+  bool wide_index;
   std::vector<Seat> seats;
   int num_started = 0, num_arrived = 0;
   Clock::time_point all_started;
@@ -110,15 +119,23 @@ struct Exchange {
   void AllGather(int begin, int end);
   void Ppermute(int begin, int end);
   template <typename Index>
-  void Ragged(int begin, int end);
+  void CheckRagged(int begin, int end);
   template <typename Index>
-  bool RaggedPair(int source, int target);
+  bool IsPlainlyRight(int source, int begin, int end, int64_t target_rows) const;
+  template <typename Index>
+  bool CheckRaggedPair(int source, int target);
+  template <typename Index>
+  void MoveRagged(int begin, int end);
+  template <typename Index>
+  void MoveRaggedPair(int source, int target);
+  template <typename Index>
+  int64_t RaggedWireBytes(int rank) const;
 
   int64_t source_bytes_ = 0;
+  int64_t row_bytes_ = 0;  // ragged
   mutable std::mutex error_mutex_;
   std::atomic<bool> failed_{false};
   std::string error_;
-  std::unique_ptr<std::atomic<int64_t>[]> sent_, received_;  // ragged, for the delay model
 };
 
 std::string DescribeRanks(const std::vector<int>& ranks);  // "3, 17-20"

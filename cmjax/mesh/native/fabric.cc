@@ -75,15 +75,20 @@ void Fabric::Finish(const Ticket& ticket, const Call& call, const Buffers& buffe
     auto found = by_id_.find(ticket.exchange_id);
     if (found != by_id_.end()) {
       exchange = found->second;
-      Seat& seat = exchange->seats[call.rank];
-      if (!seat.started || seat.arrived) {
-        error = exchange->Name() + ": rank " + std::to_string(call.rank) +
-                (seat.arrived ? " finished twice: use each token once" : " finished without having started");
+      const auto who = [&] { return exchange->Name() + ": rank " + std::to_string(call.rank); };
+      // A ticket is data and may be another exchange's: only the place says that `call.rank` is a seat of this one.
+      const Seat* seat = exchange->HasPlaceOf(call) ? &exchange->seats[call.rank] : nullptr;
+      if (!seat) {
+        error = who() + " finished what it had not started: it is one of " + std::to_string(call.num_ranks) +
+                " ranks of group " + std::to_string(call.group);
+        failed = FailRun(ticket.run_id, error);
+        exchange = nullptr;
+      } else if (!seat->started || seat->arrived) {
+        error = who() + (seat->arrived ? " finished twice: use each token once" : " finished without having started");
         exchange = nullptr;
       } else if (!exchange->HasShapeOf(call)) {
         // Sizes come from the start, pointers from here: another array would be read or written outside its bounds.
-        error = exchange->Name() + ": rank " + std::to_string(call.rank) +
-                " finished with an array of another shape or dtype than it started with";
+        error = who() + " finished with an array of another shape or dtype than it started with";
         failed = FailRun(ticket.run_id, error);
         exchange = nullptr;
       } else {
@@ -93,8 +98,9 @@ void Fabric::Finish(const Ticket& ticket, const Call& call, const Buffers& buffe
     } else if (const std::string* failure = Failure(ticket.run_id)) {
       error = *failure;
     } else {
-      error = std::string("fabric.") + CollectiveName(call.collective) + "_done: no exchange was started under this token (rank " +
-              std::to_string(call.rank) + "); use each token once";
+      error = std::string("fabric.") + CollectiveName(call.collective) +
+              "_done: no exchange was started under this token (rank " + std::to_string(call.rank) +
+              "); use each token once";
     }
   }
   if (!exchange) {
@@ -190,10 +196,23 @@ const std::string* Fabric::Failure(int64_t run_id) const {
 }
 
 void Fabric::Execute(ExchangePtr exchange) {
+  if (!exchange->NeedsCheck()) {
+    Move(std::move(exchange));
+    return;
+  }
+  // Two jobs, one begun by the last task of the other: a barrier between the phases at which no thread waits.
+  const int num_tasks = exchange->NumTasks(pool_.num_threads());
+  Exchange* raw = exchange.get();
+  pool_.Run(
+      num_tasks, [raw, num_tasks](int task) { raw->CheckTask(task, num_tasks); },
+      [this, exchange = std::move(exchange)] { exchange->error() ? Complete(exchange) : Move(exchange); });
+}
+
+void Fabric::Move(ExchangePtr exchange) {
   std::vector<int32_t> devices;
   devices.reserve(exchange->seats.size());
   for (const Seat& seat : exchange->seats) devices.push_back(seat.device);
-  exchange->traffic = books_.Count(exchange->plane, static_cast<int32_t>(exchange->collective), std::move(devices),
+  exchange->traffic = traffic_.Count(exchange->plane, static_cast<int32_t>(exchange->collective), std::move(devices),
                                    exchange->BytesPerPair());
   const int num_tasks = exchange->NumTasks(pool_.num_threads());
   Exchange* raw = exchange.get();
@@ -213,21 +232,14 @@ void Fabric::Complete(ExchangePtr exchange) {
     }
     FulfilFailed(std::move(others), *error);
   } else {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto delay = delays_.find(exchange->plane);
-    if (delay != delays_.end()) {
-      Clock::time_point all_arrived = exchange->all_started;
-      for (const Seat& seat : exchange->seats) all_arrived = std::max(all_arrived, seat.arrived_at);
-      double modelled_s = 0, exposed_s = 0;
-      for (int rank = 0; rank < num_ranks; ++rank) {
-        const double seconds = delay->second.latency_s + exchange->WireBytes(rank) / delay->second.bytes_per_s;
-        const auto due = exchange->all_started + Duration(seconds);
-        modelled_s = std::max(modelled_s, Seconds(due - exchange->all_started));
-        exposed_s = std::max(exposed_s, Seconds(due - all_arrived));
-        held_.push({due, exchange, rank, rank + 1});
-      }
-      books_.AddDelay(exchange->plane, static_cast<int32_t>(exchange->collective), modelled_s, exposed_s);
-      clock_changed_.notify_one();
+    std::optional<Delay> delay;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto found = delays_.find(exchange->plane);
+      if (found != delays_.end()) delay = found->second;
+    }
+    if (delay) {
+      Hold(std::move(exchange), *delay);
       return;
     }
   }
@@ -242,6 +254,25 @@ void Fabric::Complete(ExchangePtr exchange) {
         Fulfil(exchange, batch * kFulfilBatch, std::min(num_ranks, (batch + 1) * kFulfilBatch));
       },
       nullptr);
+}
+
+// The promises wait for their modelled time, which the clock thread sees to.
+void Fabric::Hold(ExchangePtr exchange, const Delay& delay) {
+  Clock::time_point all_arrived = exchange->all_started;
+  for (const Seat& seat : exchange->seats) all_arrived = std::max(all_arrived, seat.arrived_at);
+  double modelled_s = 0, exposed_s = 0;
+  std::vector<Held> held;
+  for (int rank = 0; rank < exchange->num_ranks(); ++rank) {
+    const double seconds = delay.latency_s + exchange->WireBytes(rank) / delay.bytes_per_s;
+    const auto due = exchange->all_started + Duration(seconds);
+    modelled_s = std::max(modelled_s, Seconds(due - exchange->all_started));
+    exposed_s = std::max(exposed_s, Seconds(due - all_arrived));
+    held.push_back({due, exchange, rank, rank + 1});
+  }
+  traffic_.AddDelay(exchange->plane, static_cast<int32_t>(exchange->collective), modelled_s, exposed_s);
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (Held& one : held) held_.push(std::move(one));
+  clock_changed_.notify_one();
 }
 
 void Fabric::Fulfil(ExchangePtr exchange, int begin, int end) {

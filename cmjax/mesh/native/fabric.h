@@ -4,12 +4,13 @@
 #include <condition_variable>
 #include <deque>
 #include <map>
+#include <optional>
 #include <queue>
 #include <unordered_map>
 
-#include "books.h"
 #include "exchange.h"
 #include "pool.h"
+#include "traffic.h"
 
 namespace cmjax {
 
@@ -38,7 +39,7 @@ class Fabric {
   void SetDelay(const std::string& plane, double latency_s, double bytes_per_s);
   void ClearDelays();
 
-  Books& books() { return books_; }
+  TrafficCounters& traffic() { return traffic_; }
   Pool& pool() { return pool_; }
   int num_threads() const { return pool_.num_threads(); }
   int64_t num_live();
@@ -84,7 +85,9 @@ class Fabric {
   const std::string* Failure(int64_t run_id) const;
 
   void Execute(ExchangePtr exchange);
+  void Move(ExchangePtr exchange);
   void Complete(ExchangePtr exchange);
+  void Hold(ExchangePtr exchange, const Delay& delay);
   void Fulfil(ExchangePtr exchange, int begin, int end);
   void FulfilFailed(std::vector<ExchangePtr> exchanges, std::string message);
   void CompleteWithError(Completion done, std::string message);
@@ -93,7 +96,7 @@ class Fabric {
   std::string TimeoutMessage(int64_t run_id, bool* waiting) const;
 
   Pool pool_;
-  Books books_;
+  TrafficCounters traffic_;
   std::mutex mutex_;
   std::condition_variable clock_changed_;
   std::unordered_map<Key, std::deque<ExchangePtr>, KeyHash> live_;

@@ -39,7 +39,8 @@ ffi::Future Failed(const std::string& message) {
 
 // Operands of every handler: place, [token], operand, [output, 4 index arrays], and whatever fixes the order.
 Call MakeCall(int64_t run_id, int32_t device, std::string_view channel, std::string_view plane, int32_t collective,
-              int32_t num_ranks, ffi::Span<const int64_t> pairs, ffi::AnyBuffer place, ffi::AnyBuffer operand) {
+              int32_t num_ranks, ffi::Span<const int64_t> pairs, ffi::AnyBuffer place, ffi::AnyBuffer operand,
+              const ffi::RemainingArgs& args, size_t first_index) {
   Call call;
   call.run_id = run_id;
   call.channel = channel;
@@ -57,22 +58,22 @@ Call MakeCall(int64_t run_id, int32_t device, std::string_view channel, std::str
   call.num_dims = operand.dimensions().size();
   call.pairs = pairs.begin();
   call.num_pairs = pairs.size();
+  if (call.collective == Collective::kRaggedAllToAll) {
+    ffi::AnyBuffer index = *args.get<ffi::AnyBuffer>(first_index);  // all four are of one length and type
+    call.num_updates = index.dimensions()[0] / num_ranks;
+    call.wide_index = index.element_type() == ffi::DataType::S64;
+  }
   return call;
 }
 
-Buffers MakeBuffers(Collective collective, int32_t num_ranks, ffi::AnyBuffer operand, ffi::AnyBuffer result,
+Buffers MakeBuffers(Collective collective, ffi::AnyBuffer operand, ffi::AnyBuffer result,
                     const ffi::RemainingArgs& args, size_t first_index) {
   Buffers buffers;
   buffers.source = static_cast<const char*>(operand.untyped_data());
   buffers.target = static_cast<char*>(result.untyped_data());
   if (collective == Collective::kRaggedAllToAll) {
     buffers.target_rows = result.dimensions()[0];
-    for (size_t i = 0; i < 4; ++i) {
-      ffi::AnyBuffer index = *args.get<ffi::AnyBuffer>(first_index + i);
-      buffers.index[i] = index.untyped_data();
-      buffers.num_updates = index.dimensions()[0] / num_ranks;
-      buffers.wide_index = index.element_type() == ffi::DataType::S64;
-    }
+    for (size_t i = 0; i < 4; ++i) buffers.index[i] = args.get<ffi::AnyBuffer>(first_index + i)->untyped_data();
   }
   return buffers;
 }
@@ -93,8 +94,8 @@ ffi::Future Enter(ffi::RunId run, int32_t device, std::string_view channel, std:
   auto place = args.get<ffi::AnyBuffer>(0), operand = args.get<ffi::AnyBuffer>(1);
   auto result = rets.get<ffi::AnyBuffer>(0);
   if (!place || !operand || !result) return Failed("cmjax_fabric: missing operands");
-  Call call = MakeCall(run.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand);
-  Buffers buffers = MakeBuffers(call.collective, num_ranks, *operand, **result, args, 3);
+  Call call = MakeCall(run.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand, args, 3);
+  Buffers buffers = MakeBuffers(call.collective, *operand, **result, args, 3);
   ffi::Promise promise;
   ffi::Future future(promise);
   Fabric::Get().Enter(call, buffers, Fulfil(std::move(promise)));
@@ -107,7 +108,7 @@ ffi::Error Start(ffi::RunId run, int32_t device, std::string_view channel, std::
   auto place = args.get<ffi::AnyBuffer>(0), operand = args.get<ffi::AnyBuffer>(1);
   auto token = rets.get<ffi::AnyBuffer>(0);
   if (!place || !operand || !token) return ffi::Error::InvalidArgument("cmjax_fabric: missing operands");
-  Call call = MakeCall(run.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand);
+  Call call = MakeCall(run.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand, args, 2);
   Ticket ticket;
   if (auto error = Fabric::Get().Start(call, &ticket)) return ffi::Error(ffi::ErrorCode::kInternal, *error);
   std::memcpy((*token)->untyped_data(), &ticket, sizeof(ticket));
@@ -123,8 +124,9 @@ ffi::Future Done(int32_t device, std::string_view channel, std::string_view plan
   if (!place || !token || !operand || !result) return Failed("cmjax_fabric: missing operands");
   Ticket ticket;
   std::memcpy(&ticket, token->untyped_data(), sizeof(ticket));
-  Call call = MakeCall(ticket.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand);
-  Buffers buffers = MakeBuffers(call.collective, num_ranks, *operand, **result, args, 4);
+  Call call =
+      MakeCall(ticket.run_id, device, channel, plane, collective, num_ranks, pairs, *place, *operand, args, 4);
+  Buffers buffers = MakeBuffers(call.collective, *operand, **result, args, 4);
   ffi::Promise promise;
   ffi::Future future(promise);
   Fabric::Get().Finish(ticket, call, buffers, Fulfil(std::move(promise)));
@@ -174,20 +176,22 @@ int32_t cmjax_fabric_num_threads() { return Fabric::Get().num_threads(); }
 
 using Entries = std::vector<cmjax::TrafficEntry>;
 
-void* cmjax_books_snapshot() { return new Entries(Fabric::Get().books().Snapshot()); }
-void cmjax_books_free(void* snapshot) { delete static_cast<Entries*>(snapshot); }
-void cmjax_books_reset() { Fabric::Get().books().Reset(); }
-int64_t cmjax_books_size(void* snapshot) { return static_cast<int64_t>(static_cast<Entries*>(snapshot)->size()); }
-const char* cmjax_books_plane(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].plane.c_str(); }
-const char* cmjax_books_collective(void* snapshot, int64_t i) {
+void* cmjax_traffic_snapshot() { return new Entries(Fabric::Get().traffic().Snapshot()); }
+void cmjax_traffic_free(void* snapshot) { delete static_cast<Entries*>(snapshot); }
+void cmjax_traffic_reset() { Fabric::Get().traffic().Reset(); }
+int64_t cmjax_traffic_size(void* snapshot) { return static_cast<int64_t>(static_cast<Entries*>(snapshot)->size()); }
+const char* cmjax_traffic_plane(void* snapshot, int64_t i) {
+  return (*static_cast<Entries*>(snapshot))[i].plane.c_str();
+}
+const char* cmjax_traffic_collective(void* snapshot, int64_t i) {
   return cmjax::CollectiveName(static_cast<Collective>((*static_cast<Entries*>(snapshot))[i].collective));
 }
-int64_t cmjax_books_calls(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].calls; }
-double cmjax_books_modelled_s(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].modelled_s; }
-double cmjax_books_exposed_s(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].exposed_s; }
+int64_t cmjax_traffic_calls(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].calls; }
+double cmjax_traffic_modelled_s(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].modelled_s; }
+double cmjax_traffic_exposed_s(void* snapshot, int64_t i) { return (*static_cast<Entries*>(snapshot))[i].exposed_s; }
 
 // One more than the largest device ordinal seen.
-int32_t cmjax_books_num_devices(void* snapshot) {
+int32_t cmjax_traffic_num_devices(void* snapshot) {
   int32_t count = 0;
   for (auto& entry : *static_cast<Entries*>(snapshot)) {
     for (auto& block : entry.blocks) {
@@ -198,7 +202,7 @@ int32_t cmjax_books_num_devices(void* snapshot) {
 }
 
 // Adds bytes[source * num_devices + target].
-void cmjax_books_bytes(void* snapshot, int64_t i, int32_t num_devices, int64_t* bytes) {
+void cmjax_traffic_bytes(void* snapshot, int64_t i, int32_t num_devices, int64_t* bytes) {
   for (auto& block : (*static_cast<Entries*>(snapshot))[i].blocks) {
     const size_t ranks = block->devices.size();
     for (size_t s = 0; s < ranks; ++s) {

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import cmjax
 from cmjax.model import Tokenizer, check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
+from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError, install_handlers
 from cmjax.serve.http.protocol import (
     ChatRequest,
@@ -30,7 +31,7 @@ _GUARDED = ("/v1", "/tokenize", "/detokenize")
 
 
 def create_app(
-    engine: Any,
+    engine: Backend,
     settings: ServerSettings,
     tokenizer: Tokenizer | None = None,
     template: ChatTemplate | None = None,
@@ -145,6 +146,7 @@ def _prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int
         several = list(given)
     if not several:
         raise ApiError(400, "prompt: it is empty", param="prompt")
+    state.check_number(len(several) * body.n)  # before any of them costs anything
     are_wanted = (body.echo or body.logprobs is not None) and state.tokenizer is not None
     prompts, texts = [], []
     for one in several:

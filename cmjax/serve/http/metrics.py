@@ -1,14 +1,15 @@
 """Prometheus metrics under the names that vLLM's users know."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cmjax.serve import EngineStats, RequestHandle
-from cmjax.serve.request import FinishReason
+from cmjax.schedule import EngineStats, FinishReason
+from cmjax.serve import RequestHandle
+from cmjax.serve.http.backend import Backend
 
 _TTFT = (
     0.001,
@@ -66,7 +67,7 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, engine: Any, model_name: str, prefix: str = "vllm:") -> None:
+    def __init__(self, engine: Backend, model_name: str, prefix: str = "vllm:") -> None:
         self._labels = (model_name, "0")
         self._registry = CollectorRegistry()
         self._histograms = {
@@ -121,7 +122,7 @@ def _between(begin: float | None, end: float | None) -> float | None:
 class _FromEngine(Collector):
     """What the engine counts itself."""
 
-    def __init__(self, engine: Any, labels: tuple[str, str], prefix: str) -> None:
+    def __init__(self, engine: Backend, labels: tuple[str, str], prefix: str) -> None:
         self._engine, self._labels, self._prefix = engine, labels, prefix
 
     def describe(self) -> list[Metric]:
@@ -175,9 +176,15 @@ class _FromEngine(Collector):
         running = GaugeMetricFamily(f"{self._prefix}instance_requests", "Requests of an instance.", labels=labels)
         blocks = GaugeMetricFamily(f"{self._prefix}instance_kv_usage", "Share of its blocks in use.", labels=labels)
         tokens = CounterMetricFamily(f"{self._prefix}instance_tokens", "Tokens it has computed.", labels=labels)
+        imbalance = GaugeMetricFamily(
+            f"{self._prefix}instance_expert_imbalance",
+            "Rows that the experts of its busiest device received over the mean of its devices, of late.",
+            labels=labels,
+        )
         for one in stats.instances:
             own = (*self._labels, one.name, one.role)
             running.add_metric(own, one.num_running + one.num_waiting)
             blocks.add_metric(own, one.num_used_blocks / max(one.num_blocks, 1))
             tokens.add_metric(own, one.num_tokens)
-        yield from (running, blocks, tokens)
+            imbalance.add_metric(own, one.expert_imbalance)
+        yield from (running, blocks, tokens, imbalance)

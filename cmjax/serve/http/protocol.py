@@ -4,10 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cmjax.schedule import MAX_LOGIT_BIAS, MAX_LOGPROBS
+
 MAX_CHOICES = 128
 MAX_STOPS = 16
-MAX_LOGPROBS = 20
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
 
@@ -38,7 +40,7 @@ class Sampled(_Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     min_tokens: int | None = None

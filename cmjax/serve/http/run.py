@@ -36,8 +36,10 @@ class Piece:
 class _Choice:
     """One continuation: its request, and its text so far."""
 
-    def __init__(self, handle: RequestHandle, detokenizer: Detokenizer | None, stops: StopStrings) -> None:
-        self.handle, self.detokenizer, self.stops = handle, detokenizer, stops
+    def __init__(
+        self, handle: RequestHandle, sampling: SamplingParams, detokenizer: Detokenizer | None, stops: StopStrings
+    ) -> None:
+        self.handle, self.sampling, self.detokenizer, self.stops = handle, sampling, detokenizer, stops
         self.num_tokens = 0
         self.is_done = False
 
@@ -93,27 +95,25 @@ class Run:
         self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
         self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
         self._choices: list[_Choice] = []
-        self._samplings: list[SamplingParams] = []
         self._is_closed = False
-        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-        if stops:
+        self._stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+        if self._stops:
             state.text_tokenizer()
-        wanted = [(prompt, state.sampling(body, len(prompt), choice)) for prompt in prompts for choice in range(body.n)]
-        state.admit(len(wanted))
+        state.check_priority(body.priority)
+        state.admit(len(prompts) * body.n)
         try:
-            for prompt, sampling in wanted:
-                self._submit(prompt, sampling, stops, tenant)
+            for prompt in prompts:
+                for choice in range(body.n):
+                    self._submit(prompt, state.sampling(body, len(prompt), choice), tenant)
         except BaseException:
-            self._samplings += [wanted[0][1]] * (len(wanted) - len(self._samplings))
             self.close()
             raise
 
-    def _submit(self, prompt: list[int], sampling: SamplingParams, stops: Sequence[str], tenant: str) -> None:
+    def _submit(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> None:
         loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.tokenizer
         handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
         detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens)
-        self._choices.append(_Choice(handle, detokenizer, StopStrings(stops)))
-        self._samplings.append(sampling)
+        self._choices.append(_Choice(handle, sampling, detokenizer, StopStrings(self._stops)))
 
         def forward(update: RequestUpdate) -> None:
             if not loop.is_closed():
@@ -157,15 +157,15 @@ class Run:
         if self._is_closed:
             return
         self._is_closed = True
-        self.state.leave(len(self._samplings))
-        for choice, sampling in zip(self._choices, self._samplings, strict=False):
+        self.state.leave(len(self.prompts) * self.num_choices)
+        for choice in self._choices:
             reason = choice.handle.finish_reason
             if not choice.is_done:
                 choice.handle.cancel()
                 reason = reason or "abort"
             self.state.metrics.observe(
                 choice.handle,
-                max_tokens=sampling.max_tokens,
+                max_tokens=choice.sampling.max_tokens,
                 n=self.num_choices,
                 success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",
             )

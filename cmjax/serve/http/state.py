@@ -6,6 +6,7 @@ from typing import Any
 
 from cmjax.model import Tokenizer
 from cmjax.serve import SamplingParams
+from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
@@ -22,6 +23,8 @@ class ServerSettings:
         max_body_bytes: of a request.
         max_concurrent_requests: prompts times choices that may be under way; more are answered with 429.
         metrics_prefix: of the Prometheus names.
+        min_priority: the most urgent priority that a client may ask for: priorities come before the tenants' turns, so
+            a client that could go below everybody's would starve all others.
     """
 
     model_name: str
@@ -29,6 +32,7 @@ class ServerSettings:
     max_body_bytes: int = 16_000_000
     max_concurrent_requests: int = 10_000
     metrics_prefix: str = "vllm:"
+    min_priority: int = 0
 
 
 class ServerState:
@@ -42,7 +46,7 @@ class ServerState:
     """
 
     def __init__(
-        self, engine: Any, settings: ServerSettings, tokenizer: Tokenizer | None, template: ChatTemplate | None
+        self, engine: Backend, settings: ServerSettings, tokenizer: Tokenizer | None, template: ChatTemplate | None
     ) -> None:
         self.engine, self.settings, self.tokenizer, self.template = engine, settings, tokenizer, template
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)
@@ -62,10 +66,25 @@ class ServerState:
             message = f"the model {name!r} is not served here; {self.settings.model_name!r} is"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def check_number(self, num_requests: int) -> None:
+        """400 for a body of more prompts times choices than may ever be under way."""
+        limit = self.settings.max_concurrent_requests
+        if num_requests > limit:
+            raise ApiError(
+                400, f"prompt: {num_requests} prompts times choices, at most {limit} are taken", param="prompt"
+            )
+
+    def check_priority(self, priority: int) -> None:
+        """400 for a priority that is not the client's to choose."""
+        least = self.settings.min_priority
+        if priority < least:
+            raise ApiError(400, f"priority: {priority} is more urgent than {least}, the most allowed", param="priority")
+
     def admit(self, num_requests: int) -> None:
         """Count requests as under way, until `leave`; 503 while draining, 429 beyond the limit."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down")
+        self.check_number(num_requests)
         limit = self.settings.max_concurrent_requests
         if self.num_active + num_requests > limit:
             raise ApiError(429, f"{self.num_active} requests are under way, at most {limit} may be: try again later")

@@ -3,14 +3,15 @@
 import dataclasses
 import time
 from importlib.resources import files
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
+from cmjax.serve.http.backend import Backend
 
-def status_routes(engine: Any, model_name: str) -> list[Route]:
+
+def status_routes(engine: Backend, model_name: str) -> list[Route]:
     """`/`, a page that needs nothing from elsewhere, and `/status.json`, which it asks every second."""
     page = files("cmjax.serve.http").joinpath("status.html").read_text(encoding="utf-8")
     began = time.monotonic()

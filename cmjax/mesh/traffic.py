@@ -1,4 +1,4 @@
-"""The traffic books: how many calls and bytes each collective, plane and pair of devices has seen."""
+"""Traffic: how many calls and bytes each collective, plane and pair of devices has seen."""
 
 import ctypes
 import dataclasses
@@ -41,7 +41,7 @@ class TrafficEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TrafficSnapshot:
-    """The books at one moment, one entry per (plane, collective), sorted by both."""
+    """The traffic counted up to one moment, one entry per (plane, collective), sorted by both."""
 
     entries: tuple[TrafficEntry, ...]
 
@@ -69,7 +69,7 @@ class TrafficSnapshot:
         return _sum_matrices([entry.num_bytes for entry in chosen])
 
 
-class TrafficBooks:
+class TrafficCounters:
     """Counts what the fabric moves (in C++, when an exchange completes) and what `record` is told. Thread-safe."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class TrafficBooks:
             self._calls.clear()
             self._cells.clear()
         if library := _loaded():
-            library.cmjax_books_reset()
+            library.cmjax_traffic_reset()
 
     def _recorded(self, key: tuple[str, str]) -> TrafficEntry:
         cells = self._cells[key]
@@ -120,7 +120,7 @@ def _device_id(device: int | HasId) -> int:
 
 
 def _loaded() -> ctypes.CDLL | None:
-    # Reading the books must not be what compiles the library.
+    # Reading the counters must not be what compiles the library.
     return native_build.load().library if native_build.load.cache_info().currsize else None
 
 
@@ -128,26 +128,26 @@ def _native_entries() -> list[TrafficEntry]:
     library = _loaded()
     if library is None:
         return []
-    snapshot = library.cmjax_books_snapshot()
+    snapshot = library.cmjax_traffic_snapshot()
     try:
-        size = library.cmjax_books_num_devices(snapshot)
+        size = library.cmjax_traffic_num_devices(snapshot)
         entries = []
-        for i in range(library.cmjax_books_size(snapshot)):
+        for i in range(library.cmjax_traffic_size(snapshot)):
             num_bytes = np.zeros((size, size), np.int64)
-            library.cmjax_books_bytes(snapshot, i, size, num_bytes.ctypes.data)
+            library.cmjax_traffic_bytes(snapshot, i, size, num_bytes.ctypes.data)
             entries.append(
                 TrafficEntry(
-                    plane=library.cmjax_books_plane(snapshot, i).decode(),
-                    collective=library.cmjax_books_collective(snapshot, i).decode(),
-                    calls=library.cmjax_books_calls(snapshot, i),
+                    plane=library.cmjax_traffic_plane(snapshot, i).decode(),
+                    collective=library.cmjax_traffic_collective(snapshot, i).decode(),
+                    calls=library.cmjax_traffic_calls(snapshot, i),
                     num_bytes=num_bytes,
-                    modelled_s=library.cmjax_books_modelled_s(snapshot, i),
-                    exposed_s=library.cmjax_books_exposed_s(snapshot, i),
+                    modelled_s=library.cmjax_traffic_modelled_s(snapshot, i),
+                    exposed_s=library.cmjax_traffic_exposed_s(snapshot, i),
                 )
             )
         return entries
     finally:
-        library.cmjax_books_free(snapshot)
+        library.cmjax_traffic_free(snapshot)
 
 
 def _merge(a: TrafficEntry, b: TrafficEntry) -> TrafficEntry:

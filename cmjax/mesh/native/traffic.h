@@ -16,7 +16,7 @@ namespace cmjax {
 struct TrafficBlock {
   explicit TrafficBlock(std::vector<int32_t> ids) : devices(std::move(ids)) {}
 
-  // Cells are allocated at the first irregular exchange; guarded by Books::mutex_.
+  // Cells are allocated at the first irregular exchange; guarded by TrafficCounters::mutex_.
   void NeedCells() {
     if (!cells) cells.reset(new std::atomic<int64_t>[devices.size() * devices.size()]());
   }
@@ -25,7 +25,7 @@ struct TrafficBlock {
   }
 
   const std::vector<int32_t> devices;  // device ordinal of each rank
-  int64_t bytes_per_pair = 0;          // guarded by Books::mutex_
+  int64_t bytes_per_pair = 0;          // guarded by TrafficCounters::mutex_
   std::unique_ptr<std::atomic<int64_t>[]> cells;
 };
 
@@ -38,7 +38,7 @@ struct TrafficEntry {
   std::vector<std::shared_ptr<TrafficBlock>> blocks;
 };
 
-class Books {
+class TrafficCounters {
  public:
   // Counts one call; `bytes_per_pair` >= 0 is added to every pair, < 0 means the caller adds cell by cell.
   std::shared_ptr<TrafficBlock> Count(const std::string& plane, int32_t collective,

@@ -3,8 +3,57 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 Role = Literal["prefill", "decode"]
-Status = Literal["ready", "draining", "lost"]
+Status = Literal["starting", "ready", "draining", "lost"]
+
+
+class SlotLoad:
+    """Rows that the physical experts of an instance have received, folded into one count.
+
+    Attributes:
+        total: `int64[moe layers, slots]` since `take`.
+    """
+
+    WINDOW_STEPS = 256  # the window holds so many steps, or up to twice as many
+
+    def __init__(self) -> None:
+        self.total = np.zeros((0, 0), np.int64)
+        self._window = np.zeros((2, 0, 0), np.int64)  # the present half, and the one before
+        self._num_steps = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Count a step's rows, `[moe layers, slots]`; one without the MTP module lacks its layer, which is the last."""
+        if rows.shape[0] > self.total.shape[0]:
+            more = rows.shape[0] - self.total.shape[0]
+            if not len(self.total):
+                self.total, self._window = (
+                    np.zeros((0, rows.shape[1]), np.int64),
+                    np.zeros((2, 0, rows.shape[1]), np.int64),
+                )
+            self.total = np.pad(self.total, ((0, more), (0, 0)))
+            self._window = np.pad(self._window, ((0, 0), (0, more), (0, 0)))
+        self.total[: rows.shape[0]] += rows
+        self._window[0, : rows.shape[0]] += rows
+        self._num_steps += 1
+        if self._num_steps % self.WINDOW_STEPS == 0:
+            self._window = np.stack([np.zeros_like(self._window[0]), self._window[0]])
+
+    def take(self) -> np.ndarray:
+        """Return and forget `total`."""
+        total, self.total = self.total, np.zeros_like(self.total)
+        return total
+
+    def imbalance(self, num_ranks: int) -> float:
+        """Rows of the busiest of `num_ranks` devices over their mean, in the window; the mean of the MoE layers, 1
+        where nothing has been received."""
+        by_rank = self._window.sum(0)
+        if by_rank.size == 0:
+            return 1.0
+        by_rank = by_rank.reshape(len(by_rank), num_ranks, -1).sum(-1)
+        by_rank = by_rank[by_rank.sum(1) > 0]
+        return float((by_rank.max(1) / by_rank.mean(1)).mean()) if len(by_rank) else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +62,8 @@ class InstanceStats:
 
     Attributes:
         name: such as "prefill0".
-        role, status: "draining" takes nothing new, "lost" does nothing more.
+        role, status: "starting" is being compiled or starts afresh after a failure, "draining" takes nothing new,
+            "lost" does nothing more.
         ep_size: its devices.
         num_running: requests it works on: prompts being prefilled, or sequences being decoded.
         num_waiting: requests given to it that it has not begun.
@@ -23,6 +73,7 @@ class InstanceStats:
         busy_s: seconds in calls.
         num_places: of a decode instance: sequences that it can have.
         seqs_per_rank: of a decode instance: sequences that a rank runs together in a call at present.
+        expert_imbalance: rows of its busiest device over the mean, see `SlotLoad.imbalance`.
     """
 
     name: str
@@ -38,6 +89,7 @@ class InstanceStats:
     busy_s: float
     num_places: int = 0
     seqs_per_rank: int = 0
+    expert_imbalance: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

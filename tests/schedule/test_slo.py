@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cmjax.serve.slo import SloController
+from cmjax.schedule import SloController
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 96, 128]
 

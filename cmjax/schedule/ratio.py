@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from cmjax.serve.stats import EngineStats, InstanceStats, Role
+from cmjax.schedule.stats import EngineStats, InstanceStats, Role
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,270 @@
+"""What the planners of all roles share: one plan at a time, made and committed with the engine's lock held."""
+
+import abc
+import collections
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from cmjax.schedule.autotune import Autotune
+from cmjax.schedule.blocks import Fence, Lease
+from cmjax.schedule.plans import Arrival, CompilePlan, Plan, RestartPlan, Result, SendPlan
+from cmjax.schedule.request import Attempt, Request
+from cmjax.schedule.stats import InstanceStats, Role, SlotLoad, Status
+from cmjax.schedule.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+# An instance whose runs fail so often in a row is given up.
+MAX_FAILURES_IN_A_ROW = 3
+
+
+class Owner(Protocol):
+    """What planners tell of requests, to whom all of them belong: the scheduler."""
+
+    def finish(self, request: Request) -> None:
+        """It has all its tokens."""
+        ...
+
+    def refuse(self, request: Request, error: str) -> None:
+        """It ends with an error of its own making."""
+        ...
+
+    def hit(self, attempt: Attempt, error: str) -> None:
+        """An attempt ends through somebody's failure; its request starts over, or ends with `error`."""
+        ...
+
+    def preempt(self, attempt: Attempt) -> None:
+        """An attempt makes room for more urgent ones; its request starts over."""
+        ...
+
+    def generated(self, taken: Sequence[tuple[Request, int]], num_prompt_tokens: int = 0) -> None:
+        """Requests have got so many tokens each; `num_prompt_tokens`: of prompts whose first they are."""
+        ...
+
+    def hand_off(self, source: str, target: str, step: int, ended: Sequence[tuple[Attempt, int]], now: float) -> None:
+        """Prompts that a step has ended, with their rows in it, are to travel."""
+        ...
+
+    def sending_failed(self, transfer_id: int, error: str) -> None:
+        """A round of a hand-off could not be sent."""
+        ...
+
+    def arrived(self, attempt: Attempt) -> None:
+        """A prompt is whole at its decode instance."""
+        ...
+
+    def transfer(self, transfer_id: int) -> Transfer | None:
+        """A hand-off that somebody still waits for."""
+        ...
+
+    def tick(self, now: float) -> None:
+        """Look at deadlines, and admit what has room."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class InstanceChange:
+    """A change of an instance itself that somebody waits for.
+
+    Attributes:
+        plan: what is done.
+        is_over: whether it has been done, or never will be.
+        error: why not.
+    """
+
+    plan: CompilePlan | RestartPlan
+    is_over: bool = False
+    error: BaseException | None = None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """It has been done, or failed."""
+        self.is_over, self.error = True, error
+
+
+class Planner(abc.ABC):
+    """The bookkeeping of one instance. `plan`, then `commit` or `fail`; in between the plan runs without the lock.
+
+    Attributes:
+        name, role: of the instance.
+        model: the name of the model that it runs.
+        num_ranks: its devices.
+        attempts: id -> those that hold something here.
+        under_way: the plan that runs.
+        changes: what is to be done to the instance itself, before anything else.
+        is_compiled: it can take requests; is_draining: it takes no new ones; is_lost: it has been given up.
+        slot_load: rows that its experts received.
+        num_calls, num_tokens, busy_s: of its steps; `busy_s` of all runs.
+        last_error: what made it fail last.
+    """
+
+    role: Role
+
+    def __init__(self, name: str, model: str, num_ranks: int, microbatches: Sequence[int], owner: Owner) -> None:
+        self.name, self.model, self.num_ranks, self.owner = name, model, num_ranks, owner
+        self.autotune = Autotune(microbatches)
+        self.attempts: dict[int, Attempt] = {}
+        self.under_way: Plan | None = None
+        self.changes: collections.deque[InstanceChange] = collections.deque()
+        self.is_compiled = self.is_draining = self.is_lost = False
+        self.slot_load = SlotLoad()
+        self.num_calls = self.num_tokens = 0
+        self.busy_s = 0.0
+        self.last_error: BaseException | None = None
+        self._num_failures = 0
+        self._num_plans = 0
+        self._began = 0.0
+        self.fence = Fence()
+
+    # -- plan, commit, fail -------------------------------------------------------------------------------------------
+
+    def plan(self, now: float, arrivals: Sequence[Arrival] = ()) -> Plan | None:
+        """What to run next; None where there is nothing to do. `arrivals`: rounds that have arrived here."""
+        assert self.under_way is None
+        if self.is_lost:
+            return None
+        self.owner.tick(now)
+        self._take_arrivals(arrivals)
+        plan = self.changes[0].plan if self.changes else self._plan_work(now)
+        if plan is not None:
+            self.under_way, self._began = plan, now
+            self.fence.close()
+        return plan
+
+    def commit(self, plan: Plan, result: Result, now: float) -> None:
+        """Take what came of a plan; what belongs to attempts that are over is dropped."""
+        assert plan is self.under_way
+        self._end_run(now)
+        if isinstance(plan, CompilePlan | RestartPlan):
+            self._commit_change(plan)
+            self._end_change(plan)
+        else:
+            self._commit_work(plan, result, now)
+        self.fence.open()
+
+    def fail(self, plan: Plan, error: BaseException, now: float) -> None:
+        """A run has failed. All that the instance held is lost, a cache given to the run with it: its requests start
+        over, and it starts afresh, unless that has happened too often. Of a round that could not be sent only the
+        hand-off is lost."""
+        assert plan is self.under_way
+        self._end_run(now)
+        self.last_error = error
+        if isinstance(plan, SendPlan):
+            self.owner.sending_failed(plan.transfer_id, str(error))
+            self.fence.open()
+            return
+        self._num_failures += 1
+        self._end_change(plan, error)
+        self._forget_all(f"{self.name} failed: {error}")
+        if self._num_failures >= MAX_FAILURES_IN_A_ROW:
+            self.lose(error)
+            self.owner.tick(now)  # it may have been the last one that could take what waits
+        elif not self.is_lost:
+            self.changes.appendleft(InstanceChange(RestartPlan()))
+
+    def lose(self, error: BaseException) -> None:
+        """Give the instance up."""
+        if self.is_lost:
+            return
+        self.is_lost, self.last_error = True, error
+        self._forget_all(f"{self.name} failed: {error}")
+        self.end_changes(error)
+
+    def end_changes(self, error: BaseException) -> None:
+        """Nobody waits any longer for changes that will not be made."""
+        while self.changes:
+            self.changes.popleft().end(error)
+
+    def change(self, plan: CompilePlan) -> InstanceChange:
+        """Have something done to the instance; the change says when."""
+        change = InstanceChange(plan)
+        if self.is_lost:
+            change.end(self.last_error)
+        else:
+            self.changes.append(change)
+        return change
+
+    def stepped(self) -> None:
+        """A step has worked: the instance does."""
+        self._num_failures = 0
+        self.num_calls += 1
+
+    # -- for the scheduler --------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        """See `InstanceStats`."""
+        if self.is_lost:
+            return "lost"
+        if self.is_draining:
+            return "draining"
+        is_restarting = bool(self.changes) and isinstance(self.changes[0].plan, RestartPlan)
+        return "ready" if self.is_compiled and not is_restarting else "starting"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is here."""
+        return not self.attempts
+
+    def check(self) -> None:
+        """Raise where the books do not add up; between plans."""
+        self._check([lease for attempt in self.attempts.values() for lease in attempt.leases()])
+
+    @abc.abstractmethod
+    def drop(self, attempt: Attempt) -> None:
+        """An attempt ends, or leaves: forget it. Its leases are its own to give back."""
+
+    @abc.abstractmethod
+    def stats(self) -> InstanceStats:
+        """What the instance does at present."""
+
+    # -- of each role -------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _plan_work(self, now: float) -> Plan | None:
+        """The next step, or the next half of a hand-off's round."""
+
+    @abc.abstractmethod
+    def _commit_work(self, plan: Plan, result: Any, now: float) -> None:
+        """Take what came of it."""
+
+    @abc.abstractmethod
+    def _commit_change(self, plan: Plan) -> None:
+        """Something has been done to the instance."""
+
+    @abc.abstractmethod
+    def _renew(self) -> None:
+        """Nothing is held any more: all blocks and places are free."""
+
+    @abc.abstractmethod
+    def _check(self, leases: Sequence[Lease]) -> None:
+        """Raise where these and the free blocks are not all there are."""
+
+    def _take_arrivals(self, arrivals: Sequence[Arrival]) -> None:
+        """Rounds have arrived here."""
+        if arrivals:
+            raise AssertionError(f"{self.name} receives nothing")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _next_number(self) -> int:
+        self._num_plans += 1
+        return self._num_plans
+
+    def _end_run(self, now: float) -> None:
+        self.under_way = None
+        self.busy_s += now - self._began
+
+    def _end_change(self, plan: Plan, error: BaseException | None = None) -> None:
+        # Nobody waits for one whose instance has been given up meanwhile.
+        if self.changes and plan is self.changes[0].plan:
+            self.changes.popleft().end(error)
+
+    def _forget_all(self, error: str) -> None:
+        # The last one first: each goes to the head of the queue it came from.
+        for attempt in list(self.attempts.values())[::-1]:
+            self.owner.hit(attempt, error)
+        assert not self.attempts
+        self.fence = Fence()
+        self._renew()

@@ -1,0 +1,283 @@
+"""The planner of a prefill instance: which prompts share a step, and what is sent after it (paper section 4.1)."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cmjax.schedule.blocks import BlockPool, Lease, Ragged, blocks_for
+from cmjax.schedule.planner import Owner, Planner
+from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
+from cmjax.schedule.request import Attempt, PrefillHold
+from cmjax.schedule.sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SamplingRows, SamplingShape
+from cmjax.schedule.stats import InstanceStats, Role
+from cmjax.schedule.transfer import Transfer
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSizes:
+    """Sizes of a prefill instance.
+
+    Attributes:
+        num_blocks, block_size: of its cache, which every rank holds whole.
+        num_places: prompts that share a step, at most.
+        variants: what its step is compiled for, ascending.
+        microbatches: numbers of them to choose from.
+    """
+
+    num_blocks: int
+    block_size: int
+    num_places: int
+    variants: tuple[PrefillVariant, ...]
+    microbatches: tuple[int, ...] = (1,)
+
+
+class Chunk(NamedTuple):
+    """Tokens `[start, stop)` of an attempt's prompt, computed in one step."""
+
+    attempt: Attempt
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt ends with it."""
+        return self.stop == self.attempt.num_prefill
+
+
+class PrefillPlanner(Planner):
+    """Prompts of a prefill instance: those that wait, and those under way, in the order they will be computed.
+
+    A step computes the first prompts, whole where its tokens last, the last one cut. A prompt needs the blocks of all
+    its tokens; one that finds none waits, and those behind it. What a step has ended is sent before the next one.
+    """
+
+    role: Role = "prefill"
+
+    def __init__(self, name: str, model: str, num_ranks: int, sizes: PrefillSizes, owner: Owner) -> None:
+        super().__init__(name, model, num_ranks, sizes.microbatches, owner)
+        self.sizes, self.variants = sizes, sizes.variants
+        self._renew()
+
+    # -- for the scheduler --------------------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> int:
+        """Tokens that are still to be computed."""
+        return self._num_tokens_left
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it should be given more: it has about two steps of work, so that what waits can still be put in
+        another order, or elsewhere."""
+        return self.status == "ready" and self._num_tokens_left < 2 * self.variants[-1].num_tokens
+
+    def add(self, attempt: Attempt) -> None:
+        """Put an attempt at the end of the queue."""
+        self.attempts[attempt.id] = self._queue[attempt.id] = attempt
+        self._num_tokens_left += attempt.num_prefill
+
+    def send(self, transfer: Transfer) -> None:
+        """Send what a step has ended."""
+        self._outgoing.append(transfer)
+
+    def drop(self, attempt: Attempt) -> None:
+        self.attempts.pop(attempt.id, None)
+        if self._queue.pop(attempt.id, None) is not None:
+            self._num_tokens_left -= attempt.num_prefill - attempt.num_computed
+
+    def stats(self) -> InstanceStats:
+        num_running = sum(attempt.prefill is not None for attempt in self._queue.values())
+        return InstanceStats(
+            name=self.name,
+            role=self.role,
+            status=self.status,
+            ep_size=self.num_ranks,
+            num_running=num_running,
+            num_waiting=len(self._queue) - num_running,
+            num_blocks=self._pool.num_blocks,
+            num_used_blocks=self._pool.num_blocks - self._pool.num_free,
+            num_calls=self.num_calls,
+            num_tokens=self.num_tokens,
+            busy_s=self.busy_s,
+            expert_imbalance=self.slot_load.imbalance(self.num_ranks),
+        )
+
+    # -- plan ---------------------------------------------------------------------------------------------------------
+
+    def _plan_work(self, now: float) -> Plan | None:
+        while self._outgoing:
+            plan = self._outgoing[0].next_send(self.sizes.block_size)
+            if plan is not None:
+                return plan
+            self._outgoing.popleft()
+        chunks = list(self._next_chunks(now))
+        return self._plan_step(chunks) if chunks else None
+
+    def _next_chunks(self, now: float) -> Iterable[Chunk]:
+        """What the next step computes; those that begin get their blocks.
+
+        Example: prompts of 5 and 4 tokens with 6 tokens a step give the tokens 0 to 4 and 0, then 1 to 3.
+        """
+        num_left = self.variants[-1].num_tokens
+        for attempt in itertools.islice(self._queue.values(), self.sizes.num_places):
+            if num_left == 0:
+                return
+            if attempt.prefill is None:
+                needed = blocks_for(attempt.num_prefill, self.sizes.block_size)
+                if needed > self._pool.num_free or not self._places.num_free:
+                    return
+                attempt.prefill = PrefillHold(self._places.take(1), self._pool.take(needed))
+                times = attempt.request.times
+                times.scheduled = now if times.scheduled is None else times.scheduled
+            chunk = Chunk(attempt, attempt.num_computed, min(attempt.num_prefill, attempt.num_computed + num_left))
+            num_left -= chunk.stop - chunk.start
+            yield chunk
+
+    def _plan_step(self, chunks: Sequence[Chunk]) -> PrefillPlan:
+        requests = [chunk.attempt.request for chunk in chunks]
+        token_ids: list[int] = []
+        next_token_ids: list[int] = []
+        for (attempt, start, stop), request in zip(chunks, requests, strict=True):
+            token_ids += request.prefill_slice(start, stop)
+            next_token_ids += request.prefill_slice(start + 1, min(stop + 1, attempt.num_prefill))
+            if stop == attempt.num_prefill:
+                next_token_ids.append(-1)
+        variant = self._variant_for(len(token_ids), SamplingShape.for_all(one.sampling for one in requests))
+        begins = [row for row, chunk in enumerate(chunks) if chunk.start == 0]
+        wants_first = [
+            chunk.is_last and one.sampling.logprobs is not None and not one.is_resumed
+            for chunk, one in zip(chunks, requests, strict=True)
+        ]
+        wants_prompt = [one.sampling.prompt_logprobs is not None and not one.is_resumed for one in requests]
+        return PrefillPlan(
+            number=self._next_number(),
+            variant=variant,
+            microbatches=self.autotune.choice,
+            attempt_ids=np.array([chunk.attempt.id for chunk in chunks], np.int64),
+            places=np.array([_held(chunk.attempt).place.ids[0] for chunk in chunks], np.int32),
+            starts=np.array([chunk.start for chunk in chunks], np.int32),
+            stops=np.array([chunk.stop for chunk in chunks], np.int32),
+            is_last=np.array([chunk.is_last for chunk in chunks]),
+            token_ids=np.array(token_ids, np.int32),
+            next_token_ids=np.array(next_token_ids, np.int32),
+            joins=np.array(begins, np.int32),
+            blocks=Ragged.of([_held(chunks[row].attempt).blocks.ids for row in begins]),
+            sampling=(
+                SamplingRows.of([one.sampling for one in requests], [one.seed for one in requests])
+                if variant.sampling.is_sampled
+                else None
+            ),
+            logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
+            prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
+            oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),
+        )
+
+    def _variant_for(self, num_tokens: int, needed: SamplingShape) -> PrefillVariant:
+        """The least that can do what is needed, then the smallest that so many tokens fit."""
+        shapes = list(dict.fromkeys(one.sampling for one in self.variants))
+        fitting = [one for one in self.variants if one.num_tokens >= num_tokens and one.sampling.covers(needed)]
+        if not fitting:
+            raise ValueError(f"{self.name}: no step is compiled for {num_tokens} tokens with {needed}")
+        return min(fitting, key=lambda one: (shapes.index(one.sampling), one.num_tokens))
+
+    # -- commit -------------------------------------------------------------------------------------------------------
+
+    def _commit_work(self, plan: Plan, result: Result, now: float) -> None:
+        if isinstance(plan, SendPlan):
+            self._commit_send(plan)
+        else:
+            assert isinstance(plan, PrefillPlan)
+            assert isinstance(result, PrefillResult)
+            self._commit_step(plan, result, now)
+
+    def _commit_send(self, plan: SendPlan) -> None:
+        """Those whose last tokens have been read need their blocks here no longer."""
+        for attempt_id in plan.attempt_ids[plan.segments.hidden_rows >= 0].tolist():
+            attempt = self.attempts.pop(attempt_id, None)
+            if attempt is not None:
+                attempt.leave_source()
+
+    def _commit_step(self, plan: PrefillPlan, result: PrefillResult, now: float) -> None:
+        self.stepped()
+        self.num_tokens += len(plan.token_ids)
+        self.slot_load.add(result.slot_load)
+        self.autotune.add(plan.microbatches, result.seconds)
+        self._note_logprobs(plan, result)
+        travelling: dict[str, list[tuple[Attempt, int]]] = collections.defaultdict(list)
+        for row, (attempt_id, stop) in enumerate(zip(plan.attempt_ids.tolist(), plan.stops.tolist(), strict=True)):
+            attempt = self.attempts.get(attempt_id)
+            if attempt is None:
+                continue
+            self._num_tokens_left -= stop - attempt.num_computed
+            attempt.num_computed = stop
+            if stop == attempt.num_prefill:
+                del self._queue[attempt_id]
+                if self._take_first_token(attempt, int(result.token_ids[row]), now):
+                    assert attempt.target is not None
+                    travelling[attempt.target].append((attempt, row))
+        for target, ended in travelling.items():
+            self.owner.hand_off(self.name, target, plan.number, ended, now)
+
+    def _take_first_token(self, attempt: Attempt, token_id: int, now: float) -> bool:
+        """Give a request the token that its prefill has made; whether it goes on to decode."""
+        request = attempt.request
+        if token_id == NOT_FINITE:
+            self.owner.refuse(request, f"{request.request_id}: {NOT_FINITE_MESSAGE}")
+            return False
+        if not request.is_resumed:
+            request.times.prefilled = now
+            request.append([token_id])
+            self.owner.generated([(request, 1)], num_prompt_tokens=len(request.prompt_ids))
+        if request.finish_reason is not None:
+            self.owner.finish(request)
+            return False
+        return True
+
+    def _note_logprobs(self, plan: PrefillPlan, result: PrefillResult) -> None:
+        """Give requests the log probabilities that they asked for, of prompts and of first tokens."""
+        begin = 0
+        for row in plan.prompt_logprob_rows.tolist():
+            start, stop = int(plan.starts[row]), int(plan.stops[row])
+            attempt = self.attempts.get(int(plan.attempt_ids[row]))
+            if attempt is not None:
+                assert result.prompt_logprobs is not None
+                request = attempt.request
+                num_top = request.sampling.prompt_logprobs or 0
+                following = request.prompt_ids[start + 1 : stop + 1]
+                # Computed once more after a failure, they replace what was there.
+                request.prompt_logprobs[start + 1 :] = [
+                    result.prompt_logprobs.at(begin + index, token, num_top) for index, token in enumerate(following)
+                ]
+            begin += stop - start
+        for index, row in enumerate(plan.logprob_rows.tolist()):
+            attempt = self.attempts.get(int(plan.attempt_ids[row]))
+            if attempt is not None:
+                assert result.logprobs is not None
+                num_top = attempt.request.sampling.logprobs or 0
+                attempt.request.logprobs = [result.logprobs.at(index, int(result.token_ids[row]), num_top)]
+
+    def _commit_change(self, plan: Plan) -> None:
+        if isinstance(plan, CompilePlan) and plan.variants:
+            self.variants = tuple(one for one in plan.variants if isinstance(one, PrefillVariant))
+
+    def _renew(self) -> None:
+        self._pool = BlockPool(self.sizes.num_blocks, self.fence)
+        self._places = BlockPool(self.sizes.num_places, self.fence)
+        self._queue: dict[int, Attempt] = {}
+        self._outgoing: collections.deque[Transfer] = collections.deque()
+        self._num_tokens_left = 0
+
+    def _check(self, leases: Sequence[Lease]) -> None:
+        for pool in (self._pool, self._places):
+            pool.check([lease for lease in leases if lease.pool is pool])
+        left = sum(one.num_prefill - one.num_computed for one in self._queue.values())
+        assert left == self._num_tokens_left, (left, self._num_tokens_left)
+
+
+def _held(attempt: Attempt) -> PrefillHold:
+    assert attempt.prefill is not None
+    return attempt.prefill

@@ -1,0 +1,255 @@
+"""How a request is sampled: what its client may ask for, and as rows of arrays what a step needs of it."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.schedule.blocks import Ragged
+
+NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
+NOT_FINITE_MESSAGE = (
+    "its logits are not finite: the checkpoint holds NaN or infinite weights, or overflows in this dtype"
+)
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+# Stop tokens of a request that a step looks for itself; those beyond are found when its tokens are taken, as all are
+# where nothing is sampled.
+MAX_STEP_STOPS = 8
+_LEAST_TEMPERATURE = 1e-5  # below it the best token is taken, as vLLM does
+_MOST_TEMPERATURE = 1e30  # all are alike long before; float32 has no inverse of 1e38, and 0 * -inf is NaN
+_MOST_TOP_K = np.iinfo(np.int32).max
+# Field -> (least, most, whether the least itself is allowed), as OpenAI and vLLM have them.
+_RANGES = {
+    "temperature": (0.0, float("inf"), True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt. The defaults take the best token each time.
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1.
+        stop_token_ids: a generated token among these ends the request, and is its last. The model's own
+            `eos_token_id` stops nothing unless it is listed here.
+        temperature: what logits are divided by before a token is drawn; 0 takes the best.
+        top_k: draw from so many of the best only; 0 or -1 for all.
+        top_p: draw from the best whose probabilities together reach it.
+        min_p: draw from those at least so probable, as a share of the best one's probability.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens generated before, once and for each
+            time.
+        logit_bias: token id -> what is added to its logit, -100 to 100; at most `MAX_LOGIT_BIAS` tokens.
+        seed: equal seeds give equal tokens, whatever else runs; None: another one each time.
+        logprobs: None, or how many of the best tokens' log probabilities to return beside the generated one's.
+        prompt_logprobs: the same for the prompt's tokens.
+    """
+
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+                raise UserError(f"{name} {value!r} is no integer")
+        for name in _RANGES:
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), numbers.Real):
+                raise UserError(f"{name} {getattr(self, name)!r} is no number")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens {self.max_tokens} is not positive")
+        for name, (least, most, is_closed) in _RANGES.items():
+            value = getattr(self, name)
+            if not (least <= value <= most) or (value == least and not is_closed) or math.isinf(value):
+                interval = f"{'from' if is_closed else 'above'} {least:g}" + (f" to {most:g}" if most < 1e9 else "")
+                raise UserError(f"{name} {value} is out of range: it must be {interval}")
+        if self.top_k < -1:
+            raise UserError(f"top_k {self.top_k} is out of range: it must be positive, or 0 or -1 for all tokens")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise UserError(f"logit_bias of {len(self.logit_bias)} tokens: at most {MAX_LOGIT_BIAS} are supported")
+        for token, value in self.logit_bias.items():
+            if not -100 <= value <= 100:
+                raise UserError(f"logit_bias of token {token} is {value}: it must be from -100 to 100")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"seed {self.seed} is out of range: it must be from 0 to 2^64 - 1")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise UserError(f"{name} {count} is out of range: it must be from 0 to {MAX_LOGPROBS}")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was generated before counts."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingShape:
+    """What a compiled step can do for the requests of a batch, in few sizes, so that few are compiled.
+
+    Attributes:
+        is_sampled: some request does not just take the best token.
+        num_bias, num_stop: biases and stop tokens of a request, at most. Where nothing is sampled, the stop tokens are
+            left to those who take the tokens: they drop what a call has made behind one.
+        has_penalties: some request has any.
+        num_logprobs, num_prompt_logprobs: best tokens at a place, at most; None where no request asks.
+    """
+
+    is_sampled: bool = False
+    num_bias: int = 0
+    num_stop: int = 0
+    has_penalties: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+    @classmethod
+    def for_all(cls, samplings: Iterable[SamplingParams]) -> "SamplingShape":
+        """The smallest that does for all of these."""
+        shape = cls()
+        for one in samplings:
+            num_bias = _rounded(len(one.logit_bias), MAX_LOGIT_BIAS)
+            num_stop = _rounded(len(one.stop_token_ids), MAX_STEP_STOPS)
+            is_sampled = one.temperature > 0 or one.has_penalties or num_bias > 0
+            shape = shape.union(
+                cls(is_sampled, num_bias, num_stop, one.has_penalties, one.logprobs, one.prompt_logprobs)
+            )
+        return shape
+
+    def covers(self, other: "SamplingShape") -> bool:
+        """Whether this does for all that `other` does for."""
+        num_stop = other.num_stop if other.is_sampled else 0
+        return self == self.union(dataclasses.replace(other, num_stop=num_stop))
+
+    def union(self, other: "SamplingShape") -> "SamplingShape":
+        """What does for both."""
+        return SamplingShape(
+            self.is_sampled or other.is_sampled,
+            max(self.num_bias, other.num_bias),
+            max(self.num_stop, other.num_stop),
+            self.has_penalties or other.has_penalties,
+            _most(self.num_logprobs, other.num_logprobs),
+            _most(self.num_prompt_logprobs, other.num_prompt_logprobs),
+        )
+
+
+# What a server's steps are compiled for: greedy requests alone, and whatever else a client may ask for.
+SERVING_SHAPES = (
+    SamplingShape(),
+    SamplingShape(
+        is_sampled=True,
+        num_bias=MAX_LOGIT_BIAS,
+        num_stop=MAX_STEP_STOPS,
+        has_penalties=True,
+        num_logprobs=MAX_LOGPROBS,
+        num_prompt_logprobs=MAX_LOGPROBS,
+    ),
+)
+
+
+def _rounded(count: int, most: int) -> int:
+    """The next power of two, at most `most`: few sizes."""
+    return min(1 << (count - 1).bit_length(), most) if count else 0
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return one if other is None else max(other, one or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """The settings of some requests as arrays, one row each, for the rows of a step.
+
+    Attributes:
+        temperature: `float32[rows]`, 0 for the best token.
+        top_k: `int32[rows]`, 0 for all.
+        top_p, min_p, presence_penalty, frequency_penalty: `float32[rows]`.
+        seed: `uint32[rows, 2]`, high and low half.
+        bias_ids, bias_values: int32 and float32, what each has.
+        stop_ids: int32, what each has, at most `MAX_STEP_STOPS`.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    presence_penalty: np.ndarray
+    frequency_penalty: np.ndarray
+    seed: np.ndarray
+    bias_ids: Ragged
+    bias_values: Ragged
+    stop_ids: Ragged
+
+    @classmethod
+    def of(cls, samplings: Sequence[SamplingParams], seeds: Sequence[int]) -> "SamplingRows":
+        """From one request a row."""
+        temperatures = (min(one.temperature, _MOST_TEMPERATURE) for one in samplings)
+
+        def floats(values: Iterable[float]) -> np.ndarray:
+            return np.array(list(values), np.float32)
+
+        return cls(
+            temperature=floats(t if t >= _LEAST_TEMPERATURE else 0.0 for t in temperatures),
+            top_k=np.array([min(max(one.top_k, 0), _MOST_TOP_K) for one in samplings], np.int32),
+            top_p=floats(one.top_p for one in samplings),
+            min_p=floats(one.min_p for one in samplings),
+            presence_penalty=floats(one.presence_penalty for one in samplings),
+            frequency_penalty=floats(one.frequency_penalty for one in samplings),
+            seed=np.array([(s >> 32 & 0xFFFFFFFF, s & 0xFFFFFFFF) for s in seeds], np.uint32).reshape(-1, 2),
+            bias_ids=Ragged.of([list(one.logit_bias) for one in samplings]),
+            bias_values=Ragged.of([list(one.logit_bias.values()) for one in samplings], np.float32),
+            stop_ids=Ragged.of([one.stop_token_ids[:MAX_STEP_STOPS] for one in samplings]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one place, by the model's own logits.
+
+    Attributes:
+        token_id, logprob: of the token that is there.
+        rank: its place among all tokens, 1 for the most probable.
+        top: (token id, log probability) of the most probable, best first, as many as asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobArrays:
+    """Log probabilities that a step returns, of some places; shapes `[places]` and `[places, n]`.
+
+    Attributes:
+        chosen: float32, of the token that is there.
+        rank: int32, its place among all, 1 for the best.
+        top_ids, top: int32 and float32, the n best, best first.
+    """
+
+    chosen: np.ndarray
+    rank: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+    def at(self, place: int, token_id: int, num_top: int) -> TokenLogprobs:
+        """One place, with so many of the best."""
+        top = zip(self.top_ids[place, :num_top].tolist(), self.top[place, :num_top].tolist(), strict=True)
+        return TokenLogprobs(token_id, float(self.chosen[place]), int(self.rank[place]), tuple(top))

@@ -1,0 +1,43 @@
+"""What the API needs of an engine."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cmjax.model import Model
+from cmjax.schedule import EngineStats, SamplingParams
+from cmjax.serve import EngineSettings, RequestHandle
+
+
+class Backend(Protocol):
+    """An engine that has been started: `cmjax.serve.Engine`, or another one that takes requests and says how it is."""
+
+    @property
+    def model(self) -> Model:
+        """What it serves; its config has the vocabulary and the tokens that end a text."""
+        ...
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Its sizes; `max_model_len` is the longest request."""
+        ...
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests have a chance."""
+        ...
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> RequestHandle:
+        """Take a request; see `Engine.submit`."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """What it does at present."""
+        ...

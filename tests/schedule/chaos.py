@@ -1,0 +1,493 @@
+"""A cluster to which anything may happen, and what must hold whatever does."""
+
+import collections
+import dataclasses
+import pickle
+import random
+from typing import Any, Literal
+
+import numpy as np
+
+from cmjax.schedule import (
+    MAX_FAILURES,
+    MAX_STEP_STOPS,
+    NOT_FINITE,
+    NOT_FINITE_MESSAGE,
+    Arrival,
+    Attempt,
+    CompilePlan,
+    DecodePlan,
+    DecodePlanner,
+    Executor,
+    InstanceChange,
+    Plan,
+    Planner,
+    PrefillPlan,
+    PrefillPlanner,
+    ReceivePlan,
+    Request,
+    RequestTimes,
+    RequestUpdate,
+    RestartPlan,
+    Result,
+    Role,
+    SamplingParams,
+    SendPlan,
+    SloController,
+)
+from cmjax.schedule.virtual import VirtualCluster, VirtualError, expected_tokens, logprob_of
+from tests.schedule.clusters import BLOCK, decode_sizes, prefill_sizes
+
+TIMEOUT_S = 1.0
+LONGEST_PROMPT, MOST_TOKENS = 26, 14
+MAX_BLOCKS = -(-(LONGEST_PROMPT + MOST_TOKENS) // BLOCK)
+MOST_INSTANCES, MOST_PLANS = 3, 20_000
+ROLES: tuple[Role, Role] = ("prefill", "decode")
+
+Moment = Literal["before", "after"]
+KINDS = ("greedy", "greedy", "sampled", "stop", "far stop", "logprobs")
+PLAN_NAMES = {
+    PrefillPlan: "step",
+    DecodePlan: "call",
+    SendPlan: "send",
+    ReceivePlan: "receive",
+    CompilePlan: "compile",
+    RestartPlan: "restart",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a history begins with.
+
+    Attributes:
+        seed: of what is left to chance: prompts, and how long everything takes.
+        num_prefill, num_decode: instances.
+        num_steps, num_drafts: of a decode call.
+        prefill_blocks, decode_blocks: of an instance, of a rank; what is more than enough for one request.
+        is_limited: a controller says how many sequences run together.
+        is_patient: calls wait until all have arrived.
+    """
+
+    seed: int
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_steps: int = 2
+    num_drafts: int = 0
+    prefill_blocks: int = 30
+    decode_blocks: int = 20
+    is_limited: bool = False
+    is_patient: bool = False
+
+
+class Wrapped:
+    """An executor as in another process, whose runs may fail before they have any effect, or after."""
+
+    def __init__(self, name: str, inner: Executor, chaos: "Chaos") -> None:
+        self._name, self._inner, self._chaos = name, inner, chaos
+
+    def run(self, plan: Plan) -> Result:
+        plan = pickle.loads(pickle.dumps(plan))
+        moment = self._chaos.failing_moment(self._name, plan)
+        if moment == "before":
+            raise VirtualError(f"{PLAN_NAMES[type(plan)]} before")
+        self._chaos.sending = plan if isinstance(plan, SendPlan) else None
+        result = self._inner.run(plan)
+        if moment == "after":
+            raise VirtualError(f"{PLAN_NAMES[type(plan)]} after")
+        return pickle.loads(pickle.dumps(self._chaos.spoil(self._name, plan, result)))
+
+    def poll(self) -> list[Arrival]:
+        return self._inner.poll()
+
+    @property
+    def expects_arrivals(self) -> bool:
+        return self._inner.expects_arrivals
+
+
+@dataclasses.dataclass
+class Told:
+    """What the client of a request has been told, and what it must be told in the end."""
+
+    expected: list[int]
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    is_cancelled: bool = False
+    is_spoilt: bool = False
+
+
+class Chaos:
+    """One history. Every method but the last is something that happens; `check` must hold after each, and `finish`,
+    without further faults, must bring everything to its end.
+
+    Args:
+        counts: what happened, to which this history adds.
+    """
+
+    def __init__(self, layout: Layout, counts: "collections.Counter[str]") -> None:
+        self.layout, self.counts = layout, counts
+        self.random = random.Random(layout.seed)
+        self.cluster = VirtualCluster(
+            run_s=self._run_s,
+            commit_s=self._commit_s,
+            handoff_s=self._handoff_s,
+            wrap=lambda name, inner: Wrapped(name, inner, self),
+            timeout_s=TIMEOUT_S,
+        )
+        self.scheduler = self.cluster.scheduler
+        self.told: dict[Request, Told] = {}
+        self.changes: list[InstanceChange] = []
+        self.sending: SendPlan | None = None
+        self._failing: dict[str, list[Moment]] = collections.defaultdict(list)  # name of a plan -> of those to come
+        self._broken: set[str] = set()  # instances all of whose runs fail
+        self._round_fates: collections.deque[str] = collections.deque()
+        self._newest_arrival: dict[int, float] = {}  # transfer -> of its rounds
+        self._num_to_spoil = 0
+        # Name -> the plan under way, and whose is what it names: pool, id -> attempt's id.
+        self._under_way: dict[str, tuple[Plan, dict[tuple[int, int], int]]] = {}
+        self._planners: dict[str, Planner] = {}  # all there have ever been
+        self._lost_by_hand: set[str] = set()
+        self._num_plans = 0
+        for role, count in zip(ROLES, (layout.num_prefill, layout.num_decode), strict=True):
+            for _ in range(count):
+                self.add(role)
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def submit_some(self, count: int) -> None:
+        """Several requests, whatever they are."""
+        for _ in range(count):
+            length, max_tokens = self.random.randint(1, LONGEST_PROMPT), self.random.randint(1, MOST_TOKENS)
+            kind = self.random.choice(KINDS)
+            self.submit(length, max_tokens, self.random.randrange(2), self.random.choice("ab"), kind)
+
+    def submit(self, length: int, max_tokens: int, priority: int, tenant: str, kind: str) -> None:
+        """A request. `kind`: greedy, sampled, stop (a token that comes), far stop (one that steps do not know), or
+        logprobs."""
+        prompt = [self.random.randrange(5000) for _ in range(length)]
+        expected = expected_tokens(prompt, max_tokens)
+        options: dict[str, Any] = {}
+        if "stop" in kind:
+            stop = self.random.choice(expected)
+            expected = expected[: expected.index(stop) + 1]
+            unused = tuple(range(20_000, 20_000 + MAX_STEP_STOPS))
+            options["stop_token_ids"] = (*unused, stop) if kind == "far stop" else (stop,)
+        elif kind == "sampled":
+            options |= {"temperature": 1.0, "presence_penalty": 0.5, "seed": 7}
+        elif kind == "logprobs":
+            options |= {"logprobs": 2, "prompt_logprobs": 1}
+        request = Request(
+            f"request {len(self.told)}",
+            prompt,
+            SamplingParams(max_tokens=max_tokens, **options),
+            priority=priority,
+            tenant=tenant,
+            times=RequestTimes(self.cluster.now),
+        )
+        self.told[request] = Told(expected)
+        self.counts[f"submitted: {kind}"] += 1
+        self.scheduler.submit(request)
+
+    def cancel(self, index: int) -> None:
+        """The client of one of those under way goes."""
+        alive = [request for request in self.told if request.finish_reason is None]
+        if alive:
+            request = alive[index % len(alive)]
+            self.counts[f"cancelled: {request.attempt.stage if request.attempt else 'waiting'}"] += 1
+            self.told[request].is_cancelled = True
+            self.scheduler.cancel(request)
+
+    def advance(self, seconds: float) -> None:
+        """Time passes."""
+        self.cluster.run(self.cluster.now + seconds)
+
+    def fail_runs(self, kind: str, moment: Moment, count: int) -> None:
+        """The next plans of a kind fail, whosever they are."""
+        self._failing[kind] += [moment] * count
+
+    def hurt(self, what: str, index: int, is_last_spared: bool) -> None:
+        """Lose, drain, remove or break down an instance, or compile it anew."""
+        planner = self._pick(index)
+        if planner is not None and not (is_last_spared and self._alive(planner.role) == [planner]):
+            getattr(self, what)(planner)
+
+    def break_down(self, planner: Planner) -> None:
+        """All that an instance runs fails from now on."""
+        self._broken.add(planner.name)
+
+    def spoil_results(self, count: int) -> None:
+        """A row of each of the next results is not finite."""
+        self._num_to_spoil += count
+
+    def decide_rounds(self, fate: str, count: int) -> None:
+        """The next rounds sent get lost, or come late, or later than the next ones."""
+        self._round_fates.extend([fate] * count)
+
+    def lose(self, planner: Planner) -> None:
+        """An instance is gone."""
+        if not planner.is_lost:
+            self._count_end(planner, "lost by hand")
+            self._lost_by_hand.add(planner.name)
+            self.scheduler.lose(planner.name, RuntimeError("gone"))
+
+    def drain(self, planner: Planner) -> None:
+        """An instance takes nothing new."""
+        self.counts["drained"] += not planner.is_draining
+        planner.is_draining = True
+
+    def remove(self, planner: Planner) -> None:
+        """An instance is taken out."""
+        self._count_end(planner, "removed")
+        self.cluster.remove(planner.name)
+
+    def compile(self, planner: Planner) -> None:
+        """Somebody has an instance compiled anew."""
+        assert isinstance(planner, PrefillPlanner | DecodePlanner)
+        self.changes.append(planner.change(CompilePlan(planner.variants)))
+
+    def add(self, role: Role) -> None:
+        """Another instance, where there are few."""
+        if len(self._alive(role)) >= MOST_INSTANCES:
+            return
+        name, layout = f"{role}{len(self._planners)}", self.layout
+        if role == "prefill":
+            # A prompt may be as long as what decode has added to it.
+            num_blocks = MAX_BLOCKS + layout.prefill_blocks
+            self._planners[name] = self.cluster.add_prefill(
+                name, prefill_sizes(num_blocks, step_tokens=12, num_places=3)
+            )
+        else:
+            sizes = decode_sizes(
+                2,
+                3,
+                MAX_BLOCKS + layout.decode_blocks,
+                max_blocks=MAX_BLOCKS,
+                num_steps=layout.num_steps,
+                num_drafts=layout.num_drafts,
+                round_tokens=10,
+            )
+            self._planners[name] = planner = self.cluster.add_decode(name, sizes, is_patient=layout.is_patient)
+            if layout.is_limited:
+                planner.controller = SloController(0.05, [1, 2, 3])
+        self.counts[f"added: {role}"] += 1
+
+    # -- what must hold -----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """At any time."""
+        self.scheduler.check()
+        for request, update in self.scheduler.take_updates():
+            self._take(request, update)
+        waiting = set(self.scheduler.waiting)
+        running = {attempt.request for one in self.scheduler.planners for attempt in one.attempts.values()}
+        alive = {request for request, told in self.told.items() if told.finish_reason is None}
+        assert not waiting & running
+        assert waiting | running == alive
+        assert len(waiting) == len(self.scheduler.waiting)
+        self._check_fences()
+
+    def finish(self) -> None:
+        """Without further faults everything ends, and nothing is left."""
+        self._failing.clear()
+        self._broken.clear()
+        self._round_fates.clear()
+        self._num_to_spoil = 0
+        self._run_out()
+        for role in ROLES:
+            planners = self.scheduler.of_role(role)
+            if all(one.is_lost for one in planners):
+                waiting = [one for one in self.scheduler.waiting if role == "prefill" or one.will_decode]
+                assert not waiting, "nobody can take these, and they wait"
+            if all(one.is_lost or one.is_draining for one in planners):
+                self.add(role)
+        self._run_out()
+        for request, told in self.told.items():
+            assert told.finish_reason is not None, (request.request_id, "has not ended")
+            assert request.token_ids == told.token_ids
+            assert request.finish_reason == told.finish_reason
+            assert request.attempt is None
+        for change in self.changes:
+            assert change.is_over
+        assert all(planner.under_way is None for planner in self._planners.values())
+        scheduler, requests = self.scheduler, self.told
+        assert len(scheduler.waiting) == scheduler.num_running == 0
+        for planner in scheduler.planners:
+            assert planner.is_idle
+            assert planner.stats().num_used_blocks == planner.stats().num_running == planner.stats().num_waiting == 0
+        assert scheduler.num_preemptions == sum(request.num_preemptions for request in requests)
+        assert scheduler.num_generation_tokens == sum(len(request.token_ids) for request in requests)
+        assert scheduler.num_prompt_tokens == sum(len(one.prompt_ids) for one in requests if one.token_ids)
+        self.counts["histories"] += 1
+        self.counts["preemptions"] += scheduler.num_preemptions
+        self.counts["hand-offs failed"] += scheduler.num_failed_handoffs
+        self.counts["hand-offs"] += scheduler.num_handoffs
+        lost = {name for name, planner in self._planners.items() if planner.is_lost} - self._lost_by_hand
+        self.counts["lost by failing three times"] += len(lost)
+        self.counts["changes"] += len(self.changes)
+        self.counts["changes that failed"] += sum(change.error is not None for change in self.changes)
+
+    def _run_out(self) -> None:
+        self.cluster.run(self.cluster.now + 1000)
+        self.check()
+
+    def _take(self, request: Request, update: RequestUpdate) -> None:
+        """The client is told."""
+        told = self.told[request]
+        assert told.finish_reason is None, "told of its end twice"
+        told.token_ids += update.token_ids
+        assert told.token_ids == told.expected[: len(told.token_ids)], (request.request_id, told)
+        if request.sampling.logprobs is not None:
+            assert update.logprobs is not None
+            assert [one.token_id for one in update.logprobs] == update.token_ids
+            assert [one.logprob for one in update.logprobs] == [logprob_of(token) for token in update.token_ids]
+        if update.prompt_logprobs is not None:
+            first, *others = update.prompt_logprobs
+            assert first is None
+            assert [one and one.token_id for one in others] == request.prompt_ids[1:]
+        told.finish_reason = update.finish_reason
+        if update.finish_reason is not None:
+            self._check_end(request, told)
+
+    def _check_end(self, request: Request, told: Told) -> None:
+        reason, tokens = told.finish_reason, told.token_ids
+        is_whole = tokens == told.expected
+        is_stopped = bool(tokens) and tokens[-1] in request.sampling.stop_token_ids
+        if reason in ("stop", "length"):
+            assert is_whole
+            assert is_stopped == (reason == "stop")
+            self.counts[f"ended: {reason}"] += 1
+            self.counts["ended after a failure"] += request.num_failures > 0
+        elif reason == "abort":
+            assert told.is_cancelled
+        else:
+            assert reason == "error"
+            assert request.error is not None
+            self._check_error(request, request.error)
+        assert told.is_cancelled == (reason == "abort")
+
+    def _check_error(self, request: Request, error: str) -> None:
+        if NOT_FINITE_MESSAGE in error:
+            assert self.told[request].is_spoilt
+            self.counts["ended: not finite"] += 1
+        elif "instance is left" in error:
+            role: Role = "prefill" if "no prefill" in error else "decode"
+            assert all(one.is_lost for one in self.scheduler.of_role(role))
+            self.counts["ended: no instance left"] += 1
+        else:
+            assert request.num_failures == MAX_FAILURES
+            self.counts["ended: hit three times"] += 1
+        if request.num_failures >= MAX_FAILURES:
+            assert request.num_failures == MAX_FAILURES
+
+    def _check_fences(self) -> None:
+        """What a plan under way names has no other owner yet."""
+        for planner in self.scheduler.planners:
+            if planner.under_way is None:
+                continue
+            plan, owners = self._under_way[planner.name]
+            assert plan is planner.under_way
+            for attempt in planner.attempts.values():
+                for key in held_by(attempt, planner.role):
+                    assert owners.get(key, attempt.id) == attempt.id, (planner.name, key, owners[key], attempt.id)
+
+    # -- hooks of the cluster -----------------------------------------------------------------------------------------
+
+    def failing_moment(self, name: str, plan: Plan) -> Moment | None:
+        """Whether a run fails, and when."""
+        kind, moment = PLAN_NAMES[type(plan)], None
+        if name in self._broken:
+            moment = self.random.choice(("before", "after"))
+        elif self._failing[kind]:
+            moment = self._failing[kind].pop()
+        if moment is not None:
+            self.counts[f"failed: {kind} {moment}"] += 1
+        return moment
+
+    def spoil(self, name: str, plan: Plan, result: Any) -> Result:
+        """Perhaps a result with a row that is not finite."""
+        if not self._num_to_spoil or not isinstance(plan, PrefillPlan | DecodePlan):
+            return result
+        rows = np.flatnonzero(plan.is_last).tolist() if isinstance(plan, PrefillPlan) else range(len(plan.places))
+        if not rows:
+            return result
+        self._num_to_spoil -= 1
+        row, token_ids = self.random.choice(list(rows)), result.token_ids.copy()
+        token_ids[..., row] = NOT_FINITE
+        attempt = self._planners[name].attempts.get(int(plan.attempt_ids[row]))
+        if attempt is not None:
+            self.told[attempt.request].is_spoilt = True
+        self.counts["rows spoilt"] += 1
+        return dataclasses.replace(result, token_ids=token_ids)
+
+    def _run_s(self, plan: Plan) -> float:
+        """A plan has been made."""
+        planner = self._planner_of(plan)
+        attempts = [planner.attempts[attempt_id] for attempt_id in attempt_ids_of(plan)]
+        owners = {key: attempt.id for attempt in attempts for key in held_by(attempt, planner.role)}
+        self._under_way[planner.name] = plan, owners
+        self._count_plan(plan, attempts)
+        self._num_plans += 1
+        assert self._num_plans < MOST_PLANS, "nothing comes to an end"
+        is_step = isinstance(plan, PrefillPlan | DecodePlan)
+        return self.random.choice((0.02, 0.05, 0.1) if is_step else (0.002, 0.01, 0.03)) * (0.5 + self.random.random())
+
+    def _commit_s(self, plan: Plan) -> float:
+        """A plan has been run, and will be committed."""
+        planner = self._planner_of(plan)
+        num_over = sum(attempt_id not in planner.attempts for attempt_id in attempt_ids_of(plan))
+        self.counts[f"rows of attempts that are over: {PLAN_NAMES[type(plan)]}"] += num_over
+        return self.random.choice((0.0, 0.0, 0.0, 0.01, 0.1))
+
+    def _handoff_s(self, index: int) -> float | None:
+        assert self.sending is not None
+        fate = self._round_fates.popleft() if self._round_fates else ""
+        if fate:
+            self.counts[f"rounds: {fate}"] += 1
+        if fate == "lost":
+            return None
+        seconds = self.random.random() * 0.1 + {"": 0.0, "late": TIMEOUT_S, "overtaken": 0.3}[fate]
+        arrival, newest = self.cluster.now + seconds, self._newest_arrival.get(self.sending.transfer_id, 0.0)
+        self.counts["rounds: out of order"] += arrival < newest
+        self._newest_arrival[self.sending.transfer_id] = max(arrival, newest)
+        return seconds
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _alive(self, role: Role) -> list[Planner]:
+        return [one for one in self.scheduler.of_role(role) if not (one.is_lost or one.is_draining)]
+
+    def _pick(self, index: int) -> Planner | None:
+        planners = self.scheduler.planners
+        return planners[index % len(planners)] if planners else None
+
+    def _planner_of(self, plan: Plan) -> Planner:
+        return next(one for one in self._planners.values() if one.under_way is plan)
+
+    def _count_end(self, planner: Planner, what: str) -> None:
+        self.counts[what] += 1
+        self.counts[f"{what} at work"] += planner.under_way is not None
+
+    def _count_plan(self, plan: Plan, attempts: list[Attempt]) -> None:
+        counts = self.counts
+        counts[f"plans: {PLAN_NAMES[type(plan)]}"] += 1
+        if isinstance(plan, PrefillPlan):
+            counts["chunks that end no prompt"] += int((~plan.is_last).sum())
+            counts["prompts computed again"] += sum(attempt.request.is_resumed for attempt in attempts)
+        elif isinstance(plan, DecodePlan):
+            counts["calls with growth"] += len(plan.growth.places) > 0
+            counts["calls with nothing new"] += len(plan.growth.places) == len(plan.joins.places) == 0
+        elif isinstance(plan, SendPlan):
+            counts["second and later rounds"] += plan.round > 0
+        elif isinstance(plan, ReceivePlan):
+            counts["rounds: thrown away"] += len(plan.attempt_ids) == 0
+
+
+def attempt_ids_of(plan: Plan) -> list[int]:
+    """Those that a plan names, each once."""
+    return list(dict.fromkeys(getattr(plan, "attempt_ids", np.zeros(0, np.int64)).tolist()))
+
+
+def held_by(attempt: Attempt, role: Role) -> list[tuple[int, int]]:
+    """What an attempt has of its instance of a role: pool, id."""
+    hold = attempt.prefill if role == "prefill" else attempt.decode
+    return [(id(lease.pool), one) for lease in (hold.place, hold.blocks) for one in lease.ids] if hold else []

@@ -1,0 +1,122 @@
+"""Whatever happens to instances, hand-offs and requests, and whenever: every request ends once, and rightly."""
+
+import collections
+from typing import ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, Chaos, Layout
+
+INSTANCES = st.integers(0, 5)
+MOMENTS = st.sampled_from(["before", "after"])
+
+
+class ChaosMachine(RuleBasedStateMachine):
+    """Histories of a cluster."""
+
+    counts: ClassVar["collections.Counter[str]"]
+
+    @initialize(
+        layout=st.builds(
+            Layout,
+            seed=st.integers(0, 2**32 - 1),
+            num_prefill=st.integers(1, 2),
+            num_decode=st.integers(1, 2),
+            num_steps=st.sampled_from([1, 3]),
+            num_drafts=st.sampled_from([0, 0, 1]),
+            prefill_blocks=st.integers(0, 30),
+            decode_blocks=st.integers(0, 20),
+            is_limited=st.booleans(),
+            is_patient=st.sampled_from([False, False, True]),
+        )
+    )
+    def begin(self, layout):
+        self.chaos, self.is_sound = Chaos(layout, self.counts), True
+
+    def do(self, what, *args):
+        self.is_sound = False
+        getattr(self.chaos, what)(*args)
+        self.chaos.check()
+        self.is_sound = True
+
+    @rule(count=st.integers(1, 6))
+    def submit_some(self, count):
+        self.do("submit_some", count)
+
+    @rule(
+        length=st.integers(1, LONGEST_PROMPT),
+        max_tokens=st.integers(1, MOST_TOKENS),
+        priority=st.integers(0, 1),
+        tenant=st.sampled_from("ab"),
+        kind=st.sampled_from(KINDS),
+    )
+    def submit(self, length, max_tokens, priority, tenant, kind):
+        self.do("submit", length, max_tokens, priority, tenant, kind)
+
+    @rule(index=st.integers(0, 99))
+    def cancel(self, index):
+        self.do("cancel", index)
+
+    @rule(hundredths=st.integers(1, 10))
+    def advance(self, hundredths):
+        self.do("advance", hundredths / 100)
+
+    @rule(tenths=st.integers(1, 30))
+    def advance_far(self, tenths):
+        self.do("advance", tenths / 10)
+
+    @rule(hundredths=st.integers(1, 60))
+    def advance_on(self, hundredths):
+        self.do("advance", hundredths / 100)
+
+    @rule(kind=st.sampled_from(sorted(PLAN_NAMES.values())), moment=MOMENTS, count=st.integers(1, 2))
+    def fail_runs(self, kind, moment, count):
+        self.do("fail_runs", kind, moment, count)
+
+    @rule(fate=st.sampled_from(["lost", "late", "overtaken"]), count=st.integers(1, 3))
+    def decide_rounds(self, fate, count):
+        self.do("decide_rounds", fate, count)
+
+    @rule(
+        what=st.sampled_from(["lose", "drain", "remove", "break_down", "compile", "compile"]),
+        index=INSTANCES,
+        is_last_spared=st.sampled_from([True, True, True, False]),
+    )
+    def hurt(self, what, index, is_last_spared):
+        self.do("hurt", what, index, is_last_spared)
+
+    @rule(role=st.sampled_from(ROLES))
+    def add(self, role):
+        self.do("add", role)
+
+    @rule(count=st.just(1))
+    def spoil_results(self, count):
+        self.do("spoil_results", count)
+
+    def teardown(self):
+        if self.is_sound:
+            self.chaos.finish()
+
+
+def run_histories(num_histories):
+    """What happened in so many histories."""
+
+    class Machine(ChaosMachine):
+        counts: ClassVar["collections.Counter[str]"] = collections.Counter()
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=num_histories,
+            stateful_step_count=40,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        ),
+    )
+    return Machine.counts
+
+
+def test_requests_end_rightly_in_hundreds_of_histories():
+    counts = run_histories(300)
+    print(counts)

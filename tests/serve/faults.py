@@ -1,0 +1,107 @@
+"""Faults on devices: an engine whose runs fail before, inside and after what they do, and whose rounds get lost."""
+
+import collections
+import threading
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax.model import Model
+from cmjax.schedule import Attempt, CompilePlan, SamplingParams, SendPlan
+from cmjax.serve import Engine
+from cmjax.serve.sampling import _noise
+
+# Two scores so near each other may change places with the order of sums; a request that starts over from its tokens
+# computes by prefill what decode had computed.
+CLOSE = 2e-3
+
+
+class Faults:
+    """Makes `most` runs of an engine's instances fail, each with some probability; at most two in a row of an instance,
+    which gives up at the third.
+
+    Attributes:
+        counts: (kind of plan, where) -> faults.
+        hits: request's id -> attempts of it that a failure ended.
+    """
+
+    WHERE = ("before", "inside", "after")
+
+    def __init__(self, engine: Engine, most: int, probability: float, seed: int = 0) -> None:
+        self.most, self.probability = most, probability
+        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._rng = np.random.default_rng(seed)
+        self._lock = threading.Lock()
+        self._engine = engine
+        self._in_a_row: collections.Counter[int] = collections.Counter()
+        self._executors = [*engine.prefill, *engine.fleet.decode.values()]
+        self._runs = {id(one): one.run for one in self._executors}
+        for executor in self._executors:
+            executor.run = self._wrapped(executor)
+        self.hits: collections.Counter[str] = collections.Counter()
+        self._hit = engine.core.scheduler.hit
+        engine.core.scheduler.hit = self._count_hit
+
+    def remove(self) -> None:
+        """Nothing fails any more."""
+        for executor in self._executors:
+            del executor.run
+        del self._engine.core.scheduler.hit
+
+    @property
+    def total(self) -> int:
+        """Faults so far."""
+        return sum(self.counts.values())
+
+    def _count_hit(self, attempt: Attempt, error: str) -> None:
+        self.hits[attempt.request.request_id] += 1
+        self._hit(attempt, error)
+
+    def _wrapped(self, executor: Any) -> Any:
+        run = self._runs[id(executor)]
+
+        def faulty(plan: Any) -> Any:
+            where = None if isinstance(plan, CompilePlan) else self._choose(executor, plan)
+            if where is None:
+                return run(plan)
+            if where == "before":
+                raise RuntimeError(f"{plan.kind}: broken before it began")
+            result = run(plan)
+            if isinstance(plan, SendPlan):
+                self._engine.fleet._wire.take(self._engine.fleet.decode[plan.target], (plan.transfer_id, plan.round))
+                if where == "inside":
+                    return result  # on its way, and lost
+            elif where == "inside":
+                executor.cache.delete()  # as a step that fails takes along what was donated to it
+            raise RuntimeError(f"{plan.kind}: broken {where}")
+
+        return faulty
+
+    def _choose(self, executor: Any, plan: Any) -> str | None:
+        with self._lock:
+            name = type(plan).__name__
+            if self.total >= self.most or self._in_a_row[id(executor)] == 2 or self._rng.random() > self.probability:
+                if name in ("PrefillPlan", "DecodePlan"):
+                    self._in_a_row[id(executor)] = 0
+                return None
+            where = self.WHERE[self._rng.integers(3)]
+            self._in_a_row[id(executor)] += name != "SendPlan"
+            self.counts[name, where] += 1
+            return where
+
+
+def is_close_call(
+    model: Model, prompt: list[int], found: list[int], expected: list[int], params: SamplingParams
+) -> bool:
+    """Whether two continuations part where the scores of both tokens are next to equal."""
+    at = next(index for index, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
+    prefix = [*prompt, *expected[:at]]
+    scores = np.asarray(model.logits(np.array([prefix])))[0, -1].astype(np.float64)
+    for token in set(expected[:at]):
+        scores[token] -= params.presence_penalty + params.frequency_penalty * expected[:at].count(token)
+    if params.temperature:
+        seed = params.seed or 0
+        halves = jnp.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32)
+        scores = scores / params.temperature + np.asarray(_noise(halves, jnp.array([len(prefix)]), len(scores)))[0]
+    return bool(abs(scores[found[at]] - scores[expected[at]]) < CLOSE)
