@@ -23,6 +23,7 @@ from cmjax.schedule import (
     SamplingParams,
     SamplingShape,
     Scheduler,
+    SendPlan,
 )
 from cmjax.serve import RequestHandle
 
@@ -102,8 +103,9 @@ def _filled(
         if isinstance(plan, PrefillPlan):
             source.commit(plan, PrefillResult(np.ones(len(plan.places), np.int32), _NO_LOAD, 0.0), 0.0)
         elif plan is not None:
+            assert isinstance(plan, SendPlan)
             source.commit(plan, None, 0.0)
-            received = target.plan(0.0, [(plan.transfer_id, plan.round)])  # type: ignore[union-attr]  # a SendPlan
+            received = target.plan(0.0, [(plan.transfer_id, plan.round)])
             assert isinstance(received, ReceivePlan)
             target.commit(received, None, 0.0)
     return scheduler, target, handles

@@ -19,6 +19,7 @@ from cmjax.schedule.plans import (
     DecodeVariant,
     Plan,
     ReceivePlan,
+    RestartPlan,
     Result,
 )
 from cmjax.schedule.request import Attempt, Request
@@ -348,6 +349,8 @@ class DecodePlanner(Planner):
         self.kept_drafts += np.bincount(per_step[per_step > 0] - 1, minlength=width)
 
     def _commit_change(self, plan: Plan) -> None:
+        if isinstance(plan, RestartPlan):
+            self._arrivals.clear()  # what had arrived before it is gone
         if isinstance(plan, CompilePlan) and plan.variants:
             self.variants = tuple(one for one in plan.variants if isinstance(one, DecodeVariant))
             for attempt in self.attempts.values():

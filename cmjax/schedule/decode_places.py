@@ -106,7 +106,7 @@ class DecodePlaces:
         prefilled again from the tokens it has. Nothing is copied when a sequence grows.
         """
         until = np.minimum(self.num_tokens, self.num_cached + num_ahead)
-        missing = np.where(self.is_running, -(-until // self.block_size) - self.num_blocks, 0)
+        missing = np.where(self.is_running, np.maximum(-(-until // self.block_size) - self.num_blocks, 0), 0)
         short = np.flatnonzero(missing > 0)
         ranks = short // self.num_places
         grown = []

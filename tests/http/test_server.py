@@ -16,7 +16,13 @@ from tests.parity import FOLDER
 @pytest.fixture(scope="module")
 def server():
     """A small model without a tokenizer, behind a real process; `(process, address)`."""
-    options = {"--model": FOLDER / "v3-small", "--ep": 2, "--max-num-seqs": 4, "--max-model-len": 64}
+    options = {
+        "--model": FOLDER / "v3-small",
+        "--ep": 2,
+        "--max-num-seqs": 1,
+        "--max-model-len": 64,
+        "--max-num-batched-tokens": 64,
+    }
     with serving_process(*itertools.chain(*options.items())) as process_and_address:
         yield process_and_address
 

@@ -117,8 +117,7 @@ class Told:
 
 
 class Chaos:
-    """One history. Every method but the last is something that happens; `check` must hold after each, and `finish`,
-    without further faults, must bring everything to its end.
+    """One history: things happen by `do`, and `finish`, without further faults, must bring everything to its end.
 
     Args:
         counts: what happened, to which this history adds.
@@ -148,9 +147,23 @@ class Chaos:
         self._planners: dict[str, Planner] = {}  # all there have ever been
         self._lost_by_hand: set[str] = set()
         self._num_plans = 0
+        self._last_event = 0.0
         for role, count in zip(ROLES, (layout.num_prefill, layout.num_decode), strict=True):
             for _ in range(count):
                 self.add(role)
+
+    def do(self, what: str, *args: Any, delay: float = 0.0) -> None:
+        """One of the methods below, now or later; what must hold at any time must hold after it."""
+
+        def act() -> None:
+            getattr(self, what)(*args)
+            self.check()
+
+        if delay > 0:
+            self._last_event = max(self._last_event, self.cluster.now + delay)
+            self.cluster.at(self.cluster.now + delay, act)
+        else:
+            act()
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -215,9 +228,9 @@ class Chaos:
         """All that an instance runs fails from now on."""
         self._broken.add(planner.name)
 
-    def spoil_results(self, count: int) -> None:
-        """A row of each of the next results is not finite."""
-        self._num_to_spoil += count
+    def spoil_result(self) -> None:
+        """A row of the next result is not finite."""
+        self._num_to_spoil += 1
 
     def decide_rounds(self, fate: str, count: int) -> None:
         """The next rounds sent get lost, or come late, or later than the next ones."""
@@ -249,6 +262,7 @@ class Chaos:
         """Another instance, where there are few."""
         if len(self._alive(role)) >= MOST_INSTANCES:
             return
+        self.check()  # those that could not go on for want of one have ended
         name, layout = f"{role}{len(self._planners)}", self.layout
         if role == "prefill":
             # A prompt may be as long as what decode has added to it.
@@ -287,7 +301,8 @@ class Chaos:
         self._check_fences()
 
     def finish(self) -> None:
-        """Without further faults everything ends, and nothing is left."""
+        """After all that was to come everything ends without further faults, and nothing is left."""
+        self.cluster.run(self._last_event)
         self._failing.clear()
         self._broken.clear()
         self._round_fates.clear()

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, Chaos, Layout
 
 INSTANCES = st.integers(0, 5)
+DELAYS = st.integers(-30, 100)  # hundredths of a second; those below 0 are none
 MOMENTS = st.sampled_from(["before", "after"])
 
 
@@ -35,15 +36,14 @@ class ChaosMachine(RuleBasedStateMachine):
     def begin(self, layout):
         self.chaos, self.is_sound = Chaos(layout, self.counts), True
 
-    def do(self, what, *args):
+    def do(self, what, *args, delay=0):
         self.is_sound = False
-        getattr(self.chaos, what)(*args)
-        self.chaos.check()
+        self.chaos.do(what, *args, delay=delay / 100)
         self.is_sound = True
 
-    @rule(count=st.integers(1, 6))
-    def submit_some(self, count):
-        self.do("submit_some", count)
+    @rule(count=st.integers(1, 6), delay=DELAYS)
+    def submit_some(self, count, delay):
+        self.do("submit_some", count, delay=delay)
 
     @rule(
         length=st.integers(1, LONGEST_PROMPT),
@@ -55,9 +55,9 @@ class ChaosMachine(RuleBasedStateMachine):
     def submit(self, length, max_tokens, priority, tenant, kind):
         self.do("submit", length, max_tokens, priority, tenant, kind)
 
-    @rule(index=st.integers(0, 99))
-    def cancel(self, index):
-        self.do("cancel", index)
+    @rule(index=st.integers(0, 99), delay=DELAYS)
+    def cancel(self, index, delay):
+        self.do("cancel", index, delay=delay)
 
     @rule(hundredths=st.integers(1, 10))
     def advance(self, hundredths):
@@ -71,29 +71,30 @@ class ChaosMachine(RuleBasedStateMachine):
     def advance_on(self, hundredths):
         self.do("advance", hundredths / 100)
 
-    @rule(kind=st.sampled_from(sorted(PLAN_NAMES.values())), moment=MOMENTS, count=st.integers(1, 2))
-    def fail_runs(self, kind, moment, count):
-        self.do("fail_runs", kind, moment, count)
+    @rule(kind=st.sampled_from(sorted(PLAN_NAMES.values())), moment=MOMENTS, count=st.integers(1, 2), delay=DELAYS)
+    def fail_runs(self, kind, moment, count, delay):
+        self.do("fail_runs", kind, moment, count, delay=delay)
 
-    @rule(fate=st.sampled_from(["lost", "late", "overtaken"]), count=st.integers(1, 3))
-    def decide_rounds(self, fate, count):
-        self.do("decide_rounds", fate, count)
+    @rule(fate=st.sampled_from(["lost", "late", "overtaken"]), count=st.integers(1, 3), delay=DELAYS)
+    def decide_rounds(self, fate, count, delay):
+        self.do("decide_rounds", fate, count, delay=delay)
 
     @rule(
         what=st.sampled_from(["lose", "drain", "remove", "break_down", "compile", "compile"]),
         index=INSTANCES,
         is_last_spared=st.sampled_from([True, True, True, False]),
+        delay=DELAYS,
     )
-    def hurt(self, what, index, is_last_spared):
-        self.do("hurt", what, index, is_last_spared)
+    def hurt(self, what, index, is_last_spared, delay):
+        self.do("hurt", what, index, is_last_spared, delay=delay)
 
-    @rule(role=st.sampled_from(ROLES))
-    def add(self, role):
-        self.do("add", role)
+    @rule(role=st.sampled_from(ROLES), delay=DELAYS)
+    def add(self, role, delay):
+        self.do("add", role, delay=delay)
 
-    @rule(count=st.just(1))
-    def spoil_results(self, count):
-        self.do("spoil_results", count)
+    @rule(delay=DELAYS)
+    def spoil_result(self, delay):
+        self.do("spoil_result", delay=delay)
 
     def teardown(self):
         if self.is_sound:

@@ -71,9 +71,7 @@ def test_what_starts_over_goes_before_its_tenant_s_others():
 
 @given(
     actions=st.lists(
-        st.tuples(
-            st.sampled_from(["submit", "restart", "remove", "serve"]), st.sampled_from("abc"), st.integers(0, 2)
-        ),
+        st.tuples(st.sampled_from(["submit", "restart", "remove", "serve"]), st.sampled_from("abc"), st.integers(0, 2)),
         max_size=60,
     )
 )

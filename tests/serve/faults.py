@@ -2,13 +2,14 @@
 
 import collections
 import threading
+import time
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from cmjax.model import Model
-from cmjax.schedule import Attempt, CompilePlan, SamplingParams, SendPlan
+from cmjax.schedule import MAX_FAILURES, Attempt, CompilePlan, SamplingParams, SendPlan
 from cmjax.serve import Engine
 from cmjax.serve.sampling import _noise
 
@@ -105,3 +106,65 @@ def is_close_call(
         halves = jnp.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32)
         scores = scores / params.temperature + np.asarray(_noise(halves, jnp.array([len(prefix)]), len(scores)))[0]
     return bool(abs(scores[found[at]] - scores[expected[at]]) < CLOSE)
+
+
+def make_load(rng, vocab_size, longest, count, max_tokens):
+    """Short and long prompts, greedy and sampled ones, with penalties and without, all with a stop token."""
+    load = []
+    for index in range(count):
+        length = int(rng.integers(1, longest if index % 4 == 0 else longest // 4))
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, max_tokens)),
+            temperature=0.8 * (index % 3 == 1),
+            seed=index,
+            frequency_penalty=0.5 * (index % 5 == 2),
+            stop_token_ids=(int(rng.integers(vocab_size)),),
+        )
+        load.append((rng.integers(0, vocab_size, length).tolist(), params))
+    return load
+
+
+def under_faults(engine, load, expected, faults, *, rounds, at_once, seed=0):
+    """Submit the load again and again, some of it cancelled, and check every answer; how many ended in which way."""
+    rng, outcomes = np.random.default_rng(seed), collections.Counter()
+    under_way = collections.deque()
+    sequence = [index for _ in range(rounds) for index in rng.permutation(len(load)).tolist()]
+    for number, index in enumerate(sequence):
+        handle = engine.submit(*load[index], priority=int(rng.integers(3)), tenant=str(number % 5))
+        under_way.append((index, handle))
+        if rng.random() < 0.05:
+            under_way[rng.integers(len(under_way))][1].cancel()
+        while len(under_way) >= at_once:
+            outcomes[check_one(engine.model, load, expected, faults, *under_way.popleft())] += 1
+    while under_way:
+        outcomes[check_one(engine.model, load, expected, faults, *under_way.popleft())] += 1
+    return outcomes
+
+
+def check_one(model, load, expected, faults, index, handle):
+    prompt, params = load[index]
+    for _ in handle:  # to its end
+        pass
+    wanted = expected[index].token_ids
+    is_whole = handle.finish_reason in ("stop", "length")
+    # An error comes with the third hit, and with nothing else.
+    assert (faults.hits[handle.request_id] == MAX_FAILURES) == (handle.finish_reason == "error")
+    if handle.token_ids != (wanted if is_whole else wanted[: len(handle.token_ids)]):
+        assert is_close_call(model, prompt, handle.token_ids, wanted, params), (index, handle.token_ids, wanted)
+        return "close call"
+    assert not is_whole or handle.finish_reason == expected[index].finish_reason
+    return handle.finish_reason
+
+
+def check_nothing_is_left(engine):
+    """Blocks that a plan under way had are free when it has been committed."""
+    deadline = time.monotonic() + 30
+    while any(one.num_used_blocks for one in engine.stats().instances):
+        assert time.monotonic() < deadline, engine.stats()
+        time.sleep(0.01)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert all(one.status in ("ready", "starting") for one in stats.instances)
+    assert not engine.core.handles
+    with engine.core.changed:
+        engine.core.scheduler.check()

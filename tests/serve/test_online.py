@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from cmjax.errors import UserError
-from cmjax.schedule import DecodePlan, PrefillPlan, SendPlan
+from cmjax.schedule import DecodePlan, PrefillPlan, SamplingShape, SendPlan
 from cmjax.serve import RequestError, SamplingParams
+from cmjax.serve.executor import Executor
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
+from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 
 PROMPTS = [[1 + index, 2, 3 + index % 5] * (1 + index % 9) for index in range(24)]
 SAMPLINGS = [
@@ -198,6 +200,20 @@ def test_an_instance_whose_step_fails_starts_afresh_and_its_requests_go_on(engin
     assert "a step failed" in caplog.text
 
 
+def test_faults_of_all_kinds_change_no_answer(engine, monkeypatch):
+    """Before, inside and after what runs, of both roles and of hand-offs, beside cancellations and preemptions."""
+    load = make_load(np.random.default_rng(1), engine.model.config.vocab_size, 44, 48, 20)
+    expected = [handle.result(timeout=120) for handle in [engine.submit(*one) for one in load]]
+    monkeypatch.setattr(engine.core.scheduler, "handoff_timeout_s", 0.5)
+    faults = Faults(engine, most=40, probability=0.08)
+    outcomes = under_faults(engine, load, expected, faults, rounds=4, at_once=24)
+    faults.remove()
+    check_nothing_is_left(engine)
+    assert faults.total == 40
+    assert {kind for kind, _ in faults.counts} >= {"PrefillPlan", "DecodePlan", "SendPlan", "ReceivePlan"}
+    assert outcomes["length"] + outcomes["stop"] > 0.8 * outcomes.total()
+
+
 def test_bad_requests_are_refused_by_name(engine):
     for prompt, sampling, message in [
         ([], SamplingParams(), "r is empty"),
@@ -211,15 +227,18 @@ def test_bad_requests_are_refused_by_name(engine):
         engine.generate([[1]])
 
 
-def test_an_engine_that_shuts_down_finishes_what_runs(model, expected):
+def test_an_engine_that_shuts_down_finishes_what_runs(model, expected, monkeypatch):
+    monkeypatch.setattr(Executor, "serving_shapes", Executor.serving_shapes[:1])  # greedy ones alone: fewer programs
     engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
     with pytest.raises(UserError, match="has not been started"):
         engine.submit([1])
     engine.start()
-    handles = submit_all(engine)
+    greedy = [index for index, one in enumerate(SAMPLINGS) if SamplingShape().covers(SamplingShape.for_all([one]))]
+    assert len(greedy) > 5
+    handles = [engine.submit(PROMPTS[index], SAMPLINGS[index]) for index in greedy]
     loops = engine.fleet.loops
     engine.shutdown()
-    assert_same([handle.result(timeout=0) for handle in handles], expected)
+    assert_same([handle.result(timeout=0) for handle in handles], [expected[index] for index in greedy])
     with pytest.raises(UserError, match="shutting down"):
         engine.submit([1])
     assert not any(loop.is_alive for loop in loops)

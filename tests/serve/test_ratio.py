@@ -14,7 +14,7 @@ def test_instances_join_and_leave_while_requests_run(monkeypatch):
     monkeypatch.setattr(Executor, "serving_shapes", Executor.serving_shapes[:1])  # greedy ones alone: fewer programs
     model = tiny_model(num_hidden_layers=2)
     pools = carve(MACHINE, ep_size=4, prefill_ep_size=2, num_prefill_instances=1)
-    settings = EngineSettings(max_model_len=64, max_num_seqs_per_rank=2, max_num_batched_tokens=32, steps_per_call=4)
+    settings = EngineSettings(max_model_len=64, max_num_seqs_per_rank=1, max_num_batched_tokens=32, steps_per_call=4)
     engine = Engine(model, pools, settings=settings)
     prompts = [[1 + index, 2, 3] * (1 + index % 5) for index in range(16)]
     sampling = SamplingParams(max_tokens=24)
