@@ -26,7 +26,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -m soak --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/cmjax bench all $(ARGS)

@@ -43,7 +43,7 @@ def run(*, ep_size: int = 320, seqs_per_rank: int = 8, num_steps: int = 8, round
 
     Returns:
         Milliseconds of each of `PARTS`, plan and result pickled as they would be for an executor in another process;
-        "deliver", to the clients' handles, is done without the lock and is in no sum.
+        "deliver", what is new of each request and its way to the client's handle, comes after it and is in no sum.
     """
     scheduler, planner, handles = _filled(ep_size, seqs_per_rank, num_steps, rounds + 1)
     rng = np.random.default_rng(0)

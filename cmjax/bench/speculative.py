@@ -128,7 +128,7 @@ class _Run:
         """Prefill, then time the calls; the first round compiles, and does not count."""
         scheduler, sampling = self.engine.core.scheduler, SamplingParams(max_tokens=self.max_tokens)
         requests = [
-            Request(f"prompt {index}", prompt, sampling, model=self.engine.model.digest, priority=index)
+            Request(f"prompt {index}", prompt, sampling, model=self.engine.model.digest)
             for index, prompt in enumerate(self.prompts)
         ]
         self.engine.fleet.open()

@@ -103,8 +103,10 @@ class BlockPool:
 
     def check(self, leases: Sequence["Lease"]) -> None:
         """Raise where these, all there are, and the free blocks are not the pool."""
-        holders = collections.Counter(block for lease in leases for block in lease.ids)
-        expected = [holders[block] for block in range(self.num_blocks)]
+        expected = [0] * self.num_blocks
+        for lease in leases:
+            for block in lease.ids:
+                expected[block] += 1
         free = sorted(self._free)
         if expected != self._num_holders or free != [block for block, count in enumerate(expected) if not count]:
             raise AssertionError(f"held {expected}, counted {self._num_holders}, free {free}")

@@ -178,23 +178,31 @@ class DecodePlanner(Planner):
     def _take_arrivals(self, arrivals: Sequence[Arrival]) -> None:
         self._arrivals += arrivals
 
+    def _plan_urgent(self) -> Plan | None:
+        return None
+
     def _plan_work(self, now: float) -> Plan | None:
         can_call = self._can_call()
         if self._arrivals and not (can_call and self._num_received == MAX_ROUNDS_PER_CALL):
-            self._num_received += 1
-            transfer_id, number = self._arrivals.popleft()
-            transfer = self.owner.transfer(transfer_id)
-            if transfer is None:
-                return empty_receive(transfer_id, number)
-            return transfer.receive(number, self.sizes.block_size)
+            return self._plan_receive()
         self._num_received = 0
         if not can_call:
             self._last_end = None
             return None
         self._grow()
         places = self._places.most_urgent(self.limit)
-        # Where blocks are so few that all had to go, they come back once they have been prefilled.
-        return self._plan_call(places) if len(places) else None
+        if not len(places):
+            # Blocks are so few that all had to go; they come back once they have been prefilled.
+            return self._plan_receive() if self._arrivals else None
+        return self._plan_call(places)
+
+    def _plan_receive(self) -> ReceivePlan:
+        self._num_received += 1
+        transfer_id, number = self._arrivals.popleft()
+        transfer = self.owner.transfer(transfer_id)
+        return (
+            empty_receive(transfer_id, number) if transfer is None else transfer.receive(number, self.sizes.block_size)
+        )
 
     def _can_call(self) -> bool:
         num_running = self.num_running

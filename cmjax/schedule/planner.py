@@ -3,7 +3,6 @@
 import abc
 import collections
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,8 +12,6 @@ from cmjax.schedule.plans import Arrival, CompilePlan, Plan, RestartPlan, Result
 from cmjax.schedule.request import Attempt, Request
 from cmjax.schedule.stats import InstanceStats, Role, SlotLoad, Status
 from cmjax.schedule.transfer import Transfer
-
-logger = logging.getLogger(__name__)
 
 # An instance whose runs fail so often in a row is given up.
 MAX_FAILURES_IN_A_ROW = 3
@@ -31,8 +28,8 @@ class Owner(Protocol):
         """It ends with an error of its own making."""
         ...
 
-    def hit(self, attempt: Attempt, error: str) -> None:
-        """An attempt ends through somebody's failure; its request starts over, or ends with `error`."""
+    def hit(self, attempt: Attempt, error: str, at: str) -> None:
+        """An attempt ends through a failure at an instance; its request starts over, or ends with `error`."""
         ...
 
     def preempt(self, attempt: Attempt) -> None:
@@ -94,6 +91,8 @@ class Planner(abc.ABC):
         under_way: the plan that runs.
         changes: what is to be done to the instance itself, before anything else.
         is_compiled: it can take requests; is_draining: it takes no new ones; is_lost: it has been given up.
+        is_closed: nobody carries out its plans, so that no change will be made.
+        is_broken: its cache has been lost, and it has not been started afresh.
         slot_load: rows that its experts received.
         num_calls, num_tokens, busy_s: of its steps; `busy_s` of all runs.
         last_error: what made it fail last.
@@ -107,7 +106,7 @@ class Planner(abc.ABC):
         self.attempts: dict[int, Attempt] = {}
         self.under_way: Plan | None = None
         self.changes: collections.deque[InstanceChange] = collections.deque()
-        self.is_compiled = self.is_draining = self.is_lost = False
+        self.is_compiled = self.is_draining = self.is_lost = self.is_closed = self.is_broken = False
         self.slot_load = SlotLoad()
         self.num_calls = self.num_tokens = 0
         self.busy_s = 0.0
@@ -126,17 +125,24 @@ class Planner(abc.ABC):
             return None
         self.owner.tick(now)
         self._take_arrivals(arrivals)
-        plan = self.changes[0].plan if self.changes else self._plan_work(now)
+        plan = self._next_plan(now)
         if plan is not None:
             self.under_way, self._began = plan, now
             self.fence.close()
         return plan
+
+    def _next_plan(self, now: float) -> Plan | None:
+        # Nothing comes before a new cache, and what travels has a deadline that a compilation may not keep.
+        if not self.is_broken and (urgent := self._plan_urgent()) is not None:
+            return urgent
+        return self.changes[0].plan if self.changes else self._plan_work(now)
 
     def commit(self, plan: Plan, result: Result, now: float) -> None:
         """Take what came of a plan; what belongs to attempts that are over is dropped."""
         assert plan is self.under_way
         self._end_run(now)
         if isinstance(plan, CompilePlan | RestartPlan):
+            self.is_broken &= not isinstance(plan, RestartPlan)
             self._commit_change(plan)
             self._end_change(plan)
         else:
@@ -146,7 +152,7 @@ class Planner(abc.ABC):
     def fail(self, plan: Plan, error: BaseException, now: float) -> None:
         """A run has failed. All that the instance held is lost, a cache given to the run with it: its requests start
         over, and it starts afresh, unless that has happened too often. Of a round that could not be sent only the
-        hand-off is lost."""
+        hand-off is lost, and a compilation that gives away no cache costs nobody anything."""
         assert plan is self.under_way
         self._end_run(now)
         self.last_error = error
@@ -154,8 +160,12 @@ class Planner(abc.ABC):
             self.owner.sending_failed(plan.transfer_id, str(error))
             self.fence.open()
             return
-        self._num_failures += 1
         self._end_change(plan, error)
+        if isinstance(plan, CompilePlan) and not plan.gives_cache:
+            self.fence.open()
+            return
+        self._num_failures += not isinstance(plan, CompilePlan)
+        self.is_broken = True
         self._forget_all(f"{self.name} failed: {error}")
         if self._num_failures >= MAX_FAILURES_IN_A_ROW:
             self.lose(error)
@@ -167,8 +177,13 @@ class Planner(abc.ABC):
         """Give the instance up."""
         if self.is_lost:
             return
-        self.is_lost, self.last_error = True, error
+        self.is_lost, self.is_broken, self.last_error = True, True, error
         self._forget_all(f"{self.name} failed: {error}")
+        self.end_changes(error)
+
+    def close(self, error: BaseException) -> None:
+        """Nobody carries out plans any more."""
+        self.is_closed = True
         self.end_changes(error)
 
     def end_changes(self, error: BaseException) -> None:
@@ -179,8 +194,8 @@ class Planner(abc.ABC):
     def change(self, plan: CompilePlan) -> InstanceChange:
         """Have something done to the instance; the change says when."""
         change = InstanceChange(plan)
-        if self.is_lost:
-            change.end(self.last_error)
+        if self.is_lost or self.is_closed:
+            change.end(self.last_error if self.is_lost else RuntimeError(f"{self.name} does not run"))
         else:
             self.changes.append(change)
         return change
@@ -199,8 +214,7 @@ class Planner(abc.ABC):
             return "lost"
         if self.is_draining:
             return "draining"
-        is_restarting = bool(self.changes) and isinstance(self.changes[0].plan, RestartPlan)
-        return "ready" if self.is_compiled and not is_restarting else "starting"
+        return "ready" if self.is_compiled and not self.is_broken else "starting"
 
     @property
     def is_idle(self) -> bool:
@@ -208,7 +222,7 @@ class Planner(abc.ABC):
         return not self.attempts
 
     def check(self) -> None:
-        """Raise where the books do not add up; between plans."""
+        """Raise where leases and pools do not add up; between plans."""
         self._check([lease for attempt in self.attempts.values() for lease in attempt.leases()])
 
     @abc.abstractmethod
@@ -220,6 +234,10 @@ class Planner(abc.ABC):
         """What the instance does at present."""
 
     # -- of each role -------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _plan_urgent(self) -> Plan | None:
+        """What goes before changes of the instance."""
 
     @abc.abstractmethod
     def _plan_work(self, now: float) -> Plan | None:
@@ -264,7 +282,7 @@ class Planner(abc.ABC):
     def _forget_all(self, error: str) -> None:
         # The last one first: each goes to the head of the queue it came from.
         for attempt in list(self.attempts.values())[::-1]:
-            self.owner.hit(attempt, error)
+            self.owner.hit(attempt, error, self.name)
         assert not self.attempts
         self.fence = Fence()
         self._renew()

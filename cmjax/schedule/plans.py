@@ -251,6 +251,11 @@ class CompilePlan:
     variants: tuple[PrefillVariant | DecodeVariant, ...]
     targets: tuple[str, ...] = ()
 
+    @property
+    def gives_cache(self) -> bool:
+        """Whether it runs steps, which take the cache along where they fail; sending only reads."""
+        return bool(self.variants) or not self.targets
+
 
 @dataclasses.dataclass(frozen=True)
 class RestartPlan:

@@ -108,12 +108,15 @@ class PrefillPlanner(Planner):
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def _plan_work(self, now: float) -> Plan | None:
+    def _plan_urgent(self) -> Plan | None:
         while self._outgoing:
             plan = self._outgoing[0].next_send(self.sizes.block_size)
             if plan is not None:
                 return plan
             self._outgoing.popleft()
+        return None
+
+    def _plan_work(self, now: float) -> Plan | None:
         chunks = list(self._next_chunks(now))
         return self._plan_step(chunks) if chunks else None
 

@@ -88,7 +88,7 @@ class Request:
         num_failures: how many of its attempts a failing instance or hand-off ended.
         finish_reason, error: why it ended, and what went wrong where that is why.
         num_told: how many of its tokens the client has been told.
-        last_source: the prefill instance that it was given to last.
+        failed_at: the instance whose failure ended its last failed attempt.
     """
 
     request_id: str
@@ -108,8 +108,8 @@ class Request:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_told: int = 0
-    last_source: str = ""
-    _stop_ids: frozenset[int] = frozenset()
+    failed_at: str = ""
+    _stop_ids: frozenset[int] = dataclasses.field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed

@@ -9,6 +9,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 from cmjax.schedule.decode import DecodePlanner
 from cmjax.schedule.planner import Planner
 from cmjax.schedule.prefill import PrefillPlanner
@@ -44,6 +46,7 @@ class Scheduler:
         self.num_prompt_tokens = self.num_generation_tokens = 0
         self._transfers: dict[int, Transfer] = {}
         self._transfer_of: dict[int, Transfer] = {}  # attempt's id -> its hand-off
+        self._past_drafts: np.ndarray | int = 0  # of instances that have been taken out
         self._changed: dict[Request, None] = {}
         self._ids = itertools.count()
 
@@ -72,6 +75,11 @@ class Scheduler:
         """Whether `take_updates` would return any."""
         return bool(self._changed)
 
+    @property
+    def kept_drafts(self) -> np.ndarray:
+        """`int64[k + 1]`, in how many of the requests' steps 0, 1, ... k drafts were kept."""
+        return self._past_drafts + np.sum([one.kept_drafts for one in self.decode.values()], axis=0)
+
     # -- instances ----------------------------------------------------------------------------------------------------
 
     @property
@@ -97,7 +105,9 @@ class Scheduler:
         planner = self.planner(name)
         for attempt in list(planner.attempts.values())[::-1]:
             self._restart(attempt)
-        planner.end_changes(RuntimeError(f"{name} has been taken out"))
+        planner.close(RuntimeError(f"{name} has been taken out"))
+        if name in self.decode:
+            self._past_drafts = self._past_drafts + self.decode[name].kept_drafts
         self.prefill.pop(name, None)
         self.decode.pop(name, None)
         self._fail_hopeless()
@@ -109,7 +119,7 @@ class Scheduler:
         """Start over those whose latents have been on their way for too long; admit what has room."""
         for transfer in [one for one in self._transfers.values() if now > one.deadline]:
             error = f"its KV did not arrive at {transfer.target} within {self.handoff_timeout_s:g} s"
-            self._fail_transfer(transfer, error)
+            self._fail_transfer(transfer, error, transfer.target)
         self._fail_hopeless()
         self.admit()
 
@@ -148,11 +158,11 @@ class Scheduler:
         """A request ends with an error of its own making."""
         self._end(request, "error", error)
 
-    def hit(self, attempt: Attempt, error: str) -> None:
-        """What was under way for an attempt is lost: its request starts over from its tokens, elsewhere where there is
-        an elsewhere, or ends with `error` if that has happened too often."""
+    def hit(self, attempt: Attempt, error: str, at: str) -> None:
+        """What was under way for an attempt is lost through a failure at an instance: its request starts over from its
+        tokens, elsewhere where there is an elsewhere, or ends with `error` if that has happened too often."""
         request = attempt.request
-        request.num_failures += 1
+        request.num_failures, request.failed_at = request.num_failures + 1, at
         if request.num_failures >= MAX_FAILURES:
             self._end(request, "error", error)
         else:
@@ -191,7 +201,7 @@ class Scheduler:
         """A round of a hand-off could not be sent."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None:
-            self._fail_transfer(transfer, f"its KV could not be sent to {transfer.target}: {error}")
+            self._fail_transfer(transfer, f"its KV could not be sent to {transfer.target}: {error}", transfer.source)
 
     def arrived(self, attempt: Attempt) -> None:
         """A prompt is whole at its decode instance."""
@@ -211,18 +221,16 @@ class Scheduler:
         if not sources:
             return None
         # After a failure, rather somebody else; the load decides among equals.
-        avoided = request.last_source if request.num_failures else None
-        source = min(sources, key=lambda one: (one.name == avoided, one.load, one.name))
+        source = min(sources, key=lambda one: (one.name == request.failed_at, one.load, one.name))
         attempt = Attempt(next(self._ids), request, source.name, None, request.num_cached)
         if request.will_decode:
             targets = [one for one in self.decode.values() if one.status == "ready" and one.model == request.model]
-            for target in sorted(targets, key=lambda one: (one.load, one.name)):
+            for target in sorted(targets, key=lambda one: (one.name == request.failed_at, one.load, one.name)):
                 if target.reserve(attempt):
                     attempt.target = target.name
                     break
             else:
                 return None
-        request.last_source = source.name
         return attempt
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -254,23 +262,23 @@ class Scheduler:
             if not transfer.missing:
                 del self._transfers[transfer.id]
 
-    def _fail_transfer(self, transfer: Transfer, error: str) -> None:
+    def _fail_transfer(self, transfer: Transfer, error: str, at: str) -> None:
         for attempt in transfer.attempts[::-1]:
             if attempt.id in transfer.missing:
                 self.num_failed_handoffs += 1
-                self.hit(attempt, f"{attempt.request.request_id}: {error}")
+                self.hit(attempt, f"{attempt.request.request_id}: {error}", at)
 
     def _fail_hopeless(self) -> None:
         """End what waits for a role that no instance has any more."""
         if not self.waiting:
             return
         for role in ("prefill", "decode"):
-            if all(one.is_lost for one in self.of_role(role)):
+            if all(one.is_lost or one.is_draining for one in self.of_role(role)):
                 for request in [one for one in self.waiting if role == "prefill" or one.will_decode]:
                     self._end(request, "error", f"{request.request_id}: no {role} instance is left")
 
     def check(self) -> None:
-        """Raise where the books do not add up: an attempt, a lease or a hand-off that belongs nowhere."""
+        """Raise where something does not add up: an attempt, a lease or a hand-off that belongs nowhere."""
         held = {attempt.id: attempt for planner in self.planners for attempt in planner.attempts.values()}
         assert not any(attempt.is_over or attempt.request.attempt is not attempt for attempt in held.values())
         assert self.num_running == len(held), (self.num_running, sorted(held))

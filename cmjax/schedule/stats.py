@@ -25,15 +25,11 @@ class SlotLoad:
 
     def add(self, rows: np.ndarray) -> None:
         """Count a step's rows, `[moe layers, slots]`; one without the MTP module lacks its layer, which is the last."""
+        if not len(rows):
+            return  # a model without experts
         if rows.shape[0] > self.total.shape[0]:
-            more = rows.shape[0] - self.total.shape[0]
-            if not len(self.total):
-                self.total, self._window = (
-                    np.zeros((0, rows.shape[1]), np.int64),
-                    np.zeros((2, 0, rows.shape[1]), np.int64),
-                )
-            self.total = np.pad(self.total, ((0, more), (0, 0)))
-            self._window = np.pad(self._window, ((0, 0), (0, more), (0, 0)))
+            more = ((0, rows.shape[0] - self.total.shape[0]), (0, rows.shape[1] - self.total.shape[1]))
+            self.total, self._window = np.pad(self.total, more), np.pad(self._window, ((0, 0), *more))
         self.total[: rows.shape[0]] += rows
         self._window[0, : rows.shape[0]] += rows
         self._num_steps += 1

@@ -1,5 +1,6 @@
 """The decode role: sequences in places, token by token."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -69,7 +70,8 @@ class DecodeExecutor(Executor):
         self.num_places, self.num_drafts = settings.max_num_seqs_per_rank, settings.num_speculative_tokens
         self.allow_split(may_split=self.num_places % 2 == 0)
         self.idle_parts: transfer.IdleParts | None = None
-        self._wire, self._shape = wire or transfer.Wire(), SamplingShape()
+        self._wire = wire or transfer.Wire()
+        self._make_rows(SamplingShape())
         self._forget()
 
     def make_planner(self, name: str, scheduler: Scheduler) -> DecodePlanner:
@@ -123,23 +125,23 @@ class DecodeExecutor(Executor):
 
     def _forget(self) -> None:
         self._wire.clear(self)
-        self._make_rows()
+        self._make_rows(self._rows.shape)
+        self._state: DecodeState | None = None
+        self._state_is_of: StateKey | None = None
         self.hidden: jax.Array | None = None
         if self.model.params.mtp is not None:
             shape = (self.instance.ep_size * self.num_places, self.num_drafts + 1, self.model.config.hidden_size)
             self.hidden = jax.device_put(np.zeros(shape, self.model.dtype), self.spec.by_rank())
 
-    def _make_rows(self) -> None:
+    def _make_rows(self, shape: SamplingShape) -> None:
         self._rows = DecodeRows(
             self.instance.ep_size,
             self.num_places,
             self.settings.max_blocks,
             self.settings.max_model_len,
             self.num_drafts,
-            self._shape,
+            shape,
         )
-        self._state: DecodeState | None = None
-        self._state_is_of: StateKey | None = None
 
     def _run_call(self, plan: DecodePlan) -> DecodeResult:
         variant, begin = plan.variant, time.perf_counter()
@@ -166,11 +168,10 @@ class DecodeExecutor(Executor):
 
     def compile(self, plan: CompilePlan) -> None:
         variants = [one for one in plan.variants if isinstance(one, DecodeVariant)]
-        if variants:
-            self._shape = SamplingShape()
-            for variant in variants:
-                self._shape = self._shape.union(variant.sampling)
-            self._make_rows()
+        shape = functools.reduce(SamplingShape.union, (one.sampling for one in variants), self._rows.shape)
+        if shape != self._rows.shape:
+            self._rows = self._rows.widened(shape)
+        self._state = None  # what is run here takes the hidden states along
         for variant, microbatches in itertools.product(variants, self.specs):
             if variant.num_slots % microbatches == 0:
                 output = self._decode(self.empty_state(variant), variant, microbatches)

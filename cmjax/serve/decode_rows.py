@@ -24,7 +24,8 @@ class DecodeRows:
     def __init__(
         self, num_ranks: int, num_places: int, max_blocks: int, max_tokens: int, num_drafts: int, shape: SamplingShape
     ) -> None:
-        self.num_ranks, self.num_places, self.num_drafts = num_ranks, num_places, num_drafts
+        self.num_ranks, self.num_places, self.num_drafts, self.shape = num_ranks, num_places, num_drafts, shape
+        self._max_blocks, self._max_tokens = max_blocks, max_tokens
         size = num_ranks * num_places
         self.batch = DecodeBatch(
             token_ids=np.zeros(size, np.int32),
@@ -37,6 +38,16 @@ class DecodeRows:
         self._history_lengths = np.zeros(size, np.int64)
         self._num_settled = np.ones(size, np.int32)
         self._next_token_ids = np.zeros((size, num_drafts + 1), np.int32)
+
+    def widened(self, shape: SamplingShape) -> "DecodeRows":
+        """The same rows, with room for what `shape` adds."""
+        wide = DecodeRows(self.num_ranks, self.num_places, self._max_blocks, self._max_tokens, self.num_drafts, shape)
+        wide.batch, wide._num_settled, wide._next_token_ids = self.batch, self._num_settled, self._next_token_ids
+        if wide.sampling is not None and self.sampling is not None:
+            wide.sampling.take(self.sampling)
+        if self.history is not None:
+            wide.history, wide._history_lengths = self.history, self._history_lengths
+        return wide
 
     def join(self, joins: DecodeJoins) -> None:
         """Rows that begin."""
@@ -129,8 +140,10 @@ class DecodeRows:
         return DecodeState(batch, self._sampling_of(of_row, rows, shape), settled, history)
 
     def _sampling_of(self, of_row: np.ndarray, rows: np.ndarray, shape: SamplingShape) -> SamplingState | None:
-        if self.sampling is None or not shape.is_sampled:
+        if not shape.is_sampled:
             return None
+        if self.sampling is None:
+            raise ValueError(f"no rows have been made for {shape}: compile it first")
         found = self.sampling.rows(of_row, shape.num_bias, shape.num_stop)
         # An empty row must not make the others draw, sort or add.
         is_empty = np.ones(len(of_row), bool)

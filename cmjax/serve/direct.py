@@ -49,7 +49,7 @@ def plan_prompts(source: PrefillExecutor, prompts: Sequence[Sequence[int]]) -> P
     planner = source.make_planner("source", scheduler)
     planner.is_compiled = True
     for index, prompt in enumerate(prompts):
-        request = Request(f"prompt {index}", list(prompt), params, model=source.model.digest, priority=index)
+        request = Request(f"prompt {index}", list(prompt), params, model=source.model.digest)
         scheduler.submit(request)
     plan = planner.plan(0.0)
     assert isinstance(plan, PrefillPlan)

@@ -99,8 +99,12 @@ class Engine:
         if self._is_started:
             return
         self.fleet.start()
+        try:
+            self.fleet.compile_for_serving(progress or (lambda _: None))
+        except BaseException:
+            self.fleet.stop()
+            raise
         self._is_started = True
-        self.fleet.compile_for_serving(progress or (lambda _: None))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, wait for those that run, at most `timeout` seconds, cancel the rest, and stop."""
@@ -258,7 +262,7 @@ class Engine:
             raise
         self.fleet.stop()
         prefill_load, decode_load = self.take_load()
-        kept = np.sum([one.kept_drafts for one in self.core.scheduler.decode.values()], axis=0)
+        kept = self.core.scheduler.kept_drafts
         return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load, kept)
 
     # -- what is counted ----------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ class Engine:
             traffic[entry.plane] = traffic.get(entry.plane, 0) + entry.wire_bytes
         scheduler = self.core.scheduler
         with self.core.changed:
-            kept = np.sum([one.kept_drafts for one in scheduler.decode.values()], axis=0)
+            kept = scheduler.kept_drafts
             num_drafts = len(kept) - 1
             accepted = [int(kept[place + 1 :].sum()) for place in range(num_drafts)]
             return EngineStats(

@@ -122,7 +122,7 @@ class Executor(abc.ABC):
     def restart(self, _: RestartPlan) -> None:
         """Start with an empty cache."""
         self._forget()
-        del self.cache  # its memory first: there may not be room for two
+        vars(self).pop("cache", None)  # its memory first: there may not be room for two
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
     @abc.abstractmethod

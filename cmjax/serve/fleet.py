@@ -36,6 +36,7 @@ class Fleet:
         self.decode = {one.name: self._place_decode(one) for one in pools.decode}
         self._numbers = {"prefill": itertools.count(len(pools.prefill)), "decode": itertools.count(len(pools.decode))}
         self._loops: dict[str, InstanceLoop] = {}
+        self._is_running = False
         self.renew()
 
     @property
@@ -55,12 +56,15 @@ class Fleet:
     def start(self) -> None:
         """Start all threads, with new bookkeeping."""
         self.renew()
-        for loop in self.loops:
-            loop.start()
+        with self.core.changed:
+            self._is_running = True
+            for loop in self.loops:
+                loop.start()
 
     def stop(self) -> None:
         """End all threads after the plans under way."""
         with self.core.changed:
+            self._is_running = False
             for loop in self.loops:
                 loop.stop()
         for loop in self.loops:
@@ -83,6 +87,9 @@ class Fleet:
             changes = [self._loops[name].planner.change(plan) for name, plan in plans.items()]
             self.core.changed.notify_all()
         self._wait_for(changes)
+        for change in changes:
+            if change.error is not None:
+                raise change.error
 
     def compile_for_serving(self, tell: Callable[[str], None]) -> None:
         """Compile all that a server's requests can need; then the instances take requests."""
@@ -128,16 +135,21 @@ class Fleet:
                     self.prefill[name] = executor
                 else:
                     self.decode[name] = executor
-                self._make_loop(name, executor).start()
-            targets = tuple(self.decode) if role == "prefill" else ()
+                loop = self._make_loop(name, executor)
+                if not self._is_running:
+                    return name  # it starts with the others
+                loop.start()
+                targets = tuple(self.decode) if role == "prefill" else ()
             self.compile({name: CompilePlan(executor.serving_variants(), targets)})
             if role == "decode":
-                self.compile({other: CompilePlan((), (name,)) for other in self._working_prefill()})
+                self._compile_sends(name)
         except BaseException:
             self._take_out(name)
             raise
         with self.core.changed:
-            self._open(self._loops[name])
+            if self._loops.get(name) is not loop:
+                raise UserError(f"{name} has been taken out before it was ready")
+            self._open(loop)
             self.core.scheduler.admit()
             self.core.changed.notify_all()
         return name
@@ -178,6 +190,9 @@ class Fleet:
     def renew(self) -> None:
         """New bookkeeping for all instances, whose threads do not run: nothing is held."""
         scheduler = self.core.scheduler
+        for loop in self.loops:
+            if loop.planner.is_broken:
+                loop.executor.run(RestartPlan())
         with self.core.changed:
             self._loops = {}
             scheduler.prefill.clear()
@@ -194,7 +209,7 @@ class Fleet:
         """Whatever there is of an instance; its requests start over elsewhere."""
         with self.core.changed:
             loop = self._loops.get(name)
-            if loop is not None:
+            if loop is not None and (name in self.prefill or name in self.decode):
                 loop.stop()
                 self.core.scheduler.remove(name)
             self.prefill.pop(name, None)
@@ -205,7 +220,7 @@ class Fleet:
         self._wire.unregister(name)
         with self.core.changed:
             self._loops.pop(name, None)
-            del self._instances[name]  # its devices are free from now on
+            self._instances.pop(name, None)  # its devices are free from now on
 
     def _num_blocks(self, role: str) -> int:
         return self.settings.num_prefill_blocks if role == "prefill" else self.settings.num_decode_blocks
@@ -234,17 +249,22 @@ class Fleet:
             planner.controller = SloController(self.settings.tpot_slo_ms / 1e3, sizes)
         loop.planner.is_compiled = True
 
-    def _working_prefill(self) -> list[str]:
+    def _compile_sends(self, target: str) -> None:
+        """Have every prefill instance that stays compile what sends to a new decode instance."""
         with self.core.changed:
-            return [name for name, planner in self.core.scheduler.prefill.items() if not planner.is_lost]
+            changes = [(one, one.change(CompilePlan((), (target,)))) for one in self.core.scheduler.prefill.values()]
+            self.core.changed.notify_all()
+        for planner, change in changes:
+            self._wait_for([change])
+            if change.error is not None and not (planner.is_lost or planner.is_closed):
+                raise change.error
 
     def _wait_for(self, changes: Iterable[InstanceChange]) -> None:
+        """Wait until all of them are over, done or not."""
         with self.core.changed:
             for change in changes:
                 while not change.is_over:
                     self.core.changed.wait(0.1)
-                if change.error is not None:
-                    raise change.error
 
     def _loop(self, name: str) -> InstanceLoop:
         if name not in self._loops:

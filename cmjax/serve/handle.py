@@ -1,11 +1,14 @@
 """What a client holds of a request under way: its new tokens as they come, its end, and the way to cancel it."""
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from cmjax.schedule import FinishReason, RequestOutput, RequestTimes, RequestUpdate, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 class RequestError(Exception):
@@ -37,7 +40,8 @@ class RequestHandle:
         self._cancel = cancel
         self._lock = threading.Lock()
         self._listener: Callable[[RequestUpdate], None] | None = None
-        self._early: list[RequestUpdate] = []
+        self._unheard: list[RequestUpdate] = []
+        self._is_passing = False
         self._done = threading.Event()
 
     def cancel(self) -> None:
@@ -47,13 +51,12 @@ class RequestHandle:
 
     def listen(self, listener: Callable[[RequestUpdate], None]) -> None:
         """Have `listener` called with every update, those that came before first; in the engine's thread, so it must
-        not take long, nor raise."""
+        not take long. What it raises is logged."""
         with self._lock:
             if self._listener is not None:
                 raise RuntimeError(f"request {self.request_id} has a listener already")
-            early, self._early, self._listener = self._early, [], listener
-            for update in early:
-                listener(update)
+            self._listener = listener
+        self._pass_on()
 
     def __iter__(self) -> Iterator[RequestUpdate]:
         updates: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
@@ -98,7 +101,8 @@ class RequestHandle:
             self.token_ids += update.token_ids
             self.num_preemptions = update.num_preemptions
             if update.logprobs is not None:
-                self._logprobs = [*(self._logprobs or []), *update.logprobs]
+                self._logprobs = self._logprobs or []
+                self._logprobs += update.logprobs
             if update.prompt_logprobs is not None:
                 self._prompt_logprobs = update.prompt_logprobs
             if update.token_ids:
@@ -107,9 +111,24 @@ class RequestHandle:
             if update.finish_reason is not None:
                 self.finish_reason, self.error = update.finish_reason, update.error
                 self.times.finished = now
-            if self._listener is None:
-                self._early.append(update)
-            else:
-                self._listener(update)
+            self._unheard.append(update)
+        self._pass_on()
         if update.finish_reason is not None:
             self._done.set()
+
+    def _pass_on(self) -> None:
+        """Have the listener called with what it has not heard, in order, without the lock: it may cancel the request,
+        and so bring about the next update. One thread at a time does, and takes along what comes meanwhile."""
+        while True:
+            with self._lock:
+                listener = self._listener
+                if listener is None or self._is_passing or not self._unheard:
+                    return
+                self._is_passing, unheard, self._unheard = True, self._unheard, []
+            for update in unheard:
+                try:
+                    listener(update)
+                except Exception:  # the client's own: it must not cost the others theirs
+                    logger.exception("request %s: its listener failed", self.request_id)
+            with self._lock:
+                self._is_passing = False

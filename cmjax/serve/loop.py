@@ -25,6 +25,7 @@ class InstanceLoop:
         self.core, self.planner, self.executor = core, planner, executor
         self.is_stopping = False
         self._thread: threading.Thread | None = None
+        planner.is_closed = True  # until it is started
 
     @property
     def name(self) -> str:
@@ -38,14 +39,14 @@ class InstanceLoop:
 
     def start(self) -> None:
         """Begin."""
-        self.is_stopping = False
+        self.is_stopping = self.planner.is_closed = False
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End after the plan under way; with the lock held. What was to be done to the instance will not be."""
         self.is_stopping = True
-        self.planner.end_changes(RuntimeError(f"{self.name} has been stopped"))
+        self.planner.close(RuntimeError(f"{self.name} has been stopped"))
         self.core.changed.notify_all()
 
     def join(self) -> None:
@@ -55,17 +56,18 @@ class InstanceLoop:
 
     def turn(self, patience_s: float = _IDLE_S) -> Plan | None:
         """Make a plan, run it and commit what came of it; None, after a while, where there was nothing to do."""
-        arrivals, core = self.executor.poll(), self.core
+        core = self.core
+        core.deliver()
+        arrivals = self.executor.poll()
         with core.changed:
             if self.is_stopping:
                 return None
             plan = self.planner.plan(core.clock(), arrivals)
-            if plan is None and not core.scheduler.has_updates:
-                core.changed.wait(min(_POLL_S, patience_s) if self.executor.expects_arrivals else patience_s)
+            if plan is None:
+                is_urgent = self.executor.expects_arrivals or core.scheduler.has_updates
+                core.changed.wait(min(_POLL_S, patience_s) if is_urgent else patience_s)
                 return None
-        core.deliver()
-        if plan is not None:
-            self._carry_out(plan)
+        self._carry_out(plan)
         return plan
 
     def _carry_out(self, plan: Plan) -> None:

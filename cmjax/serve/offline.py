@@ -78,6 +78,7 @@ def run_to_end(core: Core, fleet: Fleet, requests: Sequence[Request], progress: 
             as it is.
     """
     timings, notify, scheduler = Timings(), progress or (lambda *_: None), core.scheduler
+    prompt_tokens_before = scheduler.num_prompt_tokens
     num_output = sum(r.sampling.max_tokens for r in requests)
     notify("compile", 0, num_output)
     begin = time.perf_counter()
@@ -102,9 +103,10 @@ def run_to_end(core: Core, fleet: Fleet, requests: Sequence[Request], progress: 
             has_decoded = any(one.num_calls for one in scheduler.decode.values())
         if errors:
             causes = [one.last_error for one in scheduler.planners if one.last_error is not None]
-            raise causes[0] if causes else UserError(errors[0])
+            raise next((cause for cause in causes if str(cause) in errors[0]), UserError(errors[0]))
         notify("decode" if has_decoded else "prefill", num_done, num_output)
     timings.prefill_s, timings.prefill_tokens = core.activities["prefill"].seconds, scheduler.num_prompt_tokens
+    timings.prefill_tokens -= prompt_tokens_before
     timings.handoff_s = core.activities["handoff"].seconds
     timings.decode_s = core.activities["decode"].seconds
     timings.decode_tokens = sum(one.num_tokens for one in scheduler.decode.values())

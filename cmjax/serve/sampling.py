@@ -66,6 +66,12 @@ class SamplingState:
             getattr(self, name)[rows] = 0 if name == "bias_values" else -1
             getattr(given, name).write_into(getattr(self, name), rows)
 
+    def take(self, narrow: "SamplingState") -> None:
+        """Write all rows of host arrays with room for fewer biases and stop tokens into these."""
+        for field in dataclasses.fields(self):
+            values = getattr(narrow, field.name)
+            getattr(self, field.name)[tuple(map(slice, values.shape))] = values
+
     def rows(self, index: np.ndarray, num_bias: int, num_stop: int) -> "SamplingState":
         """Some rows of host arrays, with room for so many biases and stop tokens."""
         widths = {"bias_ids": num_bias, "bias_values": num_bias, "stop_ids": num_stop}

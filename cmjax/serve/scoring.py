@@ -197,7 +197,7 @@ def _expectations(
 ) -> Iterator[tuple[_Expectations, ...]]:
     """Run windows, `parts` of their texts, through as many steps as they need; yield what each scorer makes of each, in
     order."""
-    planner = _plan_prompts(scorers[0].executor, windows, parts)
+    planner, number_of = _plan_prompts(scorers[0].executor, windows, parts)
     found: dict[int, list[tuple[_Expectations, ...]]] = {index: [] for index in range(len(windows))}
     done = 0
     while (plan := planner.plan(0.0)) is not None:
@@ -209,7 +209,7 @@ def _expectations(
             here = tuple(one.part(slice(begin, begin + int(stop - start))) for one in expectations)
             if any((one.token_ids == NOT_FINITE).any() for one in here):
                 raise UserError(f"{request.request_id}: {NOT_FINITE_MESSAGE}")
-            found[request.priority].append(here)
+            found[number_of[request]].append(here)
             begin += int(stop - start)
         planner.commit(plan, PrefillResult(np.zeros(len(plan.places), np.int32), np.zeros((0, 0), np.int64), 0.0), 0.0)
         while done < len(windows) and sum(len(here[0].token_ids) for here in found[done]) == len(parts[done]):
@@ -220,15 +220,18 @@ def _expectations(
 
 def _plan_prompts(
     executor: PrefillExecutor, windows: Sequence[Window], parts: Sequence[Sequence[int]]
-) -> PrefillPlanner:
-    """Bookkeeping of windows as prompts that come one after another: their numbers are their priorities."""
+) -> tuple[PrefillPlanner, dict[Request, int]]:
+    """Bookkeeping of windows as prompts that come one after another, and the number of each."""
     scheduler, sampling = Scheduler(handoff_timeout_s=float("inf")), SamplingParams(max_tokens=1)
     planner = executor.make_planner("scorer", scheduler)
     planner.is_compiled = True
-    for index, (window, part) in enumerate(zip(windows, parts, strict=True)):
-        name = f"text {window.text}"
-        scheduler.submit(Request(name, list(part), sampling, model=executor.model.digest, priority=index))
-    return planner
+    requests = [
+        Request(f"text {window.text}", list(part), sampling, model=executor.model.digest)
+        for window, part in zip(windows, parts, strict=True)
+    ]
+    for request in requests:
+        scheduler.submit(request)
+    return planner, {request: number for number, request in enumerate(requests)}
 
 
 def _run_step(scorers: Sequence[Scorer], plan: PrefillPlan) -> list[_Expectations]:

@@ -157,18 +157,17 @@ class Wire:
 
     def put(self, name: str, key: Arrival, payload: Payload) -> None:
         """A round is on its way."""
-        receiver = self.receiver(name)
         with self._lock:
-            self._rounds[receiver][key] = payload
+            if name not in self._receivers:
+                raise RuntimeError(f"there is no decode instance {name}")
+            self._rounds[self._receivers[name]][key] = payload
 
     def arrived(self, receiver: Receiver) -> list[Arrival]:
         """Rounds that have arrived since the last call, in the order they were sent."""
         with self._lock:
             known, found = self._known[receiver], []
             for key, payload in self._rounds[receiver].items():
-                if key not in known:
-                    if not payload.is_ready:
-                        break
+                if key not in known and payload.is_ready:
                     found.append(key)
             known |= set(found)
         return found

@@ -39,9 +39,10 @@ from cmjax.schedule.virtual import VirtualCluster, VirtualError, expected_tokens
 from tests.schedule.clusters import BLOCK, decode_sizes, prefill_sizes
 
 TIMEOUT_S = 1.0
-LONGEST_PROMPT, MOST_TOKENS = 26, 14
+LONGEST_PROMPT, MOST_TOKENS = 20, 24
 MAX_BLOCKS = -(-(LONGEST_PROMPT + MOST_TOKENS) // BLOCK)
 MOST_INSTANCES, MOST_PLANS = 3, 20_000
+STAGES = ("waiting", "prefill", "handoff", "decode")
 ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 Moment = Literal["before", "after"]
@@ -63,6 +64,7 @@ class Layout:
     Attributes:
         seed: of what is left to chance: prompts, and how long everything takes.
         num_prefill, num_decode: instances.
+        num_places: prompts that share a step, and sequences of a rank.
         num_steps, num_drafts: of a decode call.
         prefill_blocks, decode_blocks: of an instance, of a rank; what is more than enough for one request.
         is_limited: a controller says how many sequences run together.
@@ -72,6 +74,7 @@ class Layout:
     seed: int
     num_prefill: int = 1
     num_decode: int = 1
+    num_places: int = 3
     num_steps: int = 2
     num_drafts: int = 0
     prefill_blocks: int = 30
@@ -201,12 +204,13 @@ class Chaos:
         self.counts[f"submitted: {kind}"] += 1
         self.scheduler.submit(request)
 
-    def cancel(self, index: int) -> None:
-        """The client of one of those under way goes."""
+    def cancel(self, index: int, stage: str) -> None:
+        """The client of one of those under way goes, of one at that stage if there is any."""
         alive = [request for request in self.told if request.finish_reason is None]
+        alive = [request for request in alive if stage_of(request) == stage] or alive
         if alive:
             request = alive[index % len(alive)]
-            self.counts[f"cancelled: {request.attempt.stage if request.attempt else 'waiting'}"] += 1
+            self.counts[f"cancelled: {stage_of(request)}"] += 1
             self.told[request].is_cancelled = True
             self.scheduler.cancel(request)
 
@@ -268,12 +272,12 @@ class Chaos:
             # A prompt may be as long as what decode has added to it.
             num_blocks = MAX_BLOCKS + layout.prefill_blocks
             self._planners[name] = self.cluster.add_prefill(
-                name, prefill_sizes(num_blocks, step_tokens=12, num_places=3)
+                name, prefill_sizes(num_blocks, step_tokens=12, num_places=layout.num_places)
             )
         else:
             sizes = decode_sizes(
                 2,
-                3,
+                layout.num_places,
                 MAX_BLOCKS + layout.decode_blocks,
                 max_blocks=MAX_BLOCKS,
                 num_steps=layout.num_steps,
@@ -282,7 +286,7 @@ class Chaos:
             )
             self._planners[name] = planner = self.cluster.add_decode(name, sizes, is_patient=layout.is_patient)
             if layout.is_limited:
-                planner.controller = SloController(0.05, [1, 2, 3])
+                planner.controller = SloController(0.05, [1, 2, 3][: layout.num_places])
         self.counts[f"added: {role}"] += 1
 
     # -- what must hold -----------------------------------------------------------------------------------------------
@@ -309,11 +313,9 @@ class Chaos:
         self._num_to_spoil = 0
         self._run_out()
         for role in ROLES:
-            planners = self.scheduler.of_role(role)
-            if all(one.is_lost for one in planners):
+            if not self._alive(role):
                 waiting = [one for one in self.scheduler.waiting if role == "prefill" or one.will_decode]
                 assert not waiting, "nobody can take these, and they wait"
-            if all(one.is_lost or one.is_draining for one in planners):
                 self.add(role)
         self._run_out()
         for request, told in self.told.items():
@@ -386,7 +388,7 @@ class Chaos:
             self.counts["ended: not finite"] += 1
         elif "instance is left" in error:
             role: Role = "prefill" if "no prefill" in error else "decode"
-            assert all(one.is_lost for one in self.scheduler.of_role(role))
+            assert not self._alive(role)
             self.counts["ended: no instance left"] += 1
         else:
             assert request.num_failures == MAX_FAILURES
@@ -443,15 +445,16 @@ class Chaos:
         self._count_plan(plan, attempts)
         self._num_plans += 1
         assert self._num_plans < MOST_PLANS, "nothing comes to an end"
-        is_step = isinstance(plan, PrefillPlan | DecodePlan)
-        return self.random.choice((0.02, 0.05, 0.1) if is_step else (0.002, 0.01, 0.03)) * (0.5 + self.random.random())
+        choices = (0.002, 0.01, 0.03) if isinstance(plan, SendPlan | ReceivePlan) else (0.02, 0.05, 0.1)
+        return self.random.choice(choices) * (0.5 + self.random.random())
 
     def _commit_s(self, plan: Plan) -> float:
         """A plan has been run, and will be committed."""
         planner = self._planner_of(plan)
         num_over = sum(attempt_id not in planner.attempts for attempt_id in attempt_ids_of(plan))
-        self.counts[f"rows of attempts that are over: {PLAN_NAMES[type(plan)]}"] += num_over
-        return self.random.choice((0.0, 0.0, 0.0, 0.01, 0.1))
+        kind = "round" if isinstance(plan, SendPlan | ReceivePlan) else PLAN_NAMES[type(plan)]
+        self.counts[f"rows of attempts that are over: {kind}"] += num_over
+        return self.random.choice((0.0, 0.0, 0.0, 0.02, 0.1))
 
     def _handoff_s(self, index: int) -> float | None:
         assert self.sending is not None
@@ -473,7 +476,9 @@ class Chaos:
 
     def _pick(self, index: int) -> Planner | None:
         planners = self.scheduler.planners
-        return planners[index % len(planners)] if planners else None
+        if index % 2:  # rather one at work
+            planners = [one for one in planners if one.under_way is not None] or planners
+        return planners[index // 2 % len(planners)] if planners else None
 
     def _planner_of(self, plan: Plan) -> Planner:
         return next(one for one in self._planners.values() if one.under_way is plan)
@@ -500,6 +505,11 @@ class Chaos:
 def attempt_ids_of(plan: Plan) -> list[int]:
     """Those that a plan names, each once."""
     return list(dict.fromkeys(getattr(plan, "attempt_ids", np.zeros(0, np.int64)).tolist()))
+
+
+def stage_of(request: Request) -> str:
+    """Where a request is that has not ended."""
+    return request.attempt.stage if request.attempt else "waiting"
 
 
 def held_by(attempt: Attempt, role: Role) -> list[tuple[int, int]]:

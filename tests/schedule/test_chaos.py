@@ -3,13 +3,14 @@
 import collections
 from typing import ClassVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, Chaos, Layout
+from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, STAGES, Chaos, Layout
 
-INSTANCES = st.integers(0, 5)
+INSTANCES = st.integers(0, 11)
 DELAYS = st.integers(-30, 100)  # hundredths of a second; those below 0 are none
 MOMENTS = st.sampled_from(["before", "after"])
 
@@ -24,17 +25,20 @@ class ChaosMachine(RuleBasedStateMachine):
             Layout,
             seed=st.integers(0, 2**32 - 1),
             num_prefill=st.integers(1, 2),
-            num_decode=st.integers(1, 2),
+            num_decode=st.integers(1, 3),
+            num_places=st.integers(1, 3),
             num_steps=st.sampled_from([1, 3]),
             num_drafts=st.sampled_from([0, 0, 1]),
             prefill_blocks=st.integers(0, 30),
-            decode_blocks=st.integers(0, 20),
+            decode_blocks=st.integers(0, 12),
             is_limited=st.booleans(),
             is_patient=st.sampled_from([False, False, True]),
-        )
+        ),
+        num_requests=st.integers(0, 10),
     )
-    def begin(self, layout):
+    def begin(self, layout, num_requests):
         self.chaos, self.is_sound = Chaos(layout, self.counts), True
+        self.do("submit_some", num_requests)
 
     def do(self, what, *args, delay=0):
         self.is_sound = False
@@ -55,9 +59,9 @@ class ChaosMachine(RuleBasedStateMachine):
     def submit(self, length, max_tokens, priority, tenant, kind):
         self.do("submit", length, max_tokens, priority, tenant, kind)
 
-    @rule(index=st.integers(0, 99), delay=DELAYS)
-    def cancel(self, index, delay):
-        self.do("cancel", index, delay=delay)
+    @rule(index=st.integers(0, 9), stage=st.sampled_from(STAGES), delay=DELAYS)
+    def cancel(self, index, stage, delay):
+        self.do("cancel", index, stage, delay=delay)
 
     @rule(hundredths=st.integers(1, 10))
     def advance(self, hundredths):
@@ -80,7 +84,7 @@ class ChaosMachine(RuleBasedStateMachine):
         self.do("decide_rounds", fate, count, delay=delay)
 
     @rule(
-        what=st.sampled_from(["lose", "drain", "remove", "break_down", "compile", "compile"]),
+        what=st.sampled_from(["lose", "drain", "remove", "remove", "break_down", "compile", "compile"]),
         index=INSTANCES,
         is_last_spared=st.sampled_from([True, True, True, False]),
         delay=DELAYS,
@@ -118,6 +122,32 @@ def run_histories(num_histories):
     return Machine.counts
 
 
+def all_kinds():
+    """What must have happened in some history, for the histories to be worth something."""
+    for kind in PLAN_NAMES.values():
+        yield f"plans: {kind}"
+        yield from (f"failed: {kind} {moment}" for moment in ("before", "after"))
+    yield from (f"submitted: {kind}" for kind in KINDS)
+    yield from (f"cancelled: {stage}" for stage in STAGES)
+    ends = ("length", "stop", "not finite", "no instance left", "hit three times")
+    yield from (f"ended: {end}" for end in ends)
+    yield from (f"rounds: {fate}" for fate in ("lost", "late", "overtaken", "out of order", "thrown away"))
+    yield from (f"rows of attempts that are over: {kind}" for kind in ("step", "call", "round"))
+    yield from ("removed", "removed at work", "lost by hand", "lost by hand at work", "lost by failing three times")
+    yield from ("drained", "added: prefill", "added: decode", "changes", "changes that failed", "rows spoilt")
+    yield from ("preemptions", "prompts computed again", "ended after a failure", "hand-offs failed")
+    yield from ("chunks that end no prompt", "second and later rounds", "calls with growth", "calls with nothing new")
+
+
 def test_requests_end_rightly_in_hundreds_of_histories():
-    counts = run_histories(300)
-    print(counts)
+    counts = run_histories(200)
+    assert not [kind for kind in all_kinds() if not counts[kind]]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_requests_end_rightly_in_ten_thousand_histories():
+    counts = run_histories(10_000)
+    print("\n".join(f"{count:9,} {what}" for what, count in sorted(counts.items())))
+    assert counts["histories"] >= 10_000
+    assert all(counts[kind] >= 20 for kind in all_kinds())

@@ -1,6 +1,7 @@
 """Faults on devices: an engine whose runs fail before, inside and after what they do, and whose rounds get lost."""
 
 import collections
+import itertools
 import threading
 import time
 from typing import Any
@@ -34,7 +35,9 @@ class Faults:
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
-        self._engine = engine
+        self._engine, self._lost = engine, set()
+        self._put = engine.fleet._wire.put
+        engine.fleet._wire.put = lambda name, key, payload: key in self._lost or self._put(name, key, payload)
         self._in_a_row: collections.Counter[int] = collections.Counter()
         self._executors = [*engine.prefill, *engine.fleet.decode.values()]
         self._runs = {id(one): one.run for one in self._executors}
@@ -48,16 +51,16 @@ class Faults:
         """Nothing fails any more."""
         for executor in self._executors:
             del executor.run
-        del self._engine.core.scheduler.hit
+        del self._engine.core.scheduler.hit, self._engine.fleet._wire.put
 
     @property
     def total(self) -> int:
         """Faults so far."""
         return sum(self.counts.values())
 
-    def _count_hit(self, attempt: Attempt, error: str) -> None:
+    def _count_hit(self, attempt: Attempt, error: str, at: str) -> None:
         self.hits[attempt.request.request_id] += 1
-        self._hit(attempt, error)
+        self._hit(attempt, error, at)
 
     def _wrapped(self, executor: Any) -> Any:
         run = self._runs[id(executor)]
@@ -68,12 +71,12 @@ class Faults:
                 return run(plan)
             if where == "before":
                 raise RuntimeError(f"{plan.kind}: broken before it began")
-            result = run(plan)
             if isinstance(plan, SendPlan):
-                self._engine.fleet._wire.take(self._engine.fleet.decode[plan.target], (plan.transfer_id, plan.round))
-                if where == "inside":
-                    return result  # on its way, and lost
-            elif where == "inside":
+                self._lost.add((plan.transfer_id, plan.round))
+            result = run(plan)
+            if isinstance(plan, SendPlan) and where == "inside":
+                return result  # on its way, and lost
+            if where == "inside":
                 executor.cache.delete()  # as a step that fails takes along what was donated to it
             raise RuntimeError(f"{plan.kind}: broken {where}")
 
@@ -124,12 +127,15 @@ def make_load(rng, vocab_size, longest, count, max_tokens):
     return load
 
 
-def under_faults(engine, load, expected, faults, *, rounds, at_once, seed=0):
-    """Submit the load again and again, some of it cancelled, and check every answer; how many ended in which way."""
+def under_faults(engine, load, expected, faults, *, at_once, seed=0):
+    """Submit the load again and again until there have been all the faults, some of it cancelled, and check every
+    answer; how many ended in which way."""
     rng, outcomes = np.random.default_rng(seed), collections.Counter()
     under_way = collections.deque()
-    sequence = [index for _ in range(rounds) for index in rng.permutation(len(load)).tolist()]
-    for number, index in enumerate(sequence):
+    for number in itertools.count():
+        if faults.total >= faults.most:
+            break
+        index = number % len(load)
         handle = engine.submit(*load[index], priority=int(rng.integers(3)), tenant=str(number % 5))
         under_way.append((index, handle))
         if rng.random() < 0.05:

@@ -79,6 +79,7 @@ def test_more_prompts_than_places_of_all_lengths(small, rng):
     check_all_free(small)
     timings = result.timings
     assert timings.prefill_tokens == sum(lengths)
+    assert small.generate(prompts[:3], SamplingParams(max_tokens=1)).timings.prefill_tokens == sum(lengths[:3])
     assert timings.decode_tokens == sum(limits) - len(limits)
     # Each token of the prompts, and each decoded one, visited 5 experts a layer; the last prompt token skips the MTP's.
     num_topk = small.model.config.num_topk

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from cmjax.errors import UserError
-from cmjax.schedule import DecodePlan, PrefillPlan, SamplingShape, SendPlan
+from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SamplingShape, SendPlan
 from cmjax.serve import RequestError, SamplingParams
 from cmjax.serve.executor import Executor
 from tests.helpers import tiny_model
@@ -200,13 +201,51 @@ def test_an_instance_whose_step_fails_starts_afresh_and_its_requests_go_on(engin
     assert "a step failed" in caplog.text
 
 
+def test_an_instance_can_be_compiled_while_it_works(engine, expected):
+    """A change is a plan between two others: the sequences go on as they were."""
+    handles = submit_all(engine)
+    while not any(handle.token_ids for handle in handles):
+        time.sleep(0.001)
+    engine.fleet.compile({"decode0": CompilePlan(engine.decode.serving_variants())})
+    engine.fleet.compile({"decode0": CompilePlan(())})
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+
+
+def test_a_compilation_that_fails_costs_nobody_anything(engine, expected):
+    """As often as it likes: what sends to an instance that is not there takes no cache along."""
+    handles = submit_all(engine)
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="there is no decode instance gone"):
+            engine.fleet.compile({"prefill0": CompilePlan((), ("gone",))})
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+
+
+def test_a_listener_may_fail_or_cancel_and_others_hear_all(engine, expected):
+    def fails(update):
+        raise RuntimeError("the loop is closed")
+
+    handles = submit_all(engine)
+    handles[0].listen(fails)
+    cancelled = engine.submit([5] * 3, SamplingParams(max_tokens=50))
+    while not cancelled.token_ids:
+        time.sleep(0.001)
+    heard = []
+    cancelled.listen(lambda update: (heard.append(update), cancelled.cancel()))
+    assert_same([handle.result(timeout=120) for handle in handles], expected)
+    deadline = time.monotonic() + 30
+    while not heard or heard[-1].finish_reason is None:
+        assert time.monotonic() < deadline, heard
+    assert [token for update in heard for token in update.token_ids] == cancelled.token_ids
+    assert [update.finish_reason for update in heard[:-1]] == [None] * (len(heard) - 1)
+
+
 def test_faults_of_all_kinds_change_no_answer(engine, monkeypatch):
     """Before, inside and after what runs, of both roles and of hand-offs, beside cancellations and preemptions."""
     load = make_load(np.random.default_rng(1), engine.model.config.vocab_size, 44, 48, 20)
     expected = [handle.result(timeout=120) for handle in [engine.submit(*one) for one in load]]
     monkeypatch.setattr(engine.core.scheduler, "handoff_timeout_s", 0.5)
     faults = Faults(engine, most=40, probability=0.08)
-    outcomes = under_faults(engine, load, expected, faults, rounds=4, at_once=24)
+    outcomes = under_faults(engine, load, expected, faults, at_once=24)
     faults.remove()
     check_nothing_is_left(engine)
     assert faults.total == 40
@@ -242,3 +281,5 @@ def test_an_engine_that_shuts_down_finishes_what_runs(model, expected, monkeypat
     with pytest.raises(UserError, match="shutting down"):
         engine.submit([1])
     assert not any(loop.is_alive for loop in loops)
+    with pytest.raises(RuntimeError, match="prefill0 does not run"):  # and nobody waits for ever
+        engine.fleet.compile({"prefill0": CompilePlan(())})

@@ -27,13 +27,13 @@ def test_a_thousand_faults():
         num_speculative_tokens=1,
         handoff_timeout_s=1.0,
     )
-    load = make_load(np.random.default_rng(2), engine.model.config.vocab_size, 120, 400, 24)
+    load = make_load(np.random.default_rng(2), engine.model.config.vocab_size, 120, 400, 16)
     engine.start()
     try:
         handles = [engine.submit(*one) for one in load]
         expected = [handle.result(timeout=600) for handle in handles]
-        faults = Faults(engine, most=1000, probability=0.06)
-        outcomes = under_faults(engine, load, expected, faults, rounds=100, at_once=40)
+        faults = Faults(engine, most=1000, probability=0.08)
+        outcomes = under_faults(engine, load, expected, faults, at_once=40)
         faults.remove()
         check_nothing_is_left(engine)
     finally:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogprobs
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.protocol import CompletionRequest, Sampled
-from cmjax.serve.http.state import ServerState
+from cmjax.serve.http.state import ServerState, choice_seed
 from cmjax.serve.http.text import Detokenizer, StopStrings
 
 
@@ -102,9 +102,12 @@ class Run:
         state.check_priority(body.priority)
         state.admit(len(prompts) * body.n)
         try:
-            for prompt in prompts:
+            # All that can be said against any of them is said before the first is under way.
+            samplings = [state.sampling(body, len(prompt), 0) for prompt in prompts]
+            for prompt, sampling in zip(prompts, samplings, strict=True):
                 for choice in range(body.n):
-                    self._submit(prompt, state.sampling(body, len(prompt), choice), tenant)
+                    seed = sampling.seed if choice == 0 else choice_seed(body.seed, choice)
+                    self._submit(prompt, dataclasses.replace(sampling, seed=seed), tenant)
         except BaseException:
             self.close()
             raise

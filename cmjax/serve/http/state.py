@@ -140,7 +140,7 @@ class ServerState:
             max_tokens=max(wanted, 1),  # 0, with echo: the one token is thrown away
             stop_token_ids=tuple(dict.fromkeys(stop_ids)),
             logit_bias=self._logit_bias(body),
-            seed=_seed(body.seed, choice),
+            seed=choice_seed(body.seed, choice),
             logprobs=top,
             prompt_logprobs=prompt_top,
             **{name: value for name, value in given.items() if value is not None},
@@ -172,7 +172,7 @@ def _too_long(limit: int, num_prompt: int, max_tokens: int) -> ApiError:
     return ApiError(400, message, param="prompt", code="context_length_exceeded")
 
 
-def _seed(seed: int | None, choice: int) -> int:
+def choice_seed(seed: int | None, choice: int) -> int:
     """A seed of its own for each choice, the same ones for the same request."""
     if seed is None:
         return secrets.randbits(64)
