@@ -174,6 +174,7 @@ class DecodePlaces:
             assert attempt.decode is not None
             assert self.ids[place] == attempt.id
             assert self.num_blocks[place] == len(attempt.decode.blocks.ids)
+            assert self.num_cached[place] == attempt.request.num_cached
             assert self.is_running[place] == (attempt.stage == "decode")
 
 

@@ -158,6 +158,7 @@ class Planner(abc.ABC):
         self.last_error = error
         if isinstance(plan, SendPlan):
             self.owner.sending_failed(plan.transfer_id, str(error))
+            self._commit_work(plan, None, now)  # those that have arrived all the same need nothing here any more
             self.fence.open()
             return
         self._end_change(plan, error)

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import pickle
 import random
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -88,17 +88,25 @@ class Wrapped:
 
     def __init__(self, name: str, inner: Executor, chaos: "Chaos") -> None:
         self._name, self._inner, self._chaos = name, inner, chaos
+        self._is_broken = False  # a failed run has taken the cache along
 
     def run(self, plan: Plan) -> Result:
         plan = pickle.loads(pickle.dumps(plan))
+        assert isinstance(plan, RestartPlan) or not self._is_broken
         moment = self._chaos.failing_moment(self._name, plan)
         if moment == "before":
-            raise VirtualError(f"{PLAN_NAMES[type(plan)]} before")
+            self._fail(plan, moment)
         self._chaos.sending = plan if isinstance(plan, SendPlan) else None
         result = self._inner.run(plan)
         if moment == "after":
-            raise VirtualError(f"{PLAN_NAMES[type(plan)]} after")
+            self._fail(plan, moment)
+        self._is_broken = False
         return pickle.loads(pickle.dumps(self._chaos.spoil(self._name, plan, result)))
+
+    def _fail(self, plan: Plan, moment: Moment) -> NoReturn:
+        only_sends = isinstance(plan, SendPlan) or (isinstance(plan, CompilePlan) and not plan.gives_cache)
+        self._is_broken = self._is_broken or not only_sends
+        raise VirtualError(f"{PLAN_NAMES[type(plan)]} {moment}")
 
     def poll(self) -> list[Arrival]:
         return self._inner.poll()
@@ -258,9 +266,11 @@ class Chaos:
         self.cluster.remove(planner.name)
 
     def compile(self, planner: Planner) -> None:
-        """Somebody has an instance compiled anew."""
+        """Somebody has an instance compiled anew, or what sends to another one."""
         assert isinstance(planner, PrefillPlanner | DecodePlanner)
-        self.changes.append(planner.change(CompilePlan(planner.variants)))
+        is_send = planner.role == "prefill" and self.random.random() < 0.3
+        plan = CompilePlan((), targets=("another",)) if is_send else CompilePlan(planner.variants)
+        self.changes.append(planner.change(plan))
 
     def add(self, role: Role) -> None:
         """Another instance, where there are few."""
@@ -302,6 +312,10 @@ class Chaos:
         assert not waiting & running
         assert waiting | running == alive
         assert len(waiting) == len(self.scheduler.waiting)
+        for planner in self.scheduler.prefill.values():
+            for attempt in planner.attempts.values():
+                # It has left its source, or will when that has been told that its last round was sent.
+                assert attempt.stage != "decode" or attempt.id in attempt_ids_of(planner.under_way)
         self._check_fences()
 
     def finish(self) -> None:
@@ -502,7 +516,7 @@ class Chaos:
             counts["rounds: thrown away"] += len(plan.attempt_ids) == 0
 
 
-def attempt_ids_of(plan: Plan) -> list[int]:
+def attempt_ids_of(plan: Plan | None) -> list[int]:
     """Those that a plan names, each once."""
     return list(dict.fromkeys(getattr(plan, "attempt_ids", np.zeros(0, np.int64)).tolist()))
 

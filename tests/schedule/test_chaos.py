@@ -4,7 +4,7 @@ import collections
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
@@ -116,6 +116,9 @@ def run_histories(num_histories):
         settings=settings(
             max_examples=num_histories,
             stateful_step_count=40,
+            # A history that fails is shown as it was found: to shrink it takes minutes. Do so with Phase.shrink.
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),
     )

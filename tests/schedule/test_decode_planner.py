@@ -250,6 +250,46 @@ def test_blocks_of_a_row_that_does_not_take_part_come_when_it_does():
     assert [blocks.tolist() for blocks in plan.growth.blocks] == [first.attempt.decode.blocks.ids[2:]]
 
 
+def waiting_with_growth():
+    """A sequence that has grown and does not take part in calls, since a more urgent one does."""
+    planner, owner = make_planner(1, 2, 12, max_blocks=12, num_steps=2)
+    waiting = decoding(planner, owner, 3, 20, at=1.0)
+    call(planner)
+    call(planner)
+    urgent = decoding(planner, owner, 3, 20, at=0.0)
+    planner.controller = SloController(1.0, [1, 2])
+    assert call(planner).attempt_ids.tolist() == [urgent.attempt.id]
+    assert num_blocks_of(waiting) == 3
+    return planner, owner, waiting, urgent
+
+
+def test_blocks_of_a_row_that_is_over_are_not_its_successor_s():
+    planner, owner, waiting, urgent = waiting_with_growth()
+    place = waiting.attempt.decode.place.ids[0]
+    owner.end(waiting.attempt)
+    owner.end(urgent.attempt)
+    successor = decoding(planner, owner, 9, 20)
+    if successor.attempt.decode.place.ids[0] != place:
+        successor = decoding(planner, owner, 9, 20, at=-1.0)
+    assert successor.attempt.decode.place.ids[0] == place
+    planner.controller = None
+    plan = call(planner)
+    assert successor.attempt.id in plan.attempt_ids
+    assert len(plan.growth.places) == 0
+
+
+def test_what_a_row_has_grown_by_meanwhile_comes_as_one():
+    planner, owner, waiting, urgent = waiting_with_growth()
+    planner.change(CompilePlan((DecodeVariant(2, 8, SERVING_SHAPES[0]),)))
+    planner.commit(planner.plan(0.0), None, 0.1)
+    assert call(planner).attempt_ids.tolist() == [urgent.attempt.id]
+    assert num_blocks_of(waiting) == 4  # calls have more steps
+    owner.end(urgent.attempt)
+    plan = call(planner)
+    assert plan.growth.first.tolist() == [2]
+    assert [blocks.tolist() for blocks in plan.growth.blocks] == [waiting.attempt.decode.blocks.ids[2:]]
+
+
 def test_a_controller_limits_how_many_of_a_rank_run_together():
     planner, owner = make_planner(2, 4)
     requests = [decoding(planner, owner, 3, 50, at=float(-index)) for index in range(8)]

@@ -12,6 +12,7 @@ from cmjax.schedule import (
     SendPlan,
 )
 from cmjax.schedule.planner import MAX_FAILURES_IN_A_ROW
+from cmjax.schedule.virtual import VirtualError
 from tests.schedule.clusters import Cluster, decode_sizes, prefill_sizes, run_s, small_cluster
 
 LONG = list(range(100, 150))
@@ -341,3 +342,40 @@ def test_scarce_prefill_blocks_behind_failed_hand_offs():
     cluster.run()
     cluster.assert_all_right(requests)
     assert cluster.scheduler.num_failed_handoffs >= 3
+
+
+def test_a_round_arrives_whose_sending_has_failed():
+    """The request decoded, and its source, where nobody waited for the hand-off any more, kept its place and blocks
+    until the request ended; others waited for them, for ever where the calls waited for those others."""
+    cluster = Cluster(run_s=run_s, commit_s=lambda plan: 0.5 if isinstance(plan, SendPlan) else 0.0, wrap=FailsAfter)
+    cluster.add_prefill("prefill0", prefill_sizes(8, num_places=1))
+    cluster.add_decode("decode0", decode_sizes(2, 2), is_patient=True)
+    requests = [cluster.submit([index] * 10, 30) for index in range(1, 5)]
+    held = []
+    cluster.at(0.9, lambda: held.append((requests[0].attempt.stage, requests[0].attempt.prefill)))
+    cluster.run()
+    cluster.assert_all_right(requests)
+    assert held == [("decode", None)]
+    assert str(cluster.scheduler.prefill["prefill0"].last_error) == "told too late"
+    assert not any(request.num_failures for request in requests)
+
+
+class FailsAfter:
+    """An executor whose first round travels, and then counts as not sent."""
+
+    def __init__(self, name, inner):
+        self.inner, self.has_failed = inner, name != "prefill0"
+
+    def run(self, plan):
+        result = self.inner.run(plan)
+        if isinstance(plan, SendPlan) and not self.has_failed:
+            self.has_failed = True
+            raise VirtualError("told too late")
+        return result
+
+    def poll(self):
+        return self.inner.poll()
+
+    @property
+    def expects_arrivals(self):
+        return self.inner.expects_arrivals

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.schedule import PrefillPlan, Scheduler
+from cmjax.schedule import PrefillPlan, RestartPlan, Scheduler, SendPlan
 from cmjax.schedule.virtual import expected_tokens
 from tests.schedule.clusters import Cluster, decode_sizes, prefill_sizes, run_s, small_cluster
 
@@ -58,6 +58,34 @@ def test_a_request_whose_handoffs_never_arrive_ends_with_an_error():
     assert len(request.token_ids) == 1  # prefill's own, none from a cache that is not there
     assert request.num_failures == 3
     cluster.check_nothing_is_held()
+
+
+def test_a_round_that_cannot_be_sent_starts_its_requests_over_at_once():
+    """They do not wait for their hand-off's deadline; and what hit them three times ends with an error."""
+    failures = []
+
+    def failure(name, plan):
+        return RuntimeError("a broken link") if isinstance(plan, SendPlan) and len(failures) < limit else None
+
+    def failing(name, plan):
+        error = failure(name, plan)
+        if error is not None:
+            failures.append(name)
+        return error
+
+    for limit in (2, 3):
+        failures.clear()
+        cluster = small_cluster(failure=failing)
+        request = cluster.submit([1, 2, 3], 8)
+        cluster.run()
+        assert cluster.now < 5.0
+        assert set(failures) == {"prefill0", "prefill1"}
+        assert cluster.count(RestartPlan) == 0
+        if limit == 2:
+            cluster.assert_all_right()
+        else:
+            assert request.error == "request 0: its KV could not be sent to decode0: a broken link"
+            cluster.check_nothing_is_held()
 
 
 @pytest.mark.parametrize(("name", "when"), [("prefill0", 0.15), ("decode1", 1.0)])
@@ -255,6 +283,22 @@ def test_a_failed_run_is_tried_again_elsewhere():
     assert {cluster.places["prefill", request] for request in later} == {"prefill0"}
     assert cluster.scheduler.prefill["prefill0"].status == "ready"
     assert str(cluster.scheduler.prefill["prefill0"].last_error) == "a bad step"
+
+
+def test_what_starts_over_goes_first_in_its_old_order():
+    failures = [RuntimeError("a bad step")]
+
+    def failure(name, plan):
+        return failures.pop() if failures and cluster.now > 0.3 else None
+
+    cluster = small_cluster(1, 1, step_tokens=20, failure=failure)
+    requests = [cluster.submit([index] * 15, 5) for index in range(8)]
+    cluster.run()
+    cluster.assert_all_right()
+    assert cluster.count(RestartPlan) == 1
+    assert sum(request.num_failures for request in requests) > 1
+    order = sorted(requests, key=lambda request: request.times.prefilled)
+    assert order == requests
 
 
 def test_requests_go_to_instances_of_their_model():

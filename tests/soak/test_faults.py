@@ -21,19 +21,19 @@ def test_a_thousand_faults():
         8,
         prefill_ep_size=4,
         num_prefill_instances=2,
-        max_num_seqs_per_rank=2,
+        max_num_seqs_per_rank=1,
         max_model_len=160,
         max_num_batched_tokens=64,
         num_speculative_tokens=1,
         handoff_timeout_s=1.0,
     )
-    load = make_load(np.random.default_rng(2), engine.model.config.vocab_size, 120, 400, 16)
+    load = make_load(np.random.default_rng(2), engine.model.config.vocab_size, 120, 300, 12)
     engine.start()
     try:
         handles = [engine.submit(*one) for one in load]
         expected = [handle.result(timeout=600) for handle in handles]
-        faults = Faults(engine, most=1000, probability=0.08)
-        outcomes = under_faults(engine, load, expected, faults, at_once=40)
+        faults = Faults(engine, most=1000, probability=0.06)
+        outcomes = under_faults(engine, load, expected, faults, at_once=10)
         faults.remove()
         check_nothing_is_left(engine)
     finally:
