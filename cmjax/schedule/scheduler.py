@@ -46,7 +46,7 @@ class Scheduler:
         self.num_prompt_tokens = self.num_generation_tokens = 0
         self._transfers: dict[int, Transfer] = {}
         self._transfer_of: dict[int, Transfer] = {}  # attempt's id -> its hand-off
-        self._past_drafts: np.ndarray | int = 0  # of instances that have been taken out
+        self._past_drafts = np.zeros(1, np.int64)  # of instances that have been taken out
         self._changed: dict[Request, None] = {}
         self._ids = itertools.count()
 
@@ -78,7 +78,7 @@ class Scheduler:
     @property
     def kept_drafts(self) -> np.ndarray:
         """`int64[k + 1]`, in how many of the requests' steps 0, 1, ... k drafts were kept."""
-        return self._past_drafts + np.sum([one.kept_drafts for one in self.decode.values()], axis=0)
+        return sum((one.kept_drafts for one in self.decode.values()), self._past_drafts)
 
     # -- instances ----------------------------------------------------------------------------------------------------
 

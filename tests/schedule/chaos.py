@@ -157,6 +157,7 @@ class Chaos:
         self._under_way: dict[str, tuple[Plan, dict[tuple[int, int], int]]] = {}
         self._planners: dict[str, Planner] = {}  # all there have ever been
         self._lost_by_hand: set[str] = set()
+        self._drained: dict[str, frozenset[int]] = {}  # name -> the attempts that it had when it began to drain
         self._num_plans = 0
         self._last_event = 0.0
         for role, count in zip(ROLES, (layout.num_prefill, layout.num_decode), strict=True):
@@ -259,6 +260,7 @@ class Chaos:
         """An instance takes nothing new."""
         self.counts["drained"] += not planner.is_draining
         planner.is_draining = True
+        self._drained.setdefault(planner.name, frozenset(planner.attempts))
 
     def remove(self, planner: Planner) -> None:
         """An instance is taken out."""
@@ -312,6 +314,9 @@ class Chaos:
         assert not waiting & running
         assert waiting | running == alive
         assert len(waiting) == len(self.scheduler.waiting)
+        for planner in self.scheduler.planners:
+            assert planner.is_idle or not planner.is_broken
+            assert self._drained.get(planner.name, planner.attempts.keys()) >= planner.attempts.keys()
         for planner in self.scheduler.prefill.values():
             for attempt in planner.attempts.values():
                 # It has left its source, or will when that has been told that its last round was sent.

@@ -13,6 +13,7 @@ from cmjax.schedule import (
     PrefillPlanner,
     PrefillResult,
     PrefillVariant,
+    RestartPlan,
     SamplingShape,
     SendPlan,
 )
@@ -309,6 +310,60 @@ def test_compiling_comes_before_anything_else_and_changes_the_steps():
     planner.commit(planner.plan(9.0), None, 10.0)
     assert empty.is_over
     assert planner.variants == variants
+
+
+def test_what_travels_goes_before_a_change():
+    """It has a deadline, which a compilation may not keep."""
+    planner, _ = make_planner(64, step_tokens=16)
+    first, second = (request.attempt for request in add(planner, range(10), range(12), max_tokens=4))
+    plan = planner.plan(0.0)
+    change = planner.change(CompilePlan(planner.variants))
+    planner.commit(plan, result_of(plan), 1.0)
+    decoding_place(first)
+    planner.send(make_transfer([first], step=plan.number))
+    plan = planner.plan(1.0)
+    assert isinstance(plan, SendPlan)
+    planner.commit(plan, None, 2.0)
+    assert planner.plan(2.0) is change.plan
+    planner.commit(change.plan, None, 3.0)
+    assert planner.plan(3.0).attempt_ids.tolist() == [second.id]
+
+
+def test_a_compilation_that_fails():
+    """Of what sends to others it costs nobody anything; one that runs steps takes the cache along."""
+    planner, owner = make_planner(64, step_tokens=8)
+    [request] = add(planner, range(12), max_tokens=4)
+    plan = planner.plan(0.0)
+    planner.commit(plan, result_of(plan), 1.0)
+    sends = planner.change(CompilePlan((), targets=("decode1",)))
+    planner.fail(planner.plan(1.0), RuntimeError("no such target"), 2.0)
+    assert str(sends.error) == "no such target"
+    assert planner.status == "ready"
+    assert request.attempt.num_computed == 8
+    planner.check()
+    for _ in range(5):  # more often than steps may fail
+        steps = planner.change(CompilePlan(planner.variants))
+        planner.fail(planner.plan(2.0), RuntimeError("out of memory"), 3.0)
+        assert str(steps.error) == "out of memory"
+        assert planner.status == "starting"
+        assert planner.is_idle
+        restart = planner.plan(3.0)
+        assert isinstance(restart, RestartPlan)
+        planner.commit(restart, None, 4.0)
+        assert planner.status == "ready"
+    assert owner.told == [("hit", request)]
+    assert owner.errors == ["prefill0 failed: out of memory"]
+
+
+def test_nobody_waits_for_changes_of_an_instance_that_does_not_run():
+    planner, _ = make_planner()
+    before = planner.change(CompilePlan(planner.variants))
+    planner.close(RuntimeError("stopped"))
+    assert str(before.error) == "stopped"
+    after = planner.change(CompilePlan(planner.variants))
+    assert after.is_over
+    assert "prefill0 does not run" in str(after.error)
+    assert planner.plan(0.0) is None
 
 
 def test_what_it_says_of_itself():

@@ -49,6 +49,17 @@ def test_handoffs_that_get_lost_are_sent_again():
     cluster.assert_all_right()
 
 
+def test_what_has_arrived_of_a_hand_off_goes_on_when_the_rest_is_lost():
+    cluster = small_cluster(1, 1, handoff_s=lambda index: None if index == 1 else 0.05, timeout_s=1.0)
+    cluster.submit([3] * 10, 1)  # while it is computed, the others come
+    short, long = cluster.submit([1] * 10, 60, at=0.01), cluster.submit([2] * 20, 8, at=0.01)
+    cluster.run()
+    cluster.assert_all_right()
+    assert [len(plan.segments.ranks) for _, plan in cluster.ended if isinstance(plan, SendPlan)] == [2, 1, 1, 1]
+    assert (short.num_failures, long.num_failures) == (0, 1)
+    assert cluster.scheduler.num_failed_handoffs == 1
+
+
 def test_a_request_whose_handoffs_never_arrive_ends_with_an_error():
     cluster = small_cluster(handoff_s=lambda index: None)
     request = cluster.submit([1, 2, 3], 8)
@@ -152,6 +163,24 @@ def test_instances_join_and_are_drained_while_requests_run():
     assert cluster.scheduler.decode["decode0"].is_idle
     assert cluster.scheduler.decode["decode0"].status == "draining"
     assert not any(request.num_failures for request in cluster.requests)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_where_all_are_drained_what_waits_ends_with_an_error(role):
+    """Nobody would ever take it; what has a place goes on."""
+    cluster = small_cluster(1, 1)
+    first = cluster.submit([1] * 20, 30)
+
+    def drain() -> None:
+        cluster.scheduler.planner(f"{role}0").is_draining = True
+
+    cluster.at(1.0, drain)
+    late = [cluster.submit([2] * 20, max_tokens, at=1.1) for max_tokens in (30, 1)]
+    cluster.run()
+    assert first.finish_reason == "length"
+    assert late[0].error == f"{late[0].request_id}: no {role} instance is left"
+    assert late[1].finish_reason == ("error" if role == "prefill" else "length")
+    cluster.check_nothing_is_held()
 
 
 def test_what_an_instance_that_is_taken_out_had_goes_on_elsewhere_through_no_fault():
@@ -299,6 +328,24 @@ def test_what_starts_over_goes_first_in_its_old_order():
     assert sum(request.num_failures for request in requests) > 1
     order = sorted(requests, key=lambda request: request.times.prefilled)
     assert order == requests
+
+
+def test_kept_drafts_are_counted_past_the_end_of_their_instance():
+    cluster = Cluster(run_s=run_s)
+    assert cluster.scheduler.kept_drafts.tolist() == [0]
+    cluster.add_prefill("prefill0", prefill_sizes())
+    for name in ("decode0", "decode1"):
+        cluster.add_decode(name, decode_sizes(num_drafts=1))
+    requests = [cluster.submit([index] * 10, 20) for index in range(4)]
+    counts = []
+    for name in ("decode0", "decode1"):
+        cluster.run()
+        counts.append(cluster.scheduler.kept_drafts)
+        cluster.remove(name)
+        counts.append(cluster.scheduler.kept_drafts)
+    cluster.assert_all_right(requests)
+    assert all(count.tolist() == counts[0].tolist() and count.dtype == np.int64 for count in counts)
+    assert counts[0] @ [1, 2] == 4 * 19
 
 
 def test_requests_go_to_instances_of_their_model():

@@ -32,7 +32,7 @@ def test_a_thousand_faults():
     try:
         handles = [engine.submit(*one) for one in load]
         expected = [handle.result(timeout=600) for handle in handles]
-        faults = Faults(engine, most=1000, probability=0.06)
+        faults = Faults(engine, most=1000, probability=0.045)
         outcomes = under_faults(engine, load, expected, faults, at_once=10)
         faults.remove()
         check_nothing_is_left(engine)
