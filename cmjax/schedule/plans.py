@@ -40,7 +40,7 @@ class PrefillPlan:
 
     Attributes:
         number: of the plan; the hidden states of its prompts' ends go by it until they are sent.
-        variant, microbatches: the compiled form to run.
+        variant, microbatches: the compiled variant to run.
         attempt_ids: `int64[r]`.
         places: `int32[r]`, the row of the instance's table of blocks that each has.
         starts, stops: `int32[r]`, tokens `[start, stop)` of each.
@@ -139,7 +139,7 @@ class DecodePlan:
 
     Attributes:
         number: of the plan.
-        variant, microbatches: the compiled form to run.
+        variant, microbatches: the compiled variant to run.
         attempt_ids: `int64[r]`.
         places: `int32[r]`, ascending: rank * places of a rank + place.
         joins, growth: what is new.

@@ -154,7 +154,7 @@ class DecodeRows:
 
 @dataclasses.dataclass(frozen=True)
 class StateKey:
-    """What the devices' state is of: the same rows in the same form go on by themselves."""
+    """What the devices' state is of: the same rows in the same variant go on by themselves."""
 
     num_slots: int
     shape: SamplingShape

@@ -98,7 +98,13 @@ class InstanceLoop:
             # Not a failing step but a mistake in the bookkeeping: nothing of the instance can be trusted.
             logger.exception("%s: its thread ends", self.name)
             with self.core.changed:
-                self.core.scheduler.lose(self.name, error)
+                self._lose(error)
         with self.core.changed:
             self.core.changed.notify_all()
         self.core.deliver()
+
+    def _lose(self, error: BaseException) -> None:
+        try:
+            self.core.scheduler.lose(self.name, error)
+        except Exception:
+            logger.exception("%s: what it held could not be given back", self.name)

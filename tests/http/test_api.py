@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import httpx
@@ -252,11 +253,16 @@ def test_prompts_times_choices_are_counted_before_they_cost_anything(http, monke
         assert "1152000 prompts times choices, at most 40 are taken" in answer.json()["error"]["message"]
 
 
-def test_more_than_may_be_under_way_are_asked_to_try_again(address, http):
+def test_more_than_may_be_under_way_are_asked_to_try_again(address, http, engine, monkeypatch):
+    (decoding,) = engine.fleet.decode.values()
+    run, is_refused = decoding.run, threading.Event()
+    # No choice ends before the second request has been sent, however fast the machine is.
+    monkeypatch.setattr(decoding, "run", lambda plan: (is_refused.wait(4), run(plan))[1])
     body = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "n": 30, "stream": True}
     with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
         next(answer.iter_lines())
         refused = http.post("/v1/completions", json={"prompt": "a", "n": 11})
+        is_refused.set()
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "1"
 

@@ -127,8 +127,8 @@ def run_histories(num_histories):
 
 def all_kinds():
     """What must have happened in some history, for the histories to be worth something."""
-    for kind in PLAN_NAMES.values():
-        yield f"plans: {kind}"
+    yield from (f"plans: {kind}" for kind in PLAN_NAMES.values())
+    for kind in ("step", "call", "send", "receive", "restart"):
         yield from (f"failed: {kind} {moment}" for moment in ("before", "after"))
     yield from (f"submitted: {kind}" for kind in KINDS)
     yield from (f"cancelled: {stage}" for stage in STAGES)

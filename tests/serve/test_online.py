@@ -88,8 +88,26 @@ def assert_same(outputs, expected):
                 np.testing.assert_allclose(*values, atol=1e-3)
 
 
-def test_requests_that_share_places_and_blocks_get_the_tokens_of_a_batch_run(engine, expected):
+def test_requests_that_share_places_and_blocks_get_the_tokens_of_a_batch_run(engine, expected, monkeypatch):
     before = engine.stats()
+    (decoding,) = engine.fleet.decode.values()
+    sent, are_together = set(), threading.Event()
+
+    def send(run, plan):
+        result = run(plan)
+        sent.update(plan.attempt_ids.tolist())
+        if len(sent) >= 10:
+            are_together.set()
+        return result
+
+    def step(run, plan):
+        are_together.wait(4)
+        return run(plan)
+
+    # More sequences than there are blocks for run together, however fast the machine is.
+    wrap(monkeypatch, decoding, DecodePlan, step)
+    for source in engine.prefill:
+        wrap(monkeypatch, source, SendPlan, send)
     handles = submit_all(engine)
     assert_same([handle.result(timeout=120) for handle in handles], expected)
     after = engine.stats()
