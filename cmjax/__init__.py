@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cmjax.model import Model, load
+    from cmjax.checkpoint import load
+    from cmjax.model import Model
 
 __all__ = ["Model", "__version__", "load"]
 
@@ -13,9 +14,9 @@ __all__ = ["Model", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import cmjax` and `cmjax --help` do not pay for JAX.
     if name in ("Model", "load"):
-        from cmjax import model
+        from cmjax import checkpoint, model
 
-        return getattr(model, name)
+        return getattr(model if name == "Model" else checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import cmjax
+from cmjax.checkpoint import Techniques, Tokenizer, quantize_folder
 from cmjax.mesh import bring_up
-from cmjax.model import Techniques, Tokenizer, num_bytes, quantize_folder
+from cmjax.model import num_bytes
 from cmjax.serve import Engine, EngineSettings, SamplingParams
 
 MODELS = Path(__file__).parents[1] / "models"

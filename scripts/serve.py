@@ -11,9 +11,9 @@ import openai
 import uvicorn
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.mesh import Supernode, carve, virtual_devices
-from cmjax.model import Tokenizer
 from cmjax.serve import Engine, EngineSettings
 from cmjax.serve.http import ServerSettings, create_app
 

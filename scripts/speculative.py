@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import cmjax
+from cmjax.checkpoint import Tokenizer
 from cmjax.mesh import carve, virtual_devices
-from cmjax.model import Tokenizer
 from cmjax.serve import Engine, EngineSettings, SamplingParams
 
 MODEL = Path(__file__).parents[1] / "models" / "demo"

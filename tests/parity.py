@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmjax.model import ModelConfig, Params, load_checkpoint
+from cmjax.checkpoint import load_checkpoint
+from cmjax.model import ModelConfig, Params
 
 FOLDER = Path(__file__).parent / "data" / "parity"
 CASES = tuple(sorted(path.name for path in FOLDER.iterdir() if path.is_dir()))

@@ -12,10 +12,10 @@ import pytest
 from cmjax.bench.ablation import REFERENCE, ROUNDED, compare, make_models
 from cmjax.bench.evaluate import evaluate_together, read_heldout
 from cmjax.bench.outliers import REMEDIES, plant_outliers
-from cmjax.cli_options import BUNDLED_MODEL, CALIBRATION, HELDOUT
-from cmjax.cli_quantize import calibration_ids
+from cmjax.checkpoint import Tokenizer, load, quantize_folder, save_hf
+from cmjax.cli.options import BUNDLED_MODEL, CALIBRATION, HELDOUT
+from cmjax.cli.quantize import calibration_ids
 from cmjax.mesh import Supernode, carve
-from cmjax.model import Tokenizer, load, quantize_folder, save_hf
 from cmjax.serve import EngineSettings
 
 pytestmark = pytest.mark.soak

@@ -8,7 +8,7 @@ import pytest
 from cmjax.bench import peer as bench_peer
 from cmjax.bench.report import in_turn
 from cmjax.cli import main
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.parity import FOLDER
 
 

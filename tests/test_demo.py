@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from cmjax import cli_options
+from cmjax.checkpoint import Tokenizer, load
 from cmjax.cli import main
-from cmjax.cli_demo import Comparison, Completion, Reference, compare, compare_to_one_device, completion_lines
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer, load
+from cmjax.cli import options as cli_options
+from cmjax.cli.demo import Comparison, Completion, Reference, compare, compare_to_one_device, completion_lines
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.parity import FOLDER, load_case
 
 PNG = b"\x89PNG\r\n"
@@ -139,7 +139,7 @@ def test_a_different_token_is_status_1(folder, capsys, tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture(folder, capsys, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "cmjax.cli_picture", raising=False)
+    monkeypatch.delitem(sys.modules, "cmjax.cli.picture", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

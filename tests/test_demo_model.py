@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import cmjax
+from cmjax.checkpoint import Tokenizer
 from cmjax.cli import main
-from cmjax.cli_options import BUNDLED_MODEL, HELDOUT
-from cmjax.model import Tokenizer, num_params
+from cmjax.cli.options import BUNDLED_MODEL, HELDOUT
+from cmjax.model import num_params
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *args: object) -> dict:

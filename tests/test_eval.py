@@ -11,9 +11,9 @@ import pytest
 
 import cmjax
 from cmjax.bench.evaluate import MAX_COMPARED_BYTES, MIN_COMPARED_BYTES, compared_tokens, lzma_bytes
+from cmjax.checkpoint import Tokenizer, save_hf
 from cmjax.cli import main
-from cmjax.cli_options import BUNDLED_MODEL, HELDOUT
-from cmjax.model import Tokenizer, save_hf
+from cmjax.cli.options import BUNDLED_MODEL, HELDOUT
 from cmjax.serve import plan_windows
 from tests.helpers import tiny_model
 

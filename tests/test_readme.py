@@ -8,10 +8,10 @@ import shlex
 import click
 import pytest
 
-from cmjax.cli import command_group
-from cmjax.cli_demo import Reference
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.command import command_group
+from cmjax.cli.demo import Reference
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.conftest import ROOT
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cmjax.bench.outliers import plant_outliers
-from cmjax.model import Model, Techniques, load, quantize_folder, save_hf
+from cmjax.checkpoint import Techniques, load, quantize_folder, save_hf
+from cmjax.model import Model
 
 TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
 REFERENCE, ROUNDED = "floats", "int8"

@@ -16,8 +16,8 @@ from cmjax.model import Model
 from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
 from cmjax.schedule import SlotLoad, blocks_for
 from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, StepSpec, decode
-from cmjax.serve.direct import Prefilled, fill, prefill_prompts, rows_in_order
-from cmjax.serve.executor import host_load
+from cmjax.serve.instances.direct import Prefilled, fill, prefill_prompts, rows_in_order
+from cmjax.serve.instances.executor import host_load
 
 BOUND = 3.0  # times one device
 WIRES = {"float": None, "int8": "int8"}

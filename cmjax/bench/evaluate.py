@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from cmjax.checkpoint import Tokenizer
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
-from cmjax.model import Model, Tokenizer, placed_layer_names
+from cmjax.model import Model, placed_layer_names
 from cmjax.serve import EngineSettings, Scorer, TextScores, score_together
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from cmjax.bench.report import in_turn, machine
+from cmjax.checkpoint import load, save_hf
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
-from cmjax.model import Model, ModelConfig, init_params, load, num_params, save_hf
+from cmjax.model import Model, ModelConfig, init_params, num_params
 from cmjax.schedule import blocks_for
 from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, decode
-from cmjax.serve.direct import fill, plan_prompts, prefill_prompts
+from cmjax.serve.instances.direct import fill, plan_prompts, prefill_prompts
 
 # DeepSeek-V3's shape, scaled down to about 200 million parameters.
 CONFIG = ModelConfig(

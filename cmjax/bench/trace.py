@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cmjax.checkpoint import Tokenizer
 from cmjax.errors import UserError
-from cmjax.model import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

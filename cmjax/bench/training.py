@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from cmjax.bench.report import in_turn, machine
-from cmjax.moe import ExpertParams, RouterConfig, block_layout, expert_ffn_blocks, route
+from cmjax.moe import ExpertParams, RouterConfig, route
+from cmjax.training import block_layout, expert_ffn_blocks
 
 _ROWS_PER_BLOCK = (16, 32, 64, 128)
 # (x, topk_idx, topk_weights, experts) -> float32[tokens, hidden]
@@ -20,7 +21,7 @@ Form = Callable[[jax.Array, jax.Array, jax.Array, ExpertParams], jax.Array]
 
 
 def _blocks(rows_per_block: int) -> Form:
-    """Blocks of one expert each (`cmjax.moe.training`)."""
+    """Blocks of one expert each (`cmjax.training.experts`)."""
 
     def form(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: ExpertParams) -> jax.Array:
         layout = block_layout(topk_idx, experts.w13.shape[1], rows_per_block)

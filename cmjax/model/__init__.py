@@ -1,9 +1,8 @@
-"""DeepSeek V2, V3 and R1: config, parameters, and loading them from Hugging Face folders and orbax checkpoints."""
+"""The DeepSeek architecture (V2, V3, R1): config, parameters, MLA, layers, the MTP module, prefill and decode."""
 
-from cmjax.model.checkpoint import restore, save
 from cmjax.model.config import ModelConfig
 from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
-from cmjax.model.model import Model, check_token_ids, expert_maps, load, token_id_array
+from cmjax.model.model import Model, check_token_ids, expert_maps, token_id_array
 from cmjax.model.params import (
     AttentionParams,
     LayerParams,
@@ -31,16 +30,12 @@ from cmjax.model.placed import (
     plan_placement,
 )
 from cmjax.model.prefill import PrefillBatch, head_shards, local_tokens, prefill_pass, token_order
-from cmjax.model.quantize import Techniques
-from cmjax.model.quantize_folder import quantize_folder
-from cmjax.model.tokenizer import Tokenizer
 from cmjax.model.transformer import (
     PassOutput,
     RankSpec,
     lm_head,
     mtp_head,
 )
-from cmjax.model.weights import TensorSource, load_checkpoint, load_params, save_hf
 from cmjax.model.yarn import YarnConfig
 
 __all__ = [
@@ -57,9 +52,6 @@ __all__ = [
     "PassOutput",
     "PrefillBatch",
     "RankSpec",
-    "Techniques",
-    "TensorSource",
-    "Tokenizer",
     "YarnConfig",
     "abstract_params",
     "aligned_empty",
@@ -72,9 +64,6 @@ __all__ = [
     "head_shards",
     "init_params",
     "lm_head",
-    "load",
-    "load_checkpoint",
-    "load_params",
     "local_tokens",
     "mtp_head",
     "named_leaves",
@@ -88,10 +77,6 @@ __all__ = [
     "plan_placement",
     "prefill_pass",
     "quant_mode",
-    "quantize_folder",
-    "restore",
-    "save",
-    "save_hf",
     "token_id_array",
     "token_order",
 ]

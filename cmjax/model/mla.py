@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.loops import dynamic_loop
 from cmjax.model.cache import read_blocks
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
-from cmjax.moe import dynamic_loop
 from cmjax.quant import InputMajor, einsum_f32, linear
 
 # The published models normalize the low-rank latents with this, whatever `rms_norm_eps` says.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
@@ -17,11 +16,9 @@ from cmjax.model.params import Params, input_major_params, named_leaves, quant_m
 from cmjax.model.placed import default_wires, param_specs, place_params, plan_placement
 from cmjax.model.prefill import PrefillBatch, prefill_pass
 from cmjax.model.transformer import RankSpec, lm_head, mtp_head
-from cmjax.model.weights import Quant, load_checkpoint
 from cmjax.moe import ExpertPlacement, FabricExchange
-from cmjax.quant import QUANT_MODES, QuantMode
+from cmjax.quant import QuantMode
 
-QUANT_CHOICES: tuple[Quant, ...] = (*QUANT_MODES, "none", "auto")
 _AXIS = "ep"
 _BLOCK_SIZE = 16
 
@@ -168,27 +165,3 @@ def _whole_sequences(ids: np.ndarray) -> PrefillBatch:
         query_start=jnp.arange(batch + 1, dtype=jnp.int32) * length,
         block_table=jnp.arange(batch * blocks, dtype=jnp.int32).reshape(batch, blocks),
     )
-
-
-def load(path: str | os.PathLike[str], dtype: Any = jnp.float32, quant: Quant | None = None, rows: int = 1) -> Model:
-    """Load a model from a Hugging Face folder (`config.json` and `*.safetensors`) or an Orbax checkpoint.
-
-    Args:
-        path: the folder.
-        dtype: of weights and activations: float32 (the default, whatever the config names), bfloat16 or float16.
-        quant: "int8" multiplies the large matrices of attention and FFN in int8, weights with a scale a channel and
-            activations with one a token (paper section 4.5); "fake" the same values as floats; "none" as floats;
-            "auto" those in int8 that are measured to be faster so, here and now, at `rows` rows. By default a
-            checkpoint of int8 weights is multiplied in int8, any other in floats. Weights that are stored as floats are
-            rounded to the nearest; `cmjax quantize` does better.
-        rows: for "auto": rows of a step on one device, its sequences in decode, its tokens in prefill.
-
-    Raises:
-        UserError: what is missing, truncated, misshapen or not supported, by name.
-    """
-    if quant not in (None, *QUANT_CHOICES):
-        raise UserError(f"quant {quant!r} is not supported; supported: {', '.join(QUANT_CHOICES)}")
-    if rows < 1:
-        raise UserError(f"rows {rows} is not positive")
-    config, params, digest = load_checkpoint(os.fspath(path), dtype=dtype, quant=quant, rows=rows)
-    return Model(config, params, digest)

@@ -16,10 +16,8 @@ from cmjax.moe.dispatch import (
 )
 from cmjax.moe.experts import ExpertParams, block_rows, expert_ffn, swiglu
 from cmjax.moe.layer import Exchange, FabricExchange, SplitExchange, gate, moe_ffn, routed_choices, run_experts
-from cmjax.moe.loops import dynamic_loop
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
-from cmjax.moe.training import block_layout, expert_ffn_blocks, moe_ffn_blocks
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_int8, unpack_rows
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "SplitExchange",
     "TopkMethod",
     "WireDtype",
-    "block_layout",
     "block_rows",
     "buffer_bytes",
     "combine",
@@ -45,14 +42,11 @@ __all__ = [
     "dispatch",
     "dispatch_done",
     "dispatch_start",
-    "dynamic_loop",
     "expert_ffn",
-    "expert_ffn_blocks",
     "gate",
     "max_tokens",
     "message_bytes",
     "moe_ffn",
-    "moe_ffn_blocks",
     "pack_rows",
     "route",
     "routed_choices",

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.loops import dynamic_loop
 from cmjax.mesh import fabric
 from cmjax.moe.dispatch import ReceivedRows
-from cmjax.moe.loops import dynamic_loop
 from cmjax.quant import Matrix, QuantArray, QuantizedRows, linear, matrix_at
 
 

@@ -12,16 +12,16 @@ from cmjax.schedule import (
     SamplingParams,
     TokenLogprobs,
 )
-from cmjax.serve.decode_executor import DecodeExecutor
-from cmjax.serve.decode_step import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.engine import Engine
 from cmjax.serve.handle import RequestError, RequestHandle
+from cmjax.serve.instances.decode import DecodeExecutor
+from cmjax.serve.instances.prefill import PrefillExecutor
+from cmjax.serve.instances.scoring import Scorer, TextScores, plan_windows, score_together
 from cmjax.serve.offline import GenerateResult, Timings
-from cmjax.serve.prefill_executor import PrefillExecutor
-from cmjax.serve.scoring import Scorer, TextScores, plan_windows, score_together
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import PrefillOutput, StepSpec, new_cache, prefill, score
-from cmjax.serve.transfer import Move, hand_off, prefill_tp_rank
+from cmjax.serve.steps.decode import DecodeOutput, DecodeState, Settled, decode
+from cmjax.serve.steps.prefill import PrefillOutput, StepSpec, new_cache, prefill, score
+from cmjax.serve.transfer.handoff import Move, hand_off, prefill_tp_rank
 
 __all__ = [
     "BlockPool",

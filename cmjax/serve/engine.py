@@ -22,11 +22,11 @@ from cmjax.schedule import (
     blocks_for,
 )
 from cmjax.serve.core import Core
-from cmjax.serve.decode_executor import DecodeExecutor
 from cmjax.serve.fleet import Fleet
 from cmjax.serve.handle import RequestHandle
+from cmjax.serve.instances.decode import DecodeExecutor
+from cmjax.serve.instances.prefill import PrefillExecutor
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
-from cmjax.serve.prefill_executor import PrefillExecutor
 from cmjax.serve.settings import EngineSettings
 
 logger = logging.getLogger(__name__)

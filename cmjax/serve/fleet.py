@@ -11,11 +11,11 @@ from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController
 from cmjax.serve.core import Core
-from cmjax.serve.decode_executor import DecodeExecutor
+from cmjax.serve.instances.decode import DecodeExecutor
+from cmjax.serve.instances.prefill import PrefillExecutor
 from cmjax.serve.loop import InstanceLoop
-from cmjax.serve.prefill_executor import PrefillExecutor
 from cmjax.serve.settings import EngineSettings, check_caches_fit
-from cmjax.serve.transfer import Wire
+from cmjax.serve.transfer.handoff import Wire
 
 
 class Fleet:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve import Engine
 from tests.http.serving import served, wait_until_idle
 from tests.serve.driving import make_engine

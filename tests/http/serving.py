@@ -12,8 +12,8 @@ from typing import Any
 
 import uvicorn
 
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve import Engine
 from cmjax.serve.http import ServerSettings, create_app
 from cmjax.serve.http.text import ChatTemplate

@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.schedule import SendPlan
 from cmjax.serve import SamplingParams, decode, prefill
 from cmjax.serve.http.state import ServerState

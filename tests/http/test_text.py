@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.text import ChatTemplate, Detokenizer, StopStrings
 

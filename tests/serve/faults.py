@@ -12,7 +12,7 @@ import numpy as np
 from cmjax.model import Model
 from cmjax.schedule import MAX_FAILURES, Attempt, CompilePlan, SamplingParams, SendPlan
 from cmjax.serve import Engine
-from cmjax.serve.sampling import _noise
+from cmjax.serve.steps.sampling import _noise
 
 # Two scores so near each other may change places with the order of sums; a request that starts over from its tokens
 # computes by prefill what decode had computed.

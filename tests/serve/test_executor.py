@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.serve.executor import bucket
+from cmjax.serve.instances.executor import bucket
 
 
 @given(value=st.integers(1, 5000), multiple=st.integers(1, 320))

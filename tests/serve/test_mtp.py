@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.errors import UserError
 from cmjax.schedule import CompilePlan
 from cmjax.serve import SamplingParams, decode

@@ -10,7 +10,7 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SamplingShape, SendPlan
 from cmjax.serve import RequestError, SamplingParams
-from cmjax.serve.executor import Executor
+from cmjax.serve.instances.executor import Executor
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults

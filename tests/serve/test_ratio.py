@@ -5,7 +5,7 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.mesh import carve
 from cmjax.serve import Engine, EngineSettings, SamplingParams
-from cmjax.serve.executor import Executor
+from cmjax.serve.instances.executor import Executor
 from tests.helpers import tiny_model
 from tests.serve.driving import MACHINE
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cmjax.errors import UserError
 from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
-from cmjax.serve.sampling import SamplingState, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling import SamplingState, is_stop, logprobs, repeat, sample
 
 V = 23
 sample_jit = jax.jit(sample)

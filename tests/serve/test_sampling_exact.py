@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from cmjax.mesh import EP_AXIS
 from cmjax.schedule import NOT_FINITE, SamplingRows
 from cmjax.serve import SamplingParams
-from cmjax.serve.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
 from tests.helpers import assert_close
 
 VOCABULARY = 12

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.http.serving import serving_process
 
 pytestmark = pytest.mark.soak

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import cmjax
-from cmjax.cli_options import BUNDLED_MODEL
+from cmjax.cli.options import BUNDLED_MODEL
 from tests.http.serving import served, wait_until_idle
 from tests.serve.driving import make_engine
 

@@ -9,9 +9,9 @@ import pytest
 
 import cmjax
 from cmjax.bench.trace import Prompts
-from cmjax.cli_options import BUNDLED_MODEL, HELDOUT
+from cmjax.checkpoint import Tokenizer
+from cmjax.cli.options import BUNDLED_MODEL, HELDOUT
 from cmjax.mesh import Supernode, carve
-from cmjax.model import Tokenizer
 from cmjax.serve import Engine, EngineSettings, SamplingParams
 from tests.http.serving import served, wait_until_idle
 from tests.serve.driving import make_engine

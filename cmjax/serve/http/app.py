@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cmjax
-from cmjax.model import Tokenizer, check_token_ids, token_id_array
+from cmjax.checkpoint import Tokenizer
+from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError, install_handlers

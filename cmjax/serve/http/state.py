@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 from typing import Any
 
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
 from cmjax.serve import SamplingParams
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError

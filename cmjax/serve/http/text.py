@@ -11,7 +11,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cmjax.model import Tokenizer
+from cmjax.checkpoint import Tokenizer
 from cmjax.serve.http.errors import ApiError
 
 

@@ -1,0 +1,1 @@
+"""Instances: a model on devices, and what runs plans on it."""

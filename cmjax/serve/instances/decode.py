@@ -1,0 +1,213 @@
+"""The decode role: sequences in places, token by token."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cmjax.errors import UserError
+from cmjax.mesh import Instance
+from cmjax.model import Model
+from cmjax.schedule import (
+    Arrival,
+    CompilePlan,
+    DecodePlan,
+    DecodePlanner,
+    DecodeResult,
+    DecodeSizes,
+    DecodeVariant,
+    LogprobArrays,
+    ReceivePlan,
+    RestartPlan,
+    Result,
+    SamplingParams,
+    SamplingShape,
+    Scheduler,
+)
+from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
+from cmjax.serve.instances.executor import Executor, host_load, host_logprobs
+from cmjax.serve.settings import EngineSettings
+from cmjax.serve.steps.decode import DecodeOutput, DecodeState, decode
+from cmjax.serve.transfer import handoff as transfer
+
+
+class DecodeExecutor(Executor):
+    """Continues sequences, each on one rank: data-parallel attention, expert-parallel MoE.
+
+    A rank has `max_num_seqs_per_rank` places and a cache of its own. A call runs sequences in as few rows a rank as are
+    compiled; what it needs lives on the devices between calls until a sequence comes, grows or goes.
+
+    Attributes:
+        hidden: `[ranks * places, k + 1, hidden]`, what the MTP module has yet to see; None without one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        instance: Instance,
+        settings: EngineSettings,
+        num_blocks: int,
+        wire: "transfer.Wire | None" = None,
+        **expert_counts: int | None,
+    ) -> None:
+        if settings.num_speculative_tokens and model.params.mtp is None:
+            raise UserError("the model has no MTP module (num_nextn_predict_layers): num_speculative_tokens must be 0")
+        # A rank's products have few rows; in bfloat16 a CPU takes as long by either form.
+        is_repacked = instance.is_virtual and model.dtype == np.float32
+        super().__init__(
+            model,
+            instance,
+            settings,
+            num_blocks,
+            params=model.input_major_params if is_repacked else model.params,
+            setting="max_num_seqs_per_rank",
+            expert_counts=expert_counts,
+        )
+        self.num_places, self.num_drafts = settings.max_num_seqs_per_rank, settings.num_speculative_tokens
+        self.allow_split(may_split=self.num_places % 2 == 0)
+        self.idle_parts: transfer.IdleParts | None = None
+        self._wire = wire or transfer.Wire()
+        self._make_rows(SamplingShape())
+        self._forget()
+
+    def make_planner(self, name: str, scheduler: Scheduler) -> DecodePlanner:
+        """The bookkeeping of this instance, for a scheduler; until something is compiled, of greedy calls."""
+        sizes = DecodeSizes(
+            num_ranks=self.instance.ep_size,
+            num_places=self.num_places,
+            num_blocks=self.num_blocks,
+            block_size=self.settings.block_size,
+            max_blocks=self.settings.max_blocks,
+            variants=self.variants_for(self.settings.steps_per_call, ()),
+            num_drafts=self.num_drafts,
+            round_tokens=transfer.round_tokens(self.settings),
+            microbatches=tuple(self.specs),
+        )
+        planner = scheduler.decode[name] = DecodePlanner(name, self.model.digest, sizes, scheduler)
+        return planner
+
+    def variants_for(self, num_steps: int, samplings: Iterable[SamplingParams]) -> tuple[DecodeVariant, ...]:
+        """A call of all places."""
+        return (DecodeVariant(self.num_places, num_steps, self.shape_for(samplings)),)
+
+    def serving_variants(self) -> tuple[DecodeVariant, ...]:
+        """The calls of a server: for each shape, for one sequence a rank and for all places, and where a controller
+        picks the number of sequences, for 2, 4, ... too."""
+        most, parts = self.num_places, 2 if self.settings.microbatches == 2 else 1
+        powers = most.bit_length() + 1 if self.settings.tpot_slo_ms is not None else 1
+        counts = sorted({min(parts << power, most) for power in range(powers)} | {most})
+        return tuple(
+            DecodeVariant(num_slots, self.settings.steps_per_call, shape)
+            for shape in self.serving_shapes
+            for num_slots in counts
+        )
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def _runs(self) -> dict[type, Callable[[Any], Result]]:
+        return {
+            DecodePlan: self._run_call,
+            ReceivePlan: self._receive,
+            CompilePlan: self.compile,
+            RestartPlan: self.restart,
+        }
+
+    def poll(self) -> list[Arrival]:
+        return self._wire.arrived(self)
+
+    @property
+    def expects_arrivals(self) -> bool:
+        return self._wire.is_expected(self)
+
+    def _forget(self) -> None:
+        self._wire.clear(self)
+        self._make_rows(self._rows.shape)
+        self._state: DecodeState | None = None
+        self._state_is_of: StateKey | None = None
+        self.hidden: jax.Array | None = None
+        if self.model.params.mtp is not None:
+            shape = (self.instance.ep_size * self.num_places, self.num_drafts + 1, self.model.config.hidden_size)
+            self.hidden = jax.device_put(np.zeros(shape, self.model.dtype), self.spec.by_rank())
+
+    def _make_rows(self, shape: SamplingShape) -> None:
+        self._rows = DecodeRows(
+            self.instance.ep_size,
+            self.num_places,
+            self.settings.max_blocks,
+            self.settings.max_model_len,
+            self.num_drafts,
+            shape,
+        )
+
+    def _run_call(self, plan: DecodePlan) -> DecodeResult:
+        variant, begin = plan.variant, time.perf_counter()
+        output = self._decode(self.enter(plan), variant, plan.microbatches)
+        self._state = output.state
+        rows = self._rows.row_of(plan.places, variant.num_slots)
+        token_ids = np.asarray(output.token_ids)[:, rows]
+        seconds = time.perf_counter() - begin
+        self._rows.advance(plan.places, token_ids, variant.num_steps)
+        logprobs = self._logprobs(output, rows[plan.logprob_rows]) if len(plan.logprob_rows) else None
+        return DecodeResult(token_ids, host_load(output.slot_load), seconds, logprobs)
+
+    def _logprobs(self, output: DecodeOutput, rows: np.ndarray) -> LogprobArrays:
+        """Of some rows, `[tokens, rows]` flattened."""
+        found = host_logprobs(output.logprobs, np.s_[:, rows])
+        flat = (a.reshape(-1, *a.shape[2:]) for a in (found.chosen, found.rank, found.top_ids, found.top))
+        return LogprobArrays(*flat)
+
+    def _receive(self, plan: ReceivePlan) -> None:
+        payload = self._wire.take(self, (plan.transfer_id, plan.round))
+        if len(plan.attempt_ids):
+            transfer.write(self, payload, plan.segments, plan.places)
+            self._state = None  # it has the hidden states from before
+
+    def compile(self, plan: CompilePlan) -> None:
+        variants = [one for one in plan.variants if isinstance(one, DecodeVariant)]
+        shape = functools.reduce(SamplingShape.union, (one.sampling for one in variants), self._rows.shape)
+        if shape != self._rows.shape:
+            self._rows = self._rows.widened(shape)
+        self._state = None  # what is run here takes the hidden states along
+        for variant, microbatches in itertools.product(variants, self.specs):
+            if variant.num_slots % microbatches == 0:
+                output = self._decode(self.empty_state(variant), variant, microbatches)
+                jax.block_until_ready(output.token_ids)
+        transfer.compile_write(self)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def empty_state(self, variant: DecodeVariant) -> DecodeState:
+        """That of no rows, on the devices."""
+        state = self._rows.state(np.zeros(0, np.int64), variant.num_slots, variant.sampling, self.hidden)
+        return jax.device_put(state, self.spec.by_rank())
+
+    def enter(self, plan: DecodePlan) -> DecodeState:
+        """Take what is new with a plan; the state of its rows on the devices, cut by rank."""
+        self._rows.join(plan.joins)
+        self._rows.grow(plan.growth)
+        key = StateKey(plan.variant.num_slots, plan.variant.sampling, plan.places.tobytes())
+        is_changed = len(plan.joins.places) or len(plan.growth.places) or key != self._state_is_of
+        if self._state is None or is_changed:
+            state = self._rows.state(plan.places, plan.variant.num_slots, plan.variant.sampling, self.hidden)
+            self._state, self._state_is_of = jax.device_put(state, self.spec.by_rank()), key
+        return self._state
+
+    def _decode(self, state: DecodeState, variant: DecodeVariant, microbatches: int) -> DecodeOutput:
+        output = decode(
+            self.params,
+            self.expert_to_slot,
+            self.cache,
+            state,
+            spec=self.specs[microbatches],
+            num_steps=variant.num_steps,
+            num_drafts=self.num_drafts,
+            num_logprobs=variant.sampling.num_logprobs,
+        )
+        self.cache = output.cache
+        if output.state.settled is not None:
+            self.hidden = output.state.settled.hidden
+        return output

@@ -1,0 +1,185 @@
+"""What the executors of every role share: a model on an instance's devices, and the static part of its steps."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cmjax.errors import UserError
+from cmjax.mesh import EP_AXIS, Instance
+from cmjax.model import Model, Params, RankSpec, default_wires, expert_maps, place_params, plan_placement
+from cmjax.moe import ExpertPlacement, SplitExchange
+from cmjax.schedule import (
+    SERVING_SHAPES,
+    Arrival,
+    CompilePlan,
+    LogprobArrays,
+    Plan,
+    RestartPlan,
+    Result,
+    SamplingParams,
+    SamplingShape,
+)
+from cmjax.serve.settings import EngineSettings, check_exchange_fits
+from cmjax.serve.steps.prefill import StepSpec, new_cache
+from cmjax.serve.steps.sampling import Logprobs
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple of `multiple`."""
+    return -(-value // multiple) * multiple
+
+
+def bucket(value: int, multiple: int) -> int:
+    """The next multiple of `multiple` times a power of two: few shapes, so few compilations."""
+    return multiple << max(0, (-(-value // multiple) - 1).bit_length())
+
+
+class Executor(abc.ABC):
+    """Runs an instance's plans with JAX in this process: params by slot, the placement as arrays, a cache.
+
+    Attributes:
+        model, instance, settings: as given.
+        placement: of the experts; None where the model has none.
+        params, expert_to_slot: on the devices.
+        spec: the static part of the steps; `specs` by number of microbatches, where there is a choice.
+        cache: `[ranks, cache layers, slots, latent width]`, see `new_cache`.
+        num_places: sequences that its tables have rows for.
+    """
+
+    num_places: int
+    # What a server's steps are compiled for.
+    serving_shapes: ClassVar[tuple[SamplingShape, ...]] = SERVING_SHAPES
+
+    def __init__(
+        self,
+        model: Model,
+        instance: Instance,
+        settings: EngineSettings,
+        num_blocks: int,
+        *,
+        params: Params,
+        setting: str,
+        expert_counts: Mapping[str, int | None],
+    ) -> None:
+        """Place the model.
+
+        Args:
+            model: from `cmjax.load`.
+            instance: its devices.
+            settings: sizes and formats.
+            num_blocks: of the cache.
+            params: the model's, stored as the steps want them.
+            setting: the one that decides how many tokens a rank has in one step, for the message where they are many.
+            expert_counts: see `cmjax.model.plan_placement`.
+        """
+        self.model, self.instance, self.settings, self.num_blocks = model, instance, settings, num_blocks
+        self.placement: ExpertPlacement | None = plan_placement(model.config, instance.ep_size, **expert_counts)
+        check_exchange_fits(model.config, self.placement, settings, setting, model.dtype)
+        rank = RankSpec(
+            config=model.config,
+            axis_name=EP_AXIS,
+            block_size=settings.block_size,
+            exchange=_make_exchange(model, settings, self.placement),
+            num_dispatched_shared=self.placement.num_dispatched_shared if self.placement else 0,
+            microbatches=2 if settings.microbatches == 2 else 1,
+        )
+        self.spec = StepSpec(rank, instance.mesh)
+        self.specs = {rank.microbatches: self.spec}
+        self.params = place_params(params, self.placement, instance.mesh)
+        maps = expert_maps(self.placement, instance.ep_size)
+        self.expert_to_slot = jax.device_put(maps, NamedSharding(instance.mesh, PartitionSpec(None, EP_AXIS)))
+        self.cache = new_cache(self.spec, num_blocks, model.dtype)
+        self._shapes = [SamplingShape()]
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan) -> Result:
+        """Run a plan; see `cmjax.schedule.Executor`."""
+        return self._runs()[type(plan)](plan)
+
+    def poll(self) -> list[Arrival]:
+        """The rounds of hand-offs that have arrived since the last call."""
+        return []
+
+    @property
+    def expects_arrivals(self) -> bool:
+        """Whether rounds are on their way here."""
+        return False
+
+    @abc.abstractmethod
+    def _runs(self) -> dict[type, Callable[[Any], Result]]:
+        """What runs each kind of plan."""
+
+    @abc.abstractmethod
+    def _forget(self) -> None:
+        """Forget what the role keeps beside the cache."""
+
+    def restart(self, _: RestartPlan) -> None:
+        """Start with an empty cache."""
+        self._forget()
+        vars(self).pop("cache", None)  # its memory first: there may not be room for two
+        self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
+
+    @abc.abstractmethod
+    def compile(self, plan: CompilePlan) -> None:
+        """Compile steps, by running them without requests."""
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def allow_split(self, *, may_split: bool) -> None:
+        """With microbatches "auto": two of them may be chosen."""
+        if self.settings.microbatches == "auto" and may_split:
+            self.specs[2] = dataclasses.replace(self.spec, rank=dataclasses.replace(self.spec.rank, microbatches=2))
+
+    def shape_for(self, samplings: Iterable[SamplingParams]) -> SamplingShape:
+        """The first that has been made and does for these requests; one more, that does for all, where none will."""
+        needed = SamplingShape.for_all(samplings)
+        for shape in self._shapes:
+            if shape.covers(needed):
+                return shape
+        self._shapes.append(self._shapes[-1].union(needed))
+        return self._shapes[-1]
+
+    def logical_load(self, slot_load: np.ndarray) -> np.ndarray:
+        """Rows per logical expert, `int64[moe layers, routed experts]`, of rows by slot `int64[any, slots]`; layers
+        that are missing at the end, as the MTP module's where it did not run, have none.
+
+        Shared experts get every token, wherever they run, and are left out.
+        """
+        if self.placement is None:
+            return np.zeros((0, 0), np.int64)
+        total = np.zeros(self.placement.physical_to_logical.shape, np.int64)
+        total[: slot_load.shape[0]] += slot_load.reshape(-1, total.shape[1])
+        return self.placement.expert_load(total)[:, : self.placement.num_routed_experts]
+
+
+def host_load(slot_load: jax.Array) -> np.ndarray:
+    """A step's rows by slot, on the host."""
+    return np.asarray(slot_load).astype(np.int64)
+
+
+def host_logprobs(found: Logprobs, index: Any) -> LogprobArrays:
+    """Some places of a step's log probabilities, on the host."""
+    chosen, rank, top_ids, top = (np.asarray(a)[index] for a in (found.chosen, found.rank, found.top_ids, found.top))
+    return LogprobArrays(chosen, rank, top_ids, top)
+
+
+def _make_exchange(model: Model, settings: EngineSettings, placement: ExpertPlacement | None) -> Any:
+    dispatch_dtype, combine_dtype = default_wires(model.params)
+    exchange = settings.exchange(
+        axis_name=EP_AXIS,
+        num_local_experts=placement.num_local_experts if placement else 1,
+        dispatch_dtype=settings.dispatch_dtype or dispatch_dtype,
+        combine_dtype=settings.combine_dtype or combine_dtype,
+    )
+    if settings.microbatches != 1 and not isinstance(exchange, SplitExchange):
+        raise UserError(
+            f"{type(exchange).__name__} has no dispatch_start, dispatch_done, combine_start and combine_done: "
+            "microbatches must be 1"
+        )
+    return exchange

@@ -1,0 +1,216 @@
+"""The prefill role: prompts to latents and first tokens."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cmjax.mesh import Instance
+from cmjax.model import Model, PrefillBatch, token_order
+from cmjax.schedule import (
+    CompilePlan,
+    LogprobArrays,
+    PrefillPlan,
+    PrefillPlanner,
+    PrefillResult,
+    PrefillSizes,
+    PrefillVariant,
+    RestartPlan,
+    Result,
+    SamplingParams,
+    SamplingShape,
+    Scheduler,
+    SendPlan,
+)
+from cmjax.serve.instances.executor import Executor, bucket, host_load, host_logprobs, round_up
+from cmjax.serve.settings import EngineSettings
+from cmjax.serve.steps.prefill import PrefillOutput, prefill
+from cmjax.serve.steps.sampling import SamplingState
+from cmjax.serve.transfer import handoff as transfer
+
+# Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
+SMALL_STEP_TOKENS = 256
+# A step has room for its budget in prompts of this length; shorter ones leave some of it unused.
+LEAST_PROMPT_TOKENS = 16
+
+
+class PrefillExecutor(Executor):
+    """Turns prompts into latents and first tokens; every rank holds the latents of all of them.
+
+    Attributes:
+        num_places: prompts that share a step, at most.
+        num_step_tokens: of a step of the whole budget.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        instance: Instance,
+        settings: EngineSettings,
+        num_blocks: int,
+        wire: "transfer.Wire | None" = None,
+    ) -> None:
+        super().__init__(
+            model,
+            instance,
+            settings,
+            num_blocks,
+            params=model.params,
+            setting="max_num_batched_tokens",
+            expert_counts={},
+        )
+        most = max(settings.max_num_seqs_per_rank, settings.max_num_batched_tokens // LEAST_PROMPT_TOKENS)
+        self.num_places = round_up(most, instance.ep_size)
+        self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
+        self.allow_split(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
+        self._wire = wire or transfer.Wire()
+        self._forget()
+
+    def make_planner(self, name: str, scheduler: Scheduler) -> PrefillPlanner:
+        """The bookkeeping of this instance, for a scheduler; until something is compiled, of greedy steps."""
+        sizes = PrefillSizes(
+            num_blocks=self.num_blocks,
+            block_size=self.settings.block_size,
+            num_places=self.num_places,
+            variants=self.variants_for(self.num_step_tokens, ()),
+            microbatches=tuple(self.specs),
+        )
+        planner = PrefillPlanner(name, self.model.digest, self.instance.ep_size, sizes, scheduler)
+        scheduler.prefill[name] = planner
+        return planner
+
+    def variants_for(self, num_tokens: int, samplings: Iterable[SamplingParams]) -> tuple[PrefillVariant, ...]:
+        """One step for about so many tokens in all, at most `max_num_batched_tokens`."""
+        return (PrefillVariant(self._step_tokens(num_tokens), self.shape_for(samplings)),)
+
+    def serving_variants(self) -> tuple[PrefillVariant, ...]:
+        """The steps of a server: of a full budget for each shape, and of a few prompts for greedy ones."""
+        full = self.num_step_tokens
+        small = self._step_tokens(min(SMALL_STEP_TOKENS, full))
+        pairs = [(small, self.serving_shapes[0]), *((full, shape) for shape in self.serving_shapes)]
+        return tuple(PrefillVariant(*pair) for pair in dict.fromkeys(pairs))
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def _runs(self) -> dict[type, Callable[[Any], Result]]:
+        return {
+            PrefillPlan: self._run_step,
+            SendPlan: self._send,
+            CompilePlan: self.compile,
+            RestartPlan: self.restart,
+        }
+
+    def _forget(self) -> None:
+        self._table = np.full((self.num_places, self.settings.max_blocks), -1, np.int32)
+        self._last_hidden: dict[int, jax.Array] = {}  # step -> `[places, hidden]`, until it has been sent
+
+    def _run_step(self, plan: PrefillPlan) -> PrefillResult:
+        begin = time.perf_counter()
+        output = self.step(self.pack(plan), plan.variant.sampling, self._sampling(plan), plan.microbatches)
+        token_ids = np.asarray(output.token_ids)[: len(plan.places)]
+        seconds = time.perf_counter() - begin
+        self.keep_last_hidden(plan, output.last_hidden)
+        logprobs = host_logprobs(output.logprobs, plan.logprob_rows) if len(plan.logprob_rows) else None
+        return PrefillResult(token_ids, host_load(output.slot_load), seconds, logprobs, self._of_prompts(plan, output))
+
+    def _of_prompts(self, plan: PrefillPlan, output: PrefillOutput) -> LogprobArrays | None:
+        if not len(plan.prompt_logprob_rows):
+            return None
+        order = token_order(plan.variant.num_tokens, self.instance.ep_size, plan.microbatches)
+        ends = np.cumsum(plan.stops - plan.starts)
+        begins = ends - (plan.stops - plan.starts)
+        wanted = [np.arange(begins[row], ends[row]) for row in plan.prompt_logprob_rows]
+        return host_logprobs(output.prompt_logprobs, order[np.concatenate(wanted)])
+
+    def _send(self, plan: SendPlan) -> None:
+        target = self._wire.receiver(plan.target)
+        payload = transfer.read(self, target, plan.segments, plan.step_rows, self.last_hidden(plan.step))
+        self._wire.put(plan.target, (plan.transfer_id, plan.round), payload)
+
+    def keep_last_hidden(self, plan: PrefillPlan, last_hidden: jax.Array) -> None:
+        """Hold the hidden states at the ends of a step's prompts, `[places, hidden]`, until they have been sent."""
+        self._last_hidden = {step: a for step, a in self._last_hidden.items() if step >= plan.oldest_step}
+        self._last_hidden[plan.number] = last_hidden
+
+    def last_hidden(self, step: int) -> jax.Array:
+        """`[places, hidden]` at the ends of the prompts of a step."""
+        return self._last_hidden[step]
+
+    def compile(self, plan: CompilePlan) -> None:
+        for variant in plan.variants:
+            assert isinstance(variant, PrefillVariant)
+            for microbatches in self.specs:
+                shape, state = variant.sampling, self._empty_sampling(variant.sampling)
+                output = self.step(self.empty_batch(variant.num_tokens), shape, state, microbatches)
+                jax.block_until_ready(output.token_ids)
+        for name in plan.targets:
+            transfer.compile_read(self, self._wire.receiver(name))
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        batch: PrefillBatch,
+        shape: SamplingShape | None = None,
+        sampling: SamplingState | None = None,
+        microbatches: int | None = None,
+    ) -> PrefillOutput:
+        """Run one prefill step; it may still be running when this returns."""
+        shape = shape or SamplingShape()
+        output = prefill(
+            self.params,
+            self.expert_to_slot,
+            self.cache,
+            batch,
+            sampling,
+            spec=self.spec if microbatches is None else self.specs[microbatches],
+            num_logprobs=shape.num_logprobs,
+            num_prompt_logprobs=shape.num_prompt_logprobs,
+        )
+        self.cache = output.cache
+        return output
+
+    def empty_batch(self, num_tokens: int) -> PrefillBatch:
+        """A step of padding, as host arrays."""
+        return PrefillBatch(
+            token_ids=np.zeros(num_tokens, np.int32),
+            next_token_ids=np.full(num_tokens, -1, np.int32),
+            positions=np.zeros(num_tokens, np.int32),
+            slot_mapping=np.full(num_tokens, -1, np.int32),
+            query_start=np.zeros(self.num_places + 1, np.int32),
+            block_table=np.full((self.num_places, self.settings.max_blocks), -1, np.int32),
+        )
+
+    def pack(self, plan: PrefillPlan) -> PrefillBatch:
+        """A plan's chunks side by side, padded to the tokens of its variant."""
+        self._table[plan.places[plan.joins]] = -1
+        plan.blocks.write_into(self._table, plan.places[plan.joins])
+        batch, block_size = self.empty_batch(plan.variant.num_tokens), self.settings.block_size
+        num_rows, num_tokens, lengths = len(plan.places), len(plan.token_ids), plan.stops - plan.starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(num_tokens) + np.repeat(plan.starts - (ends - lengths), lengths)
+        blocks = self._table[np.repeat(plan.places, lengths), positions // block_size]
+        batch.token_ids[:num_tokens] = plan.token_ids
+        batch.next_token_ids[:num_tokens] = plan.next_token_ids
+        batch.positions[:num_tokens] = positions
+        batch.slot_mapping[:num_tokens] = blocks * block_size + positions % block_size
+        batch.block_table[:num_rows] = self._table[plan.places]
+        batch.query_start[1 : num_rows + 1] = ends
+        batch.query_start[num_rows + 1 :] = num_tokens
+        return batch
+
+    def _sampling(self, plan: PrefillPlan) -> SamplingState | None:
+        state = self._empty_sampling(plan.variant.sampling)
+        if state is not None and plan.sampling is not None:
+            state.write(np.arange(len(plan.places)), plan.sampling)
+        return state
+
+    def _empty_sampling(self, shape: SamplingShape) -> SamplingState | None:
+        return SamplingState.empty(self.num_places, shape.num_bias, shape.num_stop) if shape.is_sampled else None
+
+    def _step_tokens(self, wanted: int) -> int:
+        """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""
+        parts = self.instance.ep_size * (1 if self.settings.microbatches == 1 else 2)
+        return min(bucket(wanted, parts), max(self.settings.max_num_batched_tokens // parts, 1) * parts)

@@ -1,0 +1,1 @@
+"""The jitted steps of prefill and decode, and how a token is drawn in them."""

@@ -1,0 +1,259 @@
+"""The jitted decode step: draft, verify, sample and keep count, without leaving the devices (paper section 4.2.4).
+
+A step gives every sequence one token, or with k drafts of the model's own MTP module up to k + 1. Drafting: the module
+takes the tokens that the last step settled, with their hidden states, and predicts the next; applied again to what it
+made of the newest, it predicts the one after, and so on. Verifying: one pass of the model over the newest token and its
+drafts, side by side. Every position is then sampled from the model's own logits, with noise that depends on request
+and position alone; a draft is kept where it is what was sampled. So the tokens are the very ones of plain decoding, and
+drafts only say how many of them a step can give: the rejection sampling of section 4.2.4, since a draft that is a fixed
+token is accepted with the model's probability of it, and refused leaves the model's distribution without it.
+
+Rows of refused drafts stay in the cache behind the newest token, where nothing reads them before they are written over.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from cmjax.mesh import EP_AXIS
+from cmjax.model import DecodeBatch, Leaf, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
+from cmjax.serve.steps.prefill import StepSpec
+from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
+
+_BY_RANK = PartitionSpec(EP_AXIS)
+_BY_STEP = PartitionSpec(None, EP_AXIS)
+_MAPS = PartitionSpec(None, EP_AXIS)
+
+
+@flax.struct.dataclass
+class Settled:
+    """The tokens that a step settled, which the MTP module has yet to see; k drafts a step.
+
+    Attributes:
+        hidden: `[places, k + 1, hidden]`, the model's hidden states of consecutive positions; of every place that a
+            rank has, whether its sequence takes part or not.
+        places: `int32[requests]`, each one's place on its rank.
+        next_token_ids: `int32[requests, k + 1]`, the token after each.
+        counts: `int32[requests]`, how many there are, 1 to k + 1; the last is the one before the newest token.
+    """
+
+    hidden: Leaf
+    places: Leaf
+    next_token_ids: Leaf
+    counts: Leaf
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """The requests of an instance between two steps; every array is cut by rank.
+
+    Attributes:
+        batch: newest tokens, positions, block tables.
+        sampling: each request's settings.
+        settled: where drafts are made.
+        history: `int32[requests, longest]`, generated so far, -1 padded, where a request has penalties.
+    """
+
+    batch: Any  # DecodeBatch
+    sampling: SamplingState | None = None
+    settled: Settled | None = None
+    history: Leaf | None = None
+
+
+@flax.struct.dataclass
+class DecodeOutput:
+    """What a decode call returns. k drafts a step.
+
+    Attributes:
+        cache: as for prefill, each rank with its own sequences.
+        state: the requests after the call, to go on from.
+        token_ids: `int32[steps * (k + 1), requests]`, those of a step side by side, -1 where there is none,
+            `NOT_FINITE` where the logits are not.
+        slot_load: `int32[moe layers, slots]`, summed over the steps; with drafts the MTP layer's last.
+        logits: `float32[steps * (k + 1), requests, vocabulary]`, where asked for.
+        logprobs: of the tokens, where asked for.
+    """
+
+    cache: Leaf
+    state: Any  # DecodeState
+    token_ids: Leaf
+    slot_load: Leaf
+    logits: Leaf | None
+    logprobs: Any  # Logprobs or None
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "num_steps", "num_drafts", "num_logprobs", "with_logits"),
+    donate_argnames=("cache",),
+)
+def decode(
+    params: Params,
+    expert_to_slot: jax.Array,
+    cache: jax.Array,
+    state: DecodeState,
+    forced_token_ids: jax.Array | None = None,
+    *,
+    spec: StepSpec,
+    num_steps: int,
+    num_drafts: int = 0,
+    num_logprobs: int | None = None,
+    with_logits: bool = False,
+) -> DecodeOutput:
+    """Run `num_steps` steps of every sequence.
+
+    Starting a program on hundreds of devices costs more than a step of a small model, hence several steps a call.
+
+    Args:
+        params, expert_to_slot, cache: as for `prefill`.
+        state: cut by rank; the block tables must hold the blocks that the steps will fill. Without `sampling`, greedy.
+        forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the sampled one, -1 for
+            none; not with drafts.
+        num_drafts: tokens that the MTP module guesses ahead in each step.
+        num_logprobs: also return the tokens' log probabilities, and so many of the best at each place.
+        with_logits: also return every step's logits.
+    """
+    if num_drafts and (state.settled is None or params.mtp is None or forced_token_ids is not None):
+        raise ValueError("drafts need an MTP module and its settled tokens, and no forced ones")
+
+    def rank(params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: Any) -> DecodeOutput:
+        params = params if num_drafts else dataclasses.replace(params, mtp=None)
+
+        def step(carry: tuple[jax.Array, DecodeState], forced: Any) -> tuple[tuple, tuple]:
+            cache, state = carry
+            drafts, draft_load = jnp.zeros((len(state.batch.positions), 0), jnp.int32), None
+            if num_drafts:
+                drafts, cache, draft_load = _draft(params, maps[:, 0], cache, state, num_drafts, spec)
+            batch = _with_drafts(state.batch, drafts)
+            output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
+            logits = lm_head(params, output.hidden)
+            sampled = _sample(logits, state, drafts, forced)
+            state, token_ids = _settle(state, drafts, sampled, output.hidden)
+            load = output.slot_load if draft_load is None else jnp.concatenate([output.slot_load, draft_load])
+            best = None if num_logprobs is None else logprobs(logits, sampled.reshape(-1), num_logprobs)
+            shape, extras = sampled.shape, (logits if with_logits else None, best)
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), extras)
+            return (output.cache, state), (token_ids.T, load, *rows)
+
+        (cache, state), out = lax.scan(step, (cache[0], state), forced, length=num_steps)
+        token_ids, loads, logits, best = out
+        token_ids, logits, best = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (token_ids, logits, best))
+        return DecodeOutput(cache[None], state, token_ids, loads.sum(0), logits, best)
+
+    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _BY_RANK, _BY_STEP)
+    out_specs = DecodeOutput(_BY_RANK, _BY_RANK, _BY_STEP, _MAPS, _BY_STEP, _BY_STEP)
+    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, state, forced_token_ids)
+
+
+def _draft(
+    params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, num_drafts: int, spec: StepSpec
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Guess the tokens after the newest: `(int32[requests, k], cache, slot load of the MTP layer)`."""
+    batch, settled = state.batch, state.settled
+    assert settled is not None
+    is_running = batch.positions >= 0
+    # Where everything goes is known before anything runs: the settled tokens' positions, then one each pass.
+    index = jnp.arange(settled.next_token_ids.shape[1])
+    positions = batch.positions[:, None] - settled.counts[:, None] + index
+    positions = jnp.where(is_running[:, None] & (index < settled.counts[:, None]), positions, -1)
+    drafts = jnp.zeros((len(is_running), 0), jnp.int32)
+    hidden, next_token_ids = settled.hidden[settled.places], settled.next_token_ids
+    load = jnp.zeros((0, 0), jnp.int32)
+    for ahead in range(num_drafts):
+        rows = DecodeBatch(next_token_ids.reshape(-1), positions.reshape(-1), batch.last_positions, batch.block_table)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        output = draft_pass(params, maps, cache, rows, flat, spec.rank, channel=f"draft{ahead}")
+        cache, load = output.cache, output.slot_load if ahead == 0 else load + output.slot_load
+        made = output.hidden.reshape(hidden.shape)
+        if ahead == 0:
+            made = jnp.take_along_axis(made, settled.counts[:, None, None] - 1, axis=1)
+        logits = mtp_head(params, made[:, 0])
+        # Position p + 1 + ahead, by the very noise that the token there will be sampled with: the guess is likelier.
+        guess = greedy(logits)
+        if state.sampling is not None:
+            history = state.history
+            if history is not None and ahead:
+                history = _appended(history, drafts, jnp.full(len(drafts), ahead))
+            guess = sample(logits, state.sampling, batch.positions + 1 + ahead, history)
+        drafts = jnp.concatenate([drafts, guess[:, None]], axis=1)
+        hidden, next_token_ids = made, guess[:, None]
+        position = batch.positions + ahead
+        positions = jnp.where(is_running & (position <= batch.last_positions), position, -1)[:, None]
+    return drafts, cache, load
+
+
+def _with_drafts(batch: DecodeBatch, drafts: jax.Array) -> DecodeBatch:
+    """The newest tokens and their drafts side by side, `[requests * (k + 1)]`; those beyond the last position empty."""
+    positions = batch.positions[:, None] + jnp.arange(drafts.shape[1] + 1)
+    is_valid = (batch.positions[:, None] >= 0) & (positions <= batch.last_positions[:, None])
+    token_ids = jnp.concatenate([batch.token_ids[:, None], drafts], axis=1)
+    return dataclasses.replace(
+        batch, token_ids=token_ids.reshape(-1), positions=jnp.where(is_valid, positions, -1).reshape(-1)
+    )
+
+
+def _sample(logits: jax.Array, state: DecodeState, drafts: jax.Array, forced: jax.Array | None) -> jax.Array:
+    """The token after the newest and after each draft, those before it taken as given: `int32[requests, k + 1]`."""
+    width = drafts.shape[1] + 1
+    positions = state.batch.positions[:, None] + 1 + jnp.arange(width)
+    if state.sampling is None:
+        sampled = greedy(logits)
+    else:
+        history = state.history
+        if history is not None:
+            counts = (jnp.full(len(drafts), ahead) for ahead in range(width))
+            history = jnp.stack([_appended(history, drafts, count) for count in counts], axis=1)
+            history = history.reshape(-1, history.shape[-1])
+        sampled = sample(logits, repeat(state.sampling, width), positions.reshape(-1), history)
+    sampled = sampled.reshape(-1, width)
+    return sampled if forced is None else jnp.where(forced[:, None] >= 0, forced[:, None], sampled)
+
+
+def _appended(history: jax.Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
+    """`history[requests, longest]` with the first `counts` of `token_ids[requests, some]` after what it holds."""
+    index = jnp.arange(token_ids.shape[1])
+    end = (history >= 0).sum(1, keepdims=True)
+    target = jnp.where(index < counts[:, None], end + index, history.shape[1])
+    return history.at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
+
+
+def _settle(
+    state: DecodeState, drafts: jax.Array, sampled: jax.Array, hidden: jax.Array
+) -> tuple[DecodeState, jax.Array]:
+    """Keep what was sampled up to the first refused draft or the end: the next state, and `int32[requests, k + 1]`."""
+    batch, width = state.batch, sampled.shape[1]
+    is_running = batch.positions >= 0
+    index = jnp.arange(width)
+    is_within = batch.positions[:, None] + index <= batch.last_positions[:, None]
+    num_accepted = jnp.cumprod((drafts == sampled[:, :-1]) & is_within[:, 1:], axis=1).sum(1)
+    is_end = sampled < 0
+    if state.sampling is not None:
+        is_end |= is_stop(sampled, state.sampling)
+    num_before_end = jnp.cumprod(~is_end, axis=1).sum(1)
+    counts = jnp.minimum(num_accepted, num_before_end) + 1
+    positions = batch.positions + counts
+    goes_on = is_running & (num_accepted < num_before_end) & (positions <= batch.last_positions)
+    newest = jnp.take_along_axis(sampled, counts[:, None] - 1, axis=1)[:, 0]
+    kept = jnp.where(is_running[:, None] & (index < counts[:, None]), sampled, -1)
+    settled = state.settled
+    if settled is not None:
+        # One that waits for its latents, or has ended, keeps what it has.
+        target = jnp.where(is_running, settled.places, len(settled.hidden))
+        kept_hidden = settled.hidden.at[target].set(hidden.reshape(*sampled.shape, -1), mode="drop")
+        settled = Settled(
+            kept_hidden,
+            settled.places,
+            jnp.where(is_running[:, None], sampled, settled.next_token_ids),
+            jnp.where(is_running, counts, settled.counts),
+        )
+    history = state.history
+    if history is not None:
+        history = _appended(history, sampled, jnp.where(is_running, counts, 0))
+    batch = dataclasses.replace(batch, token_ids=newest, positions=jnp.where(goes_on, positions, -1))
+    return dataclasses.replace(state, batch=batch, settled=settled, history=history), kept

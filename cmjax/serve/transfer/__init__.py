@@ -1,0 +1,1 @@
+"""The hand-off of latents from prefill to decode instances."""
