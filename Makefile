@@ -23,10 +23,10 @@ demo: $(STAMP)
 	$(BIN)/cmjax demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m soak --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/cmjax bench all $(ARGS)

@@ -45,6 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=20250615, help="seed of the `rng` fixture")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run commands, servers and engines come first: where a long one comes last, a process waits for it."""
+    first = ("test_", "http/", "serve/")
+
+    def turn(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((index for index, start in enumerate(first) if path.startswith(start)), len(first))
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
     """Drop a module's compiled programs after it: hundreds of them, each mapped into memory in many pieces, bring the

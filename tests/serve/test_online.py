@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cmjax.errors import UserError
-from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SamplingShape, SendPlan
+from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SendPlan
 from cmjax.serve import RequestError, SamplingParams
 from cmjax.serve.instances.executor import Executor
 from tests.helpers import tiny_model
@@ -28,6 +28,14 @@ SAMPLINGS = [
     )
     for index in range(24)
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_programs():
+    """Steps for whatever may be asked for, without those for greedy requests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Executor, "serving_shapes", Executor.serving_shapes[1:])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -284,18 +292,15 @@ def test_bad_requests_are_refused_by_name(engine):
         engine.generate([[1]])
 
 
-def test_an_engine_that_shuts_down_finishes_what_runs(model, expected, monkeypatch):
-    monkeypatch.setattr(Executor, "serving_shapes", Executor.serving_shapes[:1])  # greedy ones alone: fewer programs
+def test_an_engine_that_shuts_down_finishes_what_runs(model, expected):
     engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
     with pytest.raises(UserError, match="has not been started"):
         engine.submit([1])
     engine.start()
-    greedy = [index for index, one in enumerate(SAMPLINGS) if SamplingShape().covers(SamplingShape.for_all([one]))]
-    assert len(greedy) > 5
-    handles = [engine.submit(PROMPTS[index], SAMPLINGS[index]) for index in greedy]
+    handles = submit_all(engine)
     loops = engine.fleet.loops
     engine.shutdown()
-    assert_same([handle.result(timeout=0) for handle in handles], [expected[index] for index in greedy])
+    assert_same([handle.result(timeout=0) for handle in handles], expected)
     with pytest.raises(UserError, match="shutting down"):
         engine.submit([1])
     assert not any(loop.is_alive for loop in loops)
