@@ -104,11 +104,6 @@ class UbSwitches:
     def num_l2_chips(self) -> int:
         return self.num_subplanes * self.l2_chips_per_subplane
 
-    @property
-    def l1_uplink_bytes_per_s(self) -> float:
-        """One L1 chip towards its sub-plane."""
-        return self.l2_chips_per_subplane * self.port_bytes_per_s
-
     def num_l1_chips(self, num_nodes: int) -> int:
         return num_nodes * self.l1_chips_per_node
 

@@ -31,9 +31,10 @@ def test_switch_counts_and_no_oversubscription():
     assert switches.num_links(MACHINE.num_nodes) == 5376
     # Every L2 port carries one link, so both sides count the same.
     assert switches.num_links(MACHINE.num_nodes) == switches.num_l2_chips * switches.ports_per_l2_chip
-    assert switches.l1_uplink_bytes_per_s == 448e9
+    l1_uplink_bytes_per_s = switches.l2_chips_per_subplane * switches.port_bytes_per_s
+    assert l1_uplink_bytes_per_s == 448e9
     npus_bytes_per_s = MACHINE.npus_per_node * MACHINE.plane("ub").link_bytes_per_s
-    assert switches.l1_chips_per_node * switches.l1_uplink_bytes_per_s == npus_bytes_per_s == 3136e9
+    assert switches.l1_chips_per_node * l1_uplink_bytes_per_s == npus_bytes_per_s == 3136e9
 
 
 def test_nominal_links_agree_per_die_npu_and_node():
