@@ -1,13 +1,22 @@
 """Loops whose trip count the data decides."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax import lax
 
+State = TypeVar("State")  # a tree of arrays
 
-def dynamic_loop(lower: Any, upper: Any, body: Callable[[Any, Any], Any], init: Any, *, expected_trips: int) -> Any:
+
+def dynamic_loop(
+    lower: jax.Array | int,
+    upper: jax.Array | int,
+    body: Callable[[jax.Array, State], State],
+    init: State,
+    *,
+    expected_trips: int,
+) -> State:
     """`lax.fori_loop` whose scope says how often it is expected to run, for whoever prices the traced step.
 
     The scope is `loop_N`, N being `expected_trips`; the loop itself runs from `lower` to `upper` as they turn out.

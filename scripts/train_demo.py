@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from cmjax.checkpoint import save_hf
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig, Params, init_params, named_leaves, num_params
-from cmjax.training.decoder import cross_entropy, training_pass
+from cmjax.training import cross_entropy, training_pass
 
 try:
     import demo_log

@@ -13,14 +13,14 @@ from cmjax.bench.report import in_turn, machine
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model
-from cmjax.moe import DispatchHandle, FabricExchange, ReceivedRows
+from cmjax.moe import DispatchHandle, Exchange, FabricExchange, ReceivedRows, WireDtype
 from cmjax.schedule import SlotLoad, blocks_for
 from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, StepSpec, decode
 from cmjax.serve.instances.direct import Prefilled, fill, prefill_prompts, rows_in_order
 from cmjax.serve.instances.executor import host_load
 
 BOUND = 3.0  # times one device
-WIRES = {"float": None, "int8": "int8"}
+WIRES: dict[str, WireDtype | None] = {"float": None, "int8": "int8"}
 DEFINITIONS = {
     "step": "a call of N decode steps over N, its launch included; the median over the rounds, and below the median of "
     "the differences within a round",
@@ -67,7 +67,7 @@ def run(
 
     calls: dict[str, Callable[[], object]] = {"one": one.caller(one.spec(None), num_steps)}
     for wire, dtype in WIRES.items():
-        once, twice = many.spec(dtype), many.spec(dtype, TwiceExchange)
+        once, twice = many.spec(dtype), many.spec(dtype, twice=True)
         calls |= {f"{wire} {n}": many.caller(once, n) for n in (1, num_steps)}
         calls[f"{wire} twice"] = many.caller(twice, num_steps)
     seconds = in_turn(calls, rounds)
@@ -162,15 +162,16 @@ class Filled:
         self.places = plan.places[np.argsort(rows_in_order(num_sequences, len(devices)))]
         self.slot_load = SlotLoad()
 
-    def spec(self, dispatch_dtype: Any, exchange: type[FabricExchange] = FabricExchange) -> StepSpec:
+    def spec(self, dispatch_dtype: WireDtype | None, *, twice: bool = False) -> StepSpec:
         """The instance's step with another exchange."""
         spec = self.instance.spec
         placement = self.instance.placement
-        new = exchange(
+        new: Exchange = FabricExchange(
             axis_name=spec.rank.axis_name,
             num_local_experts=placement.num_local_experts if placement else 1,
             dispatch_dtype=dispatch_dtype,
         )
+        new = TwiceExchange(new) if twice else new
         return dataclasses.replace(spec, rank=dataclasses.replace(spec.rank, exchange=new))
 
     def caller(self, spec: StepSpec, num_steps: int) -> Callable[[], object]:
@@ -192,18 +193,21 @@ class Filled:
         return float(np.max(load.max(axis=1) / load.mean(axis=1))) if len(load) else 1.0
 
 
-class TwiceExchange(FabricExchange):
-    """Each dispatch and combine done twice in a row: the second waits for the first, and its result is used."""
+@dataclasses.dataclass(frozen=True)
+class TwiceExchange:
+    """Each dispatch and combine of `once` twice in a row: the second waits for the first, and its result is used."""
+
+    once: Exchange
 
     def dispatch(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> tuple[ReceivedRows, DispatchHandle]:
         """The second dispatch's result."""
-        first, _ = super().dispatch(x, slot_idx, channel=f"{channel}/before")
-        return super().dispatch(x, slot_idx + _zero_after(first.messages), channel=channel)
+        first, _ = self.once.dispatch(x, slot_idx, channel=f"{channel}/before")
+        return self.once.dispatch(x, slot_idx + _zero_after(first.messages), channel=channel)
 
     def combine(self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str) -> jax.Array:
         """The second combine's result."""
-        first = super().combine(rows, topk_weights, handle, channel=f"{channel}/before")
-        return super().combine(rows, topk_weights + _zero_after(first), handle, channel=channel)
+        first = self.once.combine(rows, topk_weights, handle, channel=f"{channel}/before")
+        return self.once.combine(rows, topk_weights + _zero_after(first), handle, channel=channel)
 
 
 def _zero_after(x: jax.Array) -> jax.Array:

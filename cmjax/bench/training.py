@@ -12,25 +12,25 @@ import numpy as np
 from jax import lax
 
 from cmjax.bench.report import in_turn, machine
-from cmjax.moe import ExpertParams, RouterConfig, route
+from cmjax.moe import MlpParams, RouterConfig, route
 from cmjax.training import block_layout, expert_ffn_blocks
 
 _ROWS_PER_BLOCK = (16, 32, 64, 128)
 # (x, topk_idx, topk_weights, experts) -> float32[tokens, hidden]
-Form = Callable[[jax.Array, jax.Array, jax.Array, ExpertParams], jax.Array]
+Form = Callable[[jax.Array, jax.Array, jax.Array, MlpParams], jax.Array]
 
 
 def _blocks(rows_per_block: int) -> Form:
     """Blocks of one expert each (`cmjax.training.experts`)."""
 
-    def form(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: ExpertParams) -> jax.Array:
+    def form(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: MlpParams) -> jax.Array:
         layout = block_layout(topk_idx, experts.w13.shape[1], rows_per_block)
         return expert_ffn_blocks(x, topk_weights, layout, experts.w13[0], experts.w2[0])
 
     return form
 
 
-def _ragged_dot(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: ExpertParams) -> jax.Array:
+def _ragged_dot(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: MlpParams) -> jax.Array:
     """`lax.ragged_dot` over the rows sorted by expert."""
     tokens, num_topk = topk_idx.shape
     order = jnp.argsort(topk_idx.reshape(-1))
@@ -42,7 +42,7 @@ def _ragged_dot(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, expe
     return jnp.zeros((tokens, x.shape[1])).at[order // num_topk].add(y)
 
 
-def _dense(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: ExpertParams) -> jax.Array:
+def _dense(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, experts: MlpParams) -> jax.Array:
     """Every expert for every token, as one wide MLP whose hidden values are weighted, most of them by zero."""
     num_experts, width2, hidden = experts.w13.shape[1:]
     weights = jnp.zeros((x.shape[0], num_experts)).at[jnp.arange(x.shape[0])[:, None], topk_idx].set(topk_weights)
@@ -77,7 +77,7 @@ def run(
         return jnp.asarray(rng.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5)
 
     x = normal(tokens, hidden) * hidden**0.5
-    experts = ExpertParams(normal(1, num_experts, 2 * width, hidden), normal(1, num_experts, hidden, width))
+    experts = MlpParams(normal(1, num_experts, 2 * width, hidden), normal(1, num_experts, hidden, width))
     config = RouterConfig(num_experts=num_experts, num_topk=num_topk)
     topk_idx, topk_weights = route(x, normal(num_experts, hidden), None, config)
     target = normal(tokens, hidden)
@@ -87,7 +87,7 @@ def run(
     results, calls = {}, {}
     for name, form in forms.items():
 
-        def loss(x: jax.Array, weights: jax.Array, experts: ExpertParams, form: Form = form) -> jax.Array:
+        def loss(x: jax.Array, weights: jax.Array, experts: MlpParams, form: Form = form) -> jax.Array:
             return jnp.sum(form(x, topk_idx, weights, experts) * target)
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

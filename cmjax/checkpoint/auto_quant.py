@@ -3,16 +3,15 @@
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import DTypeLike
 
-from cmjax.model.config import ModelConfig
-from cmjax.model.params import Leaf, abstract_params, is_quantized, named_leaves
-from cmjax.quant import QUANT_MODES, linear, matrix_at, quantize
+from cmjax.model import ModelConfig, abstract_params, expert_kind, is_quantized, named_leaves
+from cmjax.quant import QUANT_MODES, Matrix, linear, matrix_at, quantize
 
 # ((out, in), rows, dtype) -> seconds of a product with float weights, and with int8 weights.
 Seconds = Callable[[tuple[int, int], int, np.dtype], tuple[float, float]]
@@ -33,7 +32,7 @@ def product_seconds(shape: tuple[int, int], rows: int, dtype: np.dtype) -> tuple
     weights = [jnp.asarray(floats, dtype), jax.device_put(quantize(floats, QUANT_MODES[0]))]
 
     @jax.jit
-    def run(x: jax.Array, weight: Any) -> jax.Array:
+    def run(x: jax.Array, weight: Matrix) -> jax.Array:
         def product(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
             y = linear(x, matrix_at(weight, layer))
             return x + y.mean(-1, keepdims=True) * jnp.asarray(1e-6, x.dtype), None  # one after another
@@ -50,7 +49,7 @@ def product_seconds(shape: tuple[int, int], rows: int, dtype: np.dtype) -> tuple
     return in_float, in_int8
 
 
-def int8_leaves(config: ModelConfig, dtype: Any, rows: int, seconds: Seconds = product_seconds) -> frozenset[str]:
+def int8_leaves(config: ModelConfig, dtype: DTypeLike, rows: int, seconds: Seconds = product_seconds) -> frozenset[str]:
     """The leaves (see `named_leaves`) that are faster in int8 than as floats of `dtype`.
 
     Routed and shared experts are decided together, as are the two matrices of an MLP: one may stand beside the other on
@@ -63,7 +62,7 @@ def int8_leaves(config: ModelConfig, dtype: Any, rows: int, seconds: Seconds = p
             share of as many.
         seconds: measures one product.
     """
-    groups: dict[str, dict[str, Leaf]] = {}
+    groups: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for name, leaf in named_leaves(abstract_params(config, dtype)).items():
         if is_quantized(name):
             groups.setdefault(_group(name), {})[name] = leaf
@@ -80,15 +79,15 @@ def int8_leaves(config: ModelConfig, dtype: Any, rows: int, seconds: Seconds = p
 
 
 def _group(name: str) -> str:
-    if ".experts." in name or ".shared." in name:
+    if expert_kind(name) is not None:
         return "experts"
     return "mlp" if ".mlp." in name else name.rsplit(".", 1)[-1]
 
 
-def _product(config: ModelConfig, name: str, leaf: Leaf, rows: int) -> tuple[tuple[int, int], int, int]:
+def _product(config: ModelConfig, name: str, leaf: jax.ShapeDtypeStruct, rows: int) -> tuple[tuple[int, int], int, int]:
     """Shape of the leaf's matrices, the rows that each multiplies, and how many do in a step."""
     *lead, out, width = leaf.shape
-    if ".experts." in name:
+    if expert_kind(name) == "routed":
         share = -(-rows * config.num_topk // config.num_routed_experts)
         visits = min(rows * config.num_topk, config.num_routed_experts)
         return (out, width), min(share, _MOST_ROWS), lead[0] * visits

@@ -4,9 +4,9 @@ The last is the `compressed-tensors` layout of a W8A8 model: `X.weight` int8[out
 activations that are quantized per token at run time.
 """
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, final
 
 import ml_dtypes
 import numpy as np
@@ -20,9 +20,15 @@ _INT8 = np.dtype(np.int8)
 _FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)}
 _METHODS = ("fp8", "compressed-tensors")
 
+Stored: TypeAlias = np.ndarray | QuantArray
 
-class _Source(Protocol):
-    where: str
+
+class TensorSource(Protocol):
+    """Named tensors from anywhere: shapes and dtypes at once, contents one at a time."""
+
+    where: str  # for messages
+
+    def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -31,14 +37,23 @@ class _Source(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
+class StoredFormat(Protocol):
+    """How a checkpoint stores its matrices."""
+
+    def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
+        """Raise UserError where a tensor is stored in another way than this."""
+
+    def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
+        """The tensor as floats, or quantized as it is stored."""
+        ...
+
+
+@final
 @dataclass(frozen=True)
-class Floats:
+class Floats(StoredFormat):
     """Weights as they are."""
 
-    suffix: str | None = None  # of the name of a matrix's scales
-
-    def check(self, source: _Source, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        """Raise UserError where a tensor is stored in another way than this."""
+    def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
         dtype = source.dtype(name)
         if dtype not in _FLOATS | {_FP8}:
             raise UserError(f"{source.where}: tensor {name} has dtype {dtype.name}; weights must be floating-point")
@@ -51,30 +66,28 @@ class Floats:
                 f"{source.where}: {name}_scale needs a quantization_config of compressed-tensors in config.json"
             )
 
-    def read(self, source: _Source, name: str, names: Container[str]) -> "np.ndarray | QuantArray":
-        """The tensor as floats, or quantized as it is stored."""
+    def read(self, source: TensorSource, name: str, names: Container[str]) -> np.ndarray:
         stored = source.read(name)
         return stored.astype(np.float32) if stored.dtype.itemsize == 1 else stored
 
 
+@final
 @dataclass(frozen=True)
-class Fp8Blocks(Floats):
+class Fp8Blocks(StoredFormat):
     """Some matrices in e4m3, a scale each `rows` x `columns` values (the published DeepSeek-V3 layout)."""
 
     rows: int = 128
     columns: int = 128
-    suffix: str | None = "_scale_inv"
 
-    def check(self, source: _Source, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        """See `Floats`."""
-        scale = f"{name}{self.suffix}"
+    def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
+        scale = f"{name}_scale_inv"
         if scale not in names:
             Floats().check(source, name, shape, names)
             return
         dtype = source.dtype(name)
         if dtype != _FP8 or len(shape) != 2:
             raise UserError(
-                f"{source.where}: tensor {name} has a {self.suffix} and must be an e4m3 matrix, found {dtype.name}"
+                f"{source.where}: tensor {name} has a _scale_inv and must be an e4m3 matrix, found {dtype.name}"
             )
         blocks = [-(-size // block) for size, block in zip(shape, (self.rows, self.columns), strict=True)]
         if list(source.shape(scale)) != blocks:
@@ -87,11 +100,10 @@ class Fp8Blocks(Floats):
                 f"{source.where}: tensor {scale} has dtype {source.dtype(scale).name}; scales must be floats"
             )
 
-    def read(self, source: _Source, name: str, names: Container[str]) -> "np.ndarray | QuantArray":
-        """See `Floats`."""
-        scale = f"{name}{self.suffix}"
+    def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
+        scale = f"{name}_scale_inv"
         if scale not in names:
-            return super().read(source, name, names)
+            return Floats().read(source, name, names)
         stored, factors = source.read(name), source.read(scale).astype(np.float32)
         # One row of blocks at a time; the last block of a row or a column may be partial.
         values = np.empty(stored.shape, np.float32)
@@ -102,20 +114,17 @@ class Fp8Blocks(Floats):
         return values
 
 
+@final
 @dataclass(frozen=True)
-class Int8Channels(Floats):
+class Int8Channels(StoredFormat):
     """Some matrices in int8, a scale each output channel."""
 
-    suffix: str | None = "_scale"
-
-    def check(self, source: _Source, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        """See `Floats`."""
-        scale = f"{name}{self.suffix}"
+    def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
+        scale = f"{name}_scale"
         if source.dtype(name) != _INT8:
             if scale in names:
                 raise UserError(
-                    f"{source.where}: tensor {name} has a {self.suffix} and must be int8, found "
-                    f"{source.dtype(name).name}"
+                    f"{source.where}: tensor {name} has a _scale and must be int8, found {source.dtype(name).name}"
                 )
             Floats().check(source, name, shape, names)
             return
@@ -129,18 +138,17 @@ class Int8Channels(Floats):
                 f"channel wants floats of shape {[shape[0], 1]}"
             )
 
-    def read(self, source: _Source, name: str, names: Container[str]) -> "np.ndarray | QuantArray":
-        """See `Floats`."""
+    def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
         stored = source.read(name)
         if stored.dtype != _INT8:
             return stored
-        scale = source.read(f"{name}{self.suffix}").astype(np.float32).reshape(-1)
+        scale = source.read(f"{name}_scale").astype(np.float32).reshape(-1)
         if not np.isfinite(scale).all() or (scale < 0).any():
-            raise UserError(f"{source.where}: tensor {name}{self.suffix} holds scales that are not finite, or negative")
+            raise UserError(f"{source.where}: tensor {name}_scale holds scales that are not finite, or negative")
         return QuantArray(stored, scale)
 
 
-def stored_format(hf: Mapping[str, Any]) -> Floats:
+def stored_format(hf: Mapping[str, Any]) -> StoredFormat:
     """How a parsed `config.json` says that its checkpoint stores matrices; UserError on what is not supported."""
     quantization = hf.get("quantization_config")
     if quantization is None:
@@ -184,10 +192,10 @@ def _check_compressed(quantization: Mapping[str, Any]) -> None:
                     raise UserError(f"{where}.{field} {stated[field]!r} is not supported; supported: {supported[0]!r}")
 
 
-def stored_tensors(name: str, values: "np.ndarray | QuantArray") -> dict[str, np.ndarray]:
+def stored_tensors(name: str, values: Stored) -> dict[str, np.ndarray]:
     """The tensors that a checkpoint holds for one matrix."""
     if isinstance(values, QuantArray):
-        return {name: values.qvalue, name + "_scale": values.scale[:, None]}
+        return {name: np.asarray(values.qvalue), name + "_scale": np.asarray(values.scale)[:, None]}
     return {name: values}
 
 
@@ -214,7 +222,7 @@ def compressed_config(names: Collection[str]) -> dict[str, Any]:
     }
 
 
-def fill(view: "np.ndarray | QuantArray", stored: "np.ndarray | QuantArray", name: str) -> None:
+def fill(view: Stored, stored: Stored, name: str) -> None:
     """Write a tensor into its place, in the place's format: floats are rounded to the nearest int8 where it is int8."""
     if isinstance(view, QuantArray):
         if not isinstance(stored, QuantArray):

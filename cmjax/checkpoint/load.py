@@ -1,9 +1,9 @@
 """A model from a folder, whatever lies in it."""
 
 import os
-from typing import Any
 
 import jax.numpy as jnp
+from numpy.typing import DTypeLike
 
 from cmjax.checkpoint.weights import Quant, load_checkpoint
 from cmjax.errors import UserError
@@ -13,7 +13,9 @@ from cmjax.quant import QUANT_MODES
 QUANT_CHOICES: tuple[Quant, ...] = (*QUANT_MODES, "none", "auto")
 
 
-def load(path: str | os.PathLike[str], dtype: Any = jnp.float32, quant: Quant | None = None, rows: int = 1) -> Model:
+def load(
+    path: str | os.PathLike[str], dtype: DTypeLike = jnp.float32, quant: Quant | None = None, rows: int = 1
+) -> Model:
     """Load a model from a Hugging Face folder (`config.json` and `*.safetensors`) or an Orbax checkpoint.
 
     Args:

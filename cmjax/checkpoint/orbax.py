@@ -13,21 +13,22 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cmjax.checkpoint.safetensors import read_json
 from cmjax.errors import UserError
-from cmjax.model.config import ModelConfig
-from cmjax.model.params import Params, abstract_params, aligned_empty, named_leaves, params_digest, quant_mode
+from cmjax.model import ModelConfig, Params, abstract_params, aligned_empty, named_leaves, params_digest, quant_mode
 from cmjax.quant import QUANT_MODES, QuantMode
 
 _MANIFEST, _PARAMS = "cmjax.json", "params"
 _FORMAT = 1
 
-Shardings = jax.sharding.Sharding | Callable[[Params], Any]
+Shardings = jax.sharding.Sharding | Callable[[Params[jax.ShapeDtypeStruct]], Params[jax.sharding.Sharding]]
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -112,7 +113,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def restore(
-    path: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    path: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> tuple[ModelConfig, Params, str]:
     """Config, parameters and digest of the checkpoint at `path`.
 
@@ -170,7 +171,9 @@ def _verified(folder: Path) -> tuple[str, QuantMode | None]:
     return digest, quant
 
 
-def _restore_args(ocp: Any, abstract: Params, sharding: Shardings | None) -> dict[str, Any]:
+def _restore_args(
+    ocp: ModuleType, abstract: Params[jax.ShapeDtypeStruct], sharding: Shardings | None
+) -> dict[str, Any]:
     names = named_leaves(abstract)
     if sharding is None:
         return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
@@ -180,7 +183,7 @@ def _restore_args(ocp: Any, abstract: Params, sharding: Shardings | None) -> dic
     return {name: ocp.ArrayRestoreArgs(sharding=chosen[name]) for name in names}
 
 
-def _placed(leaf: Any, dtype: Any) -> Any:
+def _placed(leaf: jax.Array | np.ndarray, dtype: np.dtype) -> jax.Array | np.ndarray:
     """`leaf` in `dtype`: a jax array where it is, a numpy array on a 64-byte boundary."""
     if not isinstance(leaf, np.ndarray):
         return leaf.astype(dtype)

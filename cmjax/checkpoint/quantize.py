@@ -8,17 +8,16 @@ before it, in the value rows of kv_b before o, in the up rows of an expert befor
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmjax.checkpoint.formats import Stored
 from cmjax.errors import UserError
-from cmjax.model.config import ModelConfig
-from cmjax.model.mla import rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, MlpParams, MoeParams
-from cmjax.moe import route
+from cmjax.model import LATENT_NORM_EPS, AttentionParams, LayerParams, ModelConfig, MoeParams, rms_norm, split_experts
+from cmjax.moe import MlpParams, route
 from cmjax.quant import QuantArray, dequantize_host
 from cmjax.quant.calibrate import (
     blended_gram,
@@ -31,9 +30,11 @@ from cmjax.quant.calibrate import (
     search_clip,
     search_scale,
 )
-from cmjax.training.decoder import attend_whole
+from cmjax.training import attend_whole
 
-_LATENT_NORM_EPS = 1e-6
+Tree = TypeVar("Tree")
+FloatLayer: TypeAlias = LayerParams[np.ndarray]  # on the host, without the axis of layers
+QuantLayer: TypeAlias = LayerParams[Stored]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,14 @@ class Trace:
     topk_weights: np.ndarray | None
 
 
-def _f32(tree: Any) -> Any:
+def _f32(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch"))
-def _trace(layer: LayerParams, x: jax.Array, config: ModelConfig, batch: int) -> tuple[dict[str, Any], jax.Array]:
+def _trace(
+    layer: LayerParams[jax.Array], x: jax.Array, config: ModelConfig, batch: int
+) -> tuple[dict[str, jax.Array | None], jax.Array]:
     """The inputs of a layer's matrices, and the hidden state before its FFN; experts take no part."""
     attn = layer.attn
     normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
@@ -94,30 +97,30 @@ def _trace(layer: LayerParams, x: jax.Array, config: ModelConfig, batch: int) ->
     q_in = None
     if attn.q_a is not None and attn.q_a_norm is not None:
         low = normed @ attn.q_a.T + (0 if attn.q_a_bias is None else attn.q_a_bias)
-        q_in = rms_norm(low, attn.q_a_norm, _LATENT_NORM_EPS)
+        q_in = rms_norm(low, attn.q_a_norm, LATENT_NORM_EPS)
     x = x + attended @ attn.o.T + (0 if attn.o_bias is None else attn.o_bias)
     ffn = rms_norm(x, layer.post_attn_norm, config.rms_norm_eps)
-    found = {"attn": normed, "q_b": q_in, "o": attended, "ffn": ffn, "topk_idx": None, "topk_weights": None}
+    found: dict[str, jax.Array | None] = {
+        "attn": normed,
+        "q_b": q_in,
+        "o": attended,
+        "ffn": ffn,
+        "topk_idx": None,
+        "topk_weights": None,
+    }
     if isinstance(layer.mlp, MoeParams):
         idx, weights = route(ffn, layer.mlp.router, layer.mlp.router_bias, config.router)
         found |= {"topk_idx": idx, "topk_weights": weights}
     return found, x
 
 
-def _without_experts(layer: LayerParams) -> LayerParams:
-    if not isinstance(layer.mlp, MoeParams):
-        return layer
-    nothing: Any = None
-    return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, experts=nothing))
-
-
-def trace_layer(layer: LayerParams, config: ModelConfig, x: np.ndarray, batch: int) -> tuple[Trace, np.ndarray]:
+def trace_layer(layer: FloatLayer, config: ModelConfig, x: np.ndarray, batch: int) -> tuple[Trace, np.ndarray]:
     """Run attention and router of a float layer on `x[tokens, hidden]`, `batch` sequences of equal length.
 
     Returns:
         What its matrices read, and the hidden state that its FFN is added to.
     """
-    found, middle = _trace(_without_experts(layer), jnp.asarray(x), config, batch)
+    found, middle = _trace(split_experts(layer)[0], jnp.asarray(x), config, batch)
     arrays: dict[str, Any] = {name: None if value is None else np.asarray(value) for name, value in found.items()}
     trace = Trace(**arrays)
     return trace, np.asarray(middle)
@@ -132,7 +135,7 @@ def hidden_rows(rows: np.ndarray, w13: np.ndarray) -> np.ndarray:
 # -- rotations --------------------------------------------------------------------------------------------------------
 
 
-def rotate_queries(attn: AttentionParams, seed: int) -> AttentionParams:
+def rotate_queries(attn: AttentionParams[np.ndarray], seed: int) -> AttentionParams[np.ndarray]:
     """Turn the query latent; its norm is taken into q_b first, since a rotation passes only a norm without weights."""
     if attn.q_a is None or attn.q_a_norm is None:
         return attn
@@ -146,7 +149,7 @@ def rotate_queries(attn: AttentionParams, seed: int) -> AttentionParams:
     )
 
 
-def rotate_values(attn: AttentionParams, config: ModelConfig, seed: int) -> AttentionParams:
+def rotate_values(attn: AttentionParams[np.ndarray], config: ModelConfig, seed: int) -> AttentionParams[np.ndarray]:
     """Turn the values of each head, between kv_b and o."""
     nope, v_dim = config.qk_nope_head_dim, config.v_head_dim
     turn = orthogonal_matrix(v_dim, seed)
@@ -158,8 +161,8 @@ def rotate_values(attn: AttentionParams, config: ModelConfig, seed: int) -> Atte
 
 
 def rotate_layer(
-    layer: LayerParams, config: ModelConfig, x: np.ndarray, batch: int, trace: Trace, techniques: Techniques
-) -> tuple[LayerParams, Trace]:
+    layer: FloatLayer, config: ModelConfig, x: np.ndarray, batch: int, trace: Trace, techniques: Techniques
+) -> tuple[FloatLayer, Trace]:
     """Turn the query latent and each head's values where less is lost then; the function stays the same.
 
     A rotation spreads a channel that stands out over all. Where small channels meet large weights it would spread those
@@ -201,7 +204,7 @@ def _rounding_error(rows: np.ndarray, weight: np.ndarray, techniques: Techniques
 # -- scales -----------------------------------------------------------------------------------------------------------
 
 
-def scale_layer(layer: LayerParams, config: ModelConfig, trace: Trace, techniques: Techniques) -> LayerParams:
+def scale_layer(layer: FloatLayer, config: ModelConfig, trace: Trace, techniques: Techniques) -> FloatLayer:
     """Search and absorb a scale for each shared input of a layer, and change `trace` to what is read then."""
     some = functools.partial(_some_rows, techniques=techniques)
     attn = layer.attn
@@ -225,7 +228,7 @@ def scale_layer(layer: LayerParams, config: ModelConfig, trace: Trace, technique
     return _scale_ffn(layer, trace, some)
 
 
-def _scale_ffn(layer: LayerParams, trace: Trace, some: Callable[[np.ndarray], np.ndarray]) -> LayerParams:
+def _scale_ffn(layer: FloatLayer, trace: Trace, some: Callable[[np.ndarray], np.ndarray]) -> FloatLayer:
     mlp = layer.mlp
     if isinstance(mlp, MlpParams):
         scale = search_scale(some(trace.ffn), [mlp.w13])
@@ -283,7 +286,7 @@ def input_gram(rows: np.ndarray) -> np.ndarray:
     return seen.T @ seen
 
 
-def round_layer(layer: LayerParams, trace: Trace, techniques: Techniques) -> LayerParams:
+def round_layer(layer: FloatLayer, trace: Trace, techniques: Techniques) -> QuantLayer:
     """Every large matrix of a layer as a `QuantArray`."""
     attn = layer.attn
     inputs = {"q_a": trace.attn, "kv_a": trace.attn, "q_b": trace.attn if attn.q_a is None else trace.q_b, "o": trace.o}
@@ -296,10 +299,9 @@ def round_layer(layer: LayerParams, trace: Trace, techniques: Techniques) -> Lay
                 grams[id(rows)] = input_gram(rows)
             changed[name] = round_matrix(weight, grams[id(rows)], techniques)
     whole = input_gram(trace.ffn)
-    attn = dataclasses.replace(attn, **changed)
-    mlp = layer.mlp
+    attn, mlp = dataclasses.replace(attn, **changed), layer.mlp
     if isinstance(mlp, MlpParams):
-        return dataclasses.replace(layer, attn=attn, mlp=_round_mlp(mlp, trace.ffn, whole, techniques))
+        return _with_matrices(layer, attn=attn, mlp=_round_mlp(mlp, trace.ffn, whole, techniques))
     shared = mlp.shared and _round_mlp(mlp.shared, trace.ffn, whole, techniques)
     assert trace.topk_idx is not None  # a MoE layer has a router
     rounded = []
@@ -307,10 +309,17 @@ def round_layer(layer: LayerParams, trace: Trace, techniques: Techniques) -> Lay
         rows = trace.ffn[(trace.topk_idx == expert).any(1)]
         rounded.append(_round_expert(w13, w2, rows, trace.ffn, whole, techniques))
     experts = jax.tree.map(lambda *parts: np.stack(parts), *rounded)
-    return dataclasses.replace(layer, attn=attn, mlp=dataclasses.replace(mlp, experts=experts, shared=shared))
+    return _with_matrices(layer, attn=attn, mlp=_with_matrices(mlp, experts=experts, shared=shared))
 
 
-def _round_mlp(mlp: MlpParams, rows: np.ndarray, gram: np.ndarray, techniques: Techniques) -> MlpParams:
+def _with_matrices(params: Any, **quantized: Any) -> Any:
+    """`dataclasses.replace` that changes the kind of leaves."""
+    return dataclasses.replace(params, **quantized)
+
+
+def _round_mlp(
+    mlp: MlpParams[np.ndarray], rows: np.ndarray, gram: np.ndarray, techniques: Techniques
+) -> MlpParams[QuantArray]:
     w13 = round_matrix(mlp.w13, gram, techniques)
     inner = hidden_rows(quantized_rows(rows), dequantize_host(w13, np.float32))
     return MlpParams(w13=w13, w2=round_matrix(mlp.w2, input_gram(inner), techniques))
@@ -318,7 +327,7 @@ def _round_mlp(mlp: MlpParams, rows: np.ndarray, gram: np.ndarray, techniques: T
 
 def _round_expert(
     w13: np.ndarray, w2: np.ndarray, rows: np.ndarray, layer_rows: np.ndarray, whole: np.ndarray, techniques: Techniques
-) -> MlpParams:
+) -> MlpParams[QuantArray]:
     """An expert that few rows reached also learns from what the layer's other rows would make of it."""
     least = techniques.least_rows
     gram = blended_gram(input_gram(rows) if len(rows) else 0 * whole, len(rows), whole, len(layer_rows), least)
@@ -336,8 +345,8 @@ def _round_expert(
 
 
 def quantize_layer(
-    layer: LayerParams, config: ModelConfig, x: np.ndarray, batch: int, techniques: Techniques, where: str
-) -> tuple[LayerParams, np.ndarray]:
+    layer: FloatLayer, config: ModelConfig, x: np.ndarray, batch: int, techniques: Techniques, where: str
+) -> tuple[QuantLayer, np.ndarray]:
     """Quantize one layer, and run it.
 
     Args:
@@ -366,9 +375,9 @@ def quantize_layer(
     return quantized, run_layer(quantized, config, x, batch)
 
 
-def run_layer(layer: LayerParams, config: ModelConfig, x: np.ndarray, batch: int) -> np.ndarray:
+def run_layer(layer: QuantLayer, config: ModelConfig, x: np.ndarray, batch: int) -> np.ndarray:
     """What a quantized layer makes of `x[tokens, hidden]`, its activations rounded where products read them."""
-    floats = jax.tree.map(
+    floats: FloatLayer = jax.tree.map(
         lambda leaf: dequantize_host(leaf, np.float32) if isinstance(leaf, QuantArray) else leaf,
         layer,
         is_leaf=lambda leaf: isinstance(leaf, QuantArray),

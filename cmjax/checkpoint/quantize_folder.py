@@ -12,20 +12,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cmjax.checkpoint.formats import Floats, compressed_config, fill, stored_format, stored_tensors
+from cmjax.checkpoint.formats import Int8Channels, compressed_config, fill, stored_format, stored_tensors
 from cmjax.checkpoint.quantize import Techniques, input_gram, quantize_layer, round_matrix
 from cmjax.checkpoint.safetensors import INDEX_NAME, SafetensorsFolder, read_json, tensor_names, write_safetensors
 from cmjax.checkpoint.weights import layer_slots
 from cmjax.errors import UserError
-from cmjax.model.config import ModelConfig
-from cmjax.model.model import check_token_ids
-from cmjax.model.params import LayerParams, aligned_empty, build_layers
+from cmjax.model import LayerParams, ModelConfig, aligned_empty, build_layers, check_token_ids
 from cmjax.quant import dequantize_host
 from cmjax.quant.calibrate import quantized_rows, search_scale
 
@@ -66,8 +63,8 @@ class _Job:
             raise UserError(f"{source}: config.json is missing: not a Hugging Face checkpoint")
         self.hf = read_json(source / "config.json")
         self.config = ModelConfig.from_hf(self.hf)
-        self.stored: Floats = stored_format(self.hf)
-        if self.stored.suffix == "_scale":
+        self.stored = stored_format(self.hf)
+        if isinstance(self.stored, Int8Channels):
             raise UserError(f"{source}: is quantized already; give the checkpoint that it was made from")
         self.tensors = SafetensorsFolder(source)
         self.names = frozenset(self.tensors.names())
@@ -193,7 +190,8 @@ class _Job:
         if name not in self.names:
             raise UserError(f"{self.source}: missing tensor {name}")
         self.stored.check(self.tensors, name, self.tensors.shape(name), self.names)
-        values: Any = self.stored.read(self.tensors, name, self.names)
+        values = self.stored.read(self.tensors, name, self.names)
+        assert isinstance(values, np.ndarray)  # int8 is refused at the start
         if not np.isfinite(values.astype(np.float32)).all():
             raise UserError(f"{self.source}: tensor {name} holds NaN or infinity")
         return values

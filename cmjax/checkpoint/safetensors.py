@@ -4,6 +4,7 @@ Our own reader: the `safetensors` package hands NumPy neither bfloat16 nor FP8, 
 wrong. A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range), and the bytes.
 """
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -94,7 +95,7 @@ class SafetensorsFolder:
         return values
 
 
-def _read_into(stream: Any, values: np.ndarray, name: str) -> None:
+def _read_into(stream: io.FileIO, values: np.ndarray, name: str) -> None:
     rest = memoryview(values.reshape(-1).view(np.uint8))
     while len(rest):  # one raw read stops at 2 GiB
         count = stream.readinto(rest)

@@ -9,24 +9,35 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Container, Iterable, Iterator, Set
+from collections.abc import Container, Iterator, Set
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cmjax.checkpoint import orbax as checkpoint
 from cmjax.checkpoint.auto_quant import int8_leaves
-from cmjax.checkpoint.formats import Floats, Int8Channels, compressed_config, fill, stored_format, stored_tensors
+from cmjax.checkpoint.formats import (
+    Floats,
+    Int8Channels,
+    Stored,
+    StoredFormat,
+    TensorSource,
+    compressed_config,
+    fill,
+    stored_format,
+    stored_tensors,
+)
 from cmjax.checkpoint.safetensors import SafetensorsFolder, read_json, write_safetensors
 from cmjax.errors import UserError
-from cmjax.model.config import ModelConfig
-from cmjax.model.params import (
+from cmjax.model import (
     AttentionParams,
     LayerParams,
     MlpParams,
+    ModelConfig,
     MoeParams,
     MtpParams,
     Params,
@@ -43,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 _TARGETS = {np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)}
 Quant: TypeAlias = QuantMode | Literal["none", "auto"]
-Slots = Iterator[tuple[str, Any]]  # (name in the checkpoint, numpy view of its place)
+Slots = Iterator[tuple[str, Stored]]  # (name in the checkpoint, numpy view of its place)
 
 # Far above any model: an array of more has no size that numpy could hold.
 _MOST_PARAMS = 2**50
@@ -54,22 +65,8 @@ _SCALE = re.compile(r"_scale(_inv)?$")
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-class TensorSource(Protocol):
-    """Named tensors from anywhere: shapes and dtypes at once, contents one at a time."""
-
-    where: str  # for messages
-
-    def names(self) -> Iterable[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> np.dtype: ...
-
-    def read(self, name: str) -> np.ndarray: ...
-
-
 def load_checkpoint(
-    path: str | Path, dtype: Any = np.float32, quant: Quant | None = None, rows: int = 1
+    path: str | Path, dtype: DTypeLike = np.float32, quant: Quant | None = None, rows: int = 1
 ) -> tuple[ModelConfig, Params, str]:
     """Config, parameters (numpy, 64-byte aligned) and digest of the checkpoint in folder `path`.
 
@@ -121,8 +118,8 @@ def _chosen(
 def load_params(
     source: TensorSource,
     config: ModelConfig,
-    dtype: Any = np.float32,
-    stored: Floats | None = None,
+    dtype: DTypeLike = np.float32,
+    stored: StoredFormat | None = None,
     *,
     quant: QuantMode | None = None,
     quantized: Container[str] | None = None,
@@ -165,7 +162,7 @@ def load_params(
     return config, params
 
 
-def _target_dtype(dtype: Any) -> np.dtype:
+def _target_dtype(dtype: DTypeLike | None) -> np.dtype:
     try:
         target = None if dtype is None else np.dtype(dtype)  # numpy takes None for float64
     except TypeError:
@@ -291,7 +288,7 @@ def _moe_slots(prefix: str, moe: MoeParams, idx: int, names: Container[str]) -> 
         yield from _mlp_slots(prefix + "shared_experts.", moe.shared.w13[idx], moe.shared.w2[idx])
 
 
-def _mlp_slots(prefix: str, w13: Any, w2: Any) -> Slots:
+def _mlp_slots(prefix: str, w13: Stored, w2: Stored) -> Slots:
     width = w13.shape[0] // 2
     yield prefix + "gate_proj.weight", w13[:width]
     yield prefix + "up_proj.weight", w13[width:]

@@ -225,7 +225,7 @@ class Reference:
     @classmethod
     def read(cls, folder: Path) -> "Reference":
         """Read `reference.json`; a UserError tells what is wrong with it."""
-        from cmjax.checkpoint.safetensors import read_json
+        from cmjax.checkpoint import read_json
 
         path = folder / REFERENCE
         if not path.is_file():

@@ -4,12 +4,11 @@
 """
 
 from cmjax.mesh.devices import EP_AXIS, Instance, Pools, bring_up, carve, describe, virtual_devices
-from cmjax.mesh.planes import PLANE_NAMES, LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
+from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
 __all__ = [
     "EP_AXIS",
-    "PLANE_NAMES",
     "Instance",
     "InstanceSpec",
     "LinkFigures",

@@ -16,7 +16,7 @@ Parameters: `axis_name` (tuple), `num_ranks` of a group, `channel` (None = one p
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import flax.struct
 import jax
@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
 from cmjax.mesh.layout import Layout, checked_perm
 from cmjax.mesh.settings import COLLECTIVES, Forms, Settings
@@ -44,9 +45,20 @@ _SUMMABLE_INTS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"
 _SUMMABLE_FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
+class Call(NamedTuple):
+    """How a collective is called: among which ranks, under which name, on which plane; see `fabric`."""
+
+    axis_name: AxisName
+    channel: str | None
+    plane: str
+    group_size: int | None = None
+    perm: Sequence[tuple[int, int]] = ()
+
+
 class Primitives(NamedTuple):
     """The three primitives of one collective, and what stands for them on an axis of size 1, where nothing moves."""
 
+    name: str
     plain: Primitive
     start: Primitive
     done: Primitive
@@ -102,25 +114,18 @@ def make_primitives(
         refuse(primitive, name)
         return primitive
 
-    return Primitives(make("plain"), make("start"), make("done"), alone)
+    return Primitives(name, make("plain"), make("start"), make("done"), alone)
 
 
-def make_params(
-    layout: Layout,
-    axis_name: AxisName,
-    channel: str | None,
-    plane: str,
-    forms: Forms,
-    perm: tuple[tuple[int, int], ...] = (),
-) -> Params:
+def make_params(layout: Layout, call: Call, forms: Forms) -> Params:
     """The parameters of an exchange's primitives."""
     return {
-        "axis_name": (axis_name,) if isinstance(axis_name, str) else tuple(axis_name),
+        "axis_name": (call.axis_name,) if isinstance(call.axis_name, str) else tuple(call.axis_name),
         "num_ranks": layout.num_ranks,
-        "channel": channel,
-        "plane": plane,
+        "channel": call.channel,
+        "plane": call.plane,
         "forms": forms,
-        "perm": perm,
+        "perm": checked_perm(call.perm, layout.num_ranks),
     }
 
 
@@ -131,28 +136,23 @@ def refuse(primitive: Primitive, name: str) -> None:
 
 
 def run_each(
-    run: Callable[..., Any],
-    name: str,
+    run: Callable[[Primitives, Layout, Params, Array], Any],
     primitives: Primitives,
-    forms: Forms,
     make_layout: Callable[[Array, int], Layout],
     x: Any,
-    axis_name: AxisName,
-    channel: str | None,
-    plane: str,
-    perm: Sequence[tuple[int, int]] = (),
-    group_size: int | None = None,
+    call: Call,
+    forms: Forms,
 ) -> Any:
     """`run` for every array in the tree `x`; arrays that share a named channel get numbers of their own."""
     leaves, tree = jax.tree.flatten(x)
-    num_ranks = _group_size(name, group_size, lax.axis_size(axis_name))
+    name, channel = primitives.name, call.channel
+    num_ranks = _group_size(name, call.group_size, lax.axis_size(call.axis_name))
     results = []
     for i, leaf in enumerate(as_data(name, leaf) for leaf in leaves):
         check_dtype(name, leaf.dtype)
         layout = make_layout(leaf, num_ranks)
-        own_channel = channel if channel is None or len(leaves) == 1 else f"{channel}[{i}]"
-        pairs = checked_perm(perm, layout.num_ranks)
-        results.append(run(primitives, layout, make_params(layout, axis_name, own_channel, plane, forms, pairs), leaf))
+        own = call if channel is None or len(leaves) == 1 else call._replace(channel=f"{channel}[{i}]")
+        results.append(run(primitives, layout, make_params(layout, own, forms), leaf))
     return jax.tree.unflatten(tree, results)
 
 
@@ -170,7 +170,7 @@ def _groups(axis_name: tuple[str, ...], num_ranks: int) -> list[list[int]] | Non
     return None if num_ranks == axis_size else np.arange(axis_size).reshape(-1, num_ranks).tolist()
 
 
-def as_data(name: str, x: Any) -> Array:
+def as_data(name: str, x: ArrayLike) -> Array:
     """`x` as an array; what a sum is to count, as int32."""
     array = jnp.asarray(x)
     return array.astype(jnp.int32) if name.startswith("psum") and array.dtype == np.bool_ else array
@@ -270,7 +270,7 @@ def _aliases(name: str, half: Half) -> dict[int, int]:
     return {2 if half == "plain" else 3: 0}
 
 
-def _abstract(name: str, half: Half, *avals: Any, axis_name: tuple[str, ...], num_ranks: int, **_: Any) -> Any:
+def _abstract(name: str, half: Half, *avals: Any, axis_name: tuple[str, ...], num_ranks: int, **_: object) -> Any:
     x, *extras = _data_operands(name, half, avals)
     if half == "start":
         return x.update(shape=(_STAMP_LENGTH,), dtype=np.dtype(np.int32), weak_type=False)
@@ -290,7 +290,7 @@ def _impl(primitive: Primitive, *operands: Array, **params: Any) -> Array:
     return jax.jit(functools.partial(primitive.bind, **params))(*operands)
 
 
-def _raise(name: str, what: str, rule: str, *_: Any, **__: Any) -> Any:
+def _raise(name: str, what: str, rule: str, *_: object, **__: object) -> NoReturn:
     raise NotImplementedError(f"fabric.{name} does not have {rule}: take {what} out of the exchange")
 
 
@@ -322,5 +322,5 @@ def _pcast(x: Array, axes: set[str]) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _one_element(x: Any) -> Array:
+def _one_element(x: ArrayLike) -> Array:
     return jnp.asarray(x).reshape(-1)[0]

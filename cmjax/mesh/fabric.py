@@ -21,7 +21,7 @@ An exchange has no derivative and no batching rule: `jax.grad` and `jax.vmap` ov
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.typing import ArrayLike, DTypeLike
 
 from cmjax.mesh.exchange import (
     AxisName,
+    Call,
     Params,
     Token,
     as_data,
@@ -100,6 +102,7 @@ __all__ = [
 ]
 
 Array = jax.Array
+Tree = TypeVar("Tree")  # of arrays
 
 _SETTINGS = Settings(native_ragged_failure)
 traffic = TrafficCounters()
@@ -110,7 +113,7 @@ time_memcpy = _SETTINGS.time_memcpy
 
 
 def all_to_all(
-    x: Any,
+    x: Tree,
     axis_name: AxisName,
     split_axis: int,
     concat_axis: int,
@@ -119,10 +122,10 @@ def all_to_all(
     group_size: int | None = None,
     channel: str | None = None,
     plane: str = "ub",
-) -> Any:
+) -> Tree:
     """What the ranks sent here, stacked (`tiled`: joined) along `concat_axis`; part r of `x` goes to rank r."""
     layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
-    return _each(run_plain, "all_to_all", layout, x, axis_name, channel, plane, group_size=group_size)
+    return _each(run_plain, "all_to_all", layout, x, Call(axis_name, channel, plane, group_size))
 
 
 def all_to_all_start(
@@ -138,11 +141,11 @@ def all_to_all_start(
 ) -> Any:
     """Starts `all_to_all`: one `Token` per array in `x`."""
     layout = partial(all_to_all_layout, split_axis=split_axis, concat_axis=concat_axis, tiled=tiled)
-    return _each(run_start, "all_to_all", layout, x, axis_name, channel, plane, group_size=group_size)
+    return _each(run_start, "all_to_all", layout, x, Call(axis_name, channel, plane, group_size))
 
 
 def all_gather(
-    x: Any,
+    x: Tree,
     axis_name: AxisName,
     *,
     axis: int = 0,
@@ -150,10 +153,10 @@ def all_gather(
     group_size: int | None = None,
     channel: str | None = None,
     plane: str = "ub",
-) -> Any:
+) -> Tree:
     """Every rank's `x`, stacked along a new axis `axis` (`tiled`: joined along it)."""
     layout = partial(all_gather_layout, axis=axis, tiled=tiled)
-    return _each(run_plain, "all_gather", layout, x, axis_name, channel, plane, group_size=group_size)
+    return _each(run_plain, "all_gather", layout, x, Call(axis_name, channel, plane, group_size))
 
 
 def all_gather_start(
@@ -168,31 +171,31 @@ def all_gather_start(
 ) -> Any:
     """Starts `all_gather`: one `Token` per array in `x`."""
     layout = partial(all_gather_layout, axis=axis, tiled=tiled)
-    return _each(run_start, "all_gather", layout, x, axis_name, channel, plane, group_size=group_size)
+    return _each(run_start, "all_gather", layout, x, Call(axis_name, channel, plane, group_size))
 
 
-def psum(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
+def psum(x: Tree, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Tree:
     """The sum of every rank's `x`, added in rank order (16-bit floats in float32); bool counts as int32."""
-    return _each(run_plain, "psum", _whole("psum"), x, axis_name, channel, plane)
+    return _each(run_plain, "psum", _whole("psum"), x, Call(axis_name, channel, plane))
 
 
 def psum_start(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
     """Starts `psum`: one `Token` per array in `x`."""
-    return _each(run_start, "psum", _whole("psum"), x, axis_name, channel, plane)
+    return _each(run_start, "psum", _whole("psum"), x, Call(axis_name, channel, plane))
 
 
 def psum_scatter(
-    x: Any,
+    x: Tree,
     axis_name: AxisName,
     *,
     scatter_dimension: int = 0,
     tiled: bool = False,
     channel: str | None = None,
     plane: str = "ub",
-) -> Any:
+) -> Tree:
     """This rank's part (along `scatter_dimension`) of the sum of every rank's `x`."""
     layout = partial(psum_scatter_layout, scatter_dimension=scatter_dimension, tiled=tiled)
-    return _each(run_plain, "psum_scatter", layout, x, axis_name, channel, plane)
+    return _each(run_plain, "psum_scatter", layout, x, Call(axis_name, channel, plane))
 
 
 def psum_scatter_start(
@@ -206,30 +209,30 @@ def psum_scatter_start(
 ) -> Any:
     """Starts `psum_scatter`: one `Token` per array in `x`."""
     layout = partial(psum_scatter_layout, scatter_dimension=scatter_dimension, tiled=tiled)
-    return _each(run_start, "psum_scatter", layout, x, axis_name, channel, plane)
+    return _each(run_start, "psum_scatter", layout, x, Call(axis_name, channel, plane))
 
 
 def ppermute(
-    x: Any, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
-) -> Any:
+    x: Tree, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
+) -> Tree:
     """The `x` of the rank that `perm`, pairs of (source, destination), sends here; zeros where it sends none."""
-    return _each(run_plain, "ppermute", _whole("ppermute"), x, axis_name, channel, plane, perm)
+    return _each(run_plain, "ppermute", _whole("ppermute"), x, Call(axis_name, channel, plane, perm=perm))
 
 
 def ppermute_start(
     x: Any, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """Starts `ppermute`: one `Token` per array in `x`."""
-    return _each(run_start, "ppermute", _whole("ppermute"), x, axis_name, channel, plane, perm)
+    return _each(run_start, "ppermute", _whole("ppermute"), x, Call(axis_name, channel, plane, perm=perm))
 
 
-def done(x: Any, token: Any, hide_behind: Any = None) -> Any:
+def done(x: Tree, token: Any, hide_behind: Any = None) -> Tree:
     """Ends any exchange but a ragged one: its result. Takes the `x` that was started and the token(s) it gave.
 
     Waits for the arrays in `hide_behind` first.
     """
 
-    def end(leaf: Any, one: Token) -> Array:
+    def end(leaf: ArrayLike, one: Token) -> Array:
         name = one.layout.name
         return run_done(_PRIMITIVES[name], one, hide_behind, as_data(name, leaf))
 
@@ -290,8 +293,8 @@ def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_beh
     return run_done(_PRIMITIVES[token.layout.name], token, hide_behind, operand, output)
 
 
-def _each(run: Callable[..., Any], name: str, *call: Any, **options: Any) -> Any:
-    return run_each(run, name, _PRIMITIVES[name], _SETTINGS.forms, *call, **options)
+def _each(run: Callable[..., Any], name: str, make_layout: Callable[[Array, int], Layout], x: Any, call: Call) -> Any:
+    return run_each(run, _PRIMITIVES[name], make_layout, x, call, _SETTINGS.forms)
 
 
 def _whole(name: str) -> Callable[[Array, int], Layout]:
@@ -301,7 +304,7 @@ def _whole(name: str) -> Callable[[Array, int], Layout]:
 def _ragged(axis_name: AxisName, channel: str | None, plane: str, operand: Array) -> tuple[Layout, Params]:
     check_dtype("ragged_all_to_all", operand.dtype)
     layout = Layout("ragged_all_to_all", lax.axis_size(axis_name))
-    return layout, make_params(layout, axis_name, channel, plane, _SETTINGS.forms)
+    return layout, make_params(layout, Call(axis_name, channel, plane), _SETTINGS.forms)
 
 
 def _lower_native(
@@ -311,7 +314,7 @@ def _lower_native(
     aliases: dict[int, int],
     channel: str,
     operands: Sequence[Any],
-    params: dict[str, Any],
+    params: Params,
 ) -> Sequence[Any]:
     handler = {"plain": "enter", "start": "start", "done": "done"}[half]
     lowering = jax.ffi.ffi_lowering(
@@ -338,7 +341,7 @@ _LAX_FORMS: dict[str, Callable[..., Array]] = {
 }
 
 
-def _psum_alone(x: Array, *, axis_name: tuple[str, ...], **_: Any) -> Array:
+def _psum_alone(x: Array, *, axis_name: tuple[str, ...], **_: object) -> Array:
     # Only for its type: with check_vma=True the sum no longer varies over the axis.
     return lax.psum(x, axis_name) if set(axis_name) & set(jax.typeof(x).mat.varying) else x
 
@@ -349,12 +352,12 @@ _PRIMITIVES = {
 }
 
 
-def empty(shape: Sequence[int], dtype: Any) -> Array:
+def empty(shape: Sequence[int], dtype: DTypeLike) -> Array:
     """An array whose contents are whatever the memory held: nothing is cleared, and untouched pages cost nothing."""
     return _EMPTY.bind(shape=tuple(shape), dtype=jnp.dtype(dtype))
 
 
-def after(token: Any, x: Any) -> Any:
+def after(token: Any, x: Tree) -> Tree:
     """`x`, to be had only once the exchange of `token` (or all of several) has been started; no copy, no work.
 
     Give it to the work that an exchange should hide behind: an executor with all its threads busy may otherwise run
@@ -365,7 +368,9 @@ def after(token: Any, x: Any) -> Any:
     return jax.tree.map(lambda leaf: _AFTER.bind(jnp.asarray(leaf), *stamps), x)
 
 
-def _in_memory(name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: Any) -> Primitive:
+def _in_memory(
+    name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: dict[int, int] | None
+) -> Primitive:
     """A primitive that is a handler without work on CPU, and `portable` elsewhere or where there is no library."""
 
     def lower_portable(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:

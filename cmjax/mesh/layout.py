@@ -5,10 +5,11 @@ The exchanges know one layout per collective (`[ranks, ...]` in or out); axes of
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 Array = jax.Array
 
@@ -83,7 +84,7 @@ def checked_perm(perm: Sequence[tuple[int, int]], num_ranks: int) -> tuple[tuple
 
 
 def checked_ragged_index(
-    operand: Array, output_dtype: Any, output_shape: tuple[int, ...], arrays: Sequence[Any], num_ranks: int
+    operand: Array, output_dtype: np.dtype, output_shape: tuple[int, ...], arrays: Sequence[ArrayLike], num_ranks: int
 ) -> tuple[Array, ...]:
     """The four index arrays of a ragged exchange in one integer type, once everything about them fits together."""
     index = tuple(map(jnp.asarray, arrays))

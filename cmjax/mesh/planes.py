@@ -12,7 +12,6 @@ PlaneName = Literal["ub", "rdma", "vpc"]
 Path = Literal["npu_npu", "npu_cpu"]
 Operation = Literal["read", "write"]
 
-PLANE_NAMES: tuple[PlaneName, ...] = get_args(PlaneName)
 BYTES_PER_S_PER_GBPS = 1e9 / 8
 
 
@@ -104,16 +103,6 @@ class UbSwitches:
     @property
     def num_l2_chips(self) -> int:
         return self.num_subplanes * self.l2_chips_per_subplane
-
-    @property
-    def l1_uplink_bytes_per_s(self) -> float:
-        """One L1 chip towards its sub-plane."""
-        return self.l2_chips_per_subplane * self.port_bytes_per_s
-
-    @property
-    def node_uplink_bytes_per_s(self) -> float:
-        """A whole node towards the L2 chips: enough for its NPUs all at once, so UB does not block."""
-        return self.l1_chips_per_node * self.l1_uplink_bytes_per_s
 
     def num_l1_chips(self, num_nodes: int) -> int:
         return num_nodes * self.l1_chips_per_node

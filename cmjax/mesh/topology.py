@@ -163,10 +163,6 @@ class Supernode:
             raise ValueError(f"CPU {cpu} is outside the {self.num_cpus} CPUs of {self.name}")
         return cpu // self.cpus_per_node
 
-    def nodes_of(self, spec: InstanceSpec) -> range:
-        """The nodes an instance touches."""
-        return range(self.location(spec.ranks[0]).node, self.location(spec.ranks[-1]).node + 1)
-
     # -- costs -------------------------------------------------------------------------------------------------------
 
     def plane(self, name: PlaneName) -> Plane:

@@ -1,29 +1,32 @@
 """The DeepSeek architecture (V2, V3, R1): config, parameters, MLA, layers, the MTP module, prefill and decode."""
 
-from cmjax.model.config import ModelConfig
+from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
+from cmjax.model.mla import mla_prolog, rms_norm
 from cmjax.model.model import Model, check_token_ids, expert_maps, token_id_array
 from cmjax.model.params import (
     AttentionParams,
     LayerParams,
-    Leaf,
-    MlpParams,
     MoeParams,
     MtpParams,
     Params,
     abstract_params,
     aligned_empty,
+    build_layers,
+    build_params,
     convert_params,
+    expert_kind,
     init_params,
+    is_quantized,
     named_leaves,
     num_bytes,
     num_params,
     params_digest,
     quant_mode,
+    split_experts,
 )
 from cmjax.model.placed import (
     default_wires,
-    num_placed_layers,
     param_specs,
     place_params,
     placed_layer_names,
@@ -31,17 +34,29 @@ from cmjax.model.placed import (
 )
 from cmjax.model.prefill import PrefillBatch, head_shards, local_tokens, prefill_pass, token_order
 from cmjax.model.transformer import (
+    Attend,
+    Index,
+    LayerPlace,
+    PassContext,
     PassOutput,
     RankSpec,
     lm_head,
+    main_pass,
     mtp_head,
+    mtp_pass,
+    stack_loads,
 )
 from cmjax.model.yarn import YarnConfig
+from cmjax.moe import Leaf, MlpParams
 
 __all__ = [
+    "LATENT_NORM_EPS",
+    "Attend",
     "AttentionParams",
     "DecodeBatch",
+    "Index",
     "LayerParams",
+    "LayerPlace",
     "Leaf",
     "MlpParams",
     "Model",
@@ -49,27 +64,34 @@ __all__ = [
     "MoeParams",
     "MtpParams",
     "Params",
+    "PassContext",
     "PassOutput",
     "PrefillBatch",
     "RankSpec",
     "YarnConfig",
     "abstract_params",
     "aligned_empty",
+    "build_layers",
+    "build_params",
     "check_token_ids",
     "convert_params",
     "decode_pass",
     "default_wires",
     "draft_pass",
+    "expert_kind",
     "expert_maps",
     "head_shards",
     "init_params",
+    "is_quantized",
     "lm_head",
     "local_tokens",
+    "main_pass",
+    "mla_prolog",
     "mtp_head",
+    "mtp_pass",
     "named_leaves",
     "num_bytes",
     "num_params",
-    "num_placed_layers",
     "param_specs",
     "params_digest",
     "place_params",
@@ -77,6 +99,9 @@ __all__ = [
     "plan_placement",
     "prefill_pass",
     "quant_mode",
+    "rms_norm",
+    "split_experts",
+    "stack_loads",
     "token_id_array",
     "token_order",
 ]

@@ -4,9 +4,31 @@ A cache is `[cache layers, slots, latent width]`; slot = block_id * block_size +
 followed by the rotated `k_pe`: all that MLA needs to keep of a token. The MTP layer's rows come after the model's.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+@flax.struct.dataclass
+class PagedKeys:
+    """What the queries of some requests attend to: one layer of the cache, through the requests' blocks.
+
+    Attributes:
+        cache: `[cache layers, slots, latent width]`.
+        layer: which of its layers.
+        block_table: `int32[requests, max blocks]`, -1 padded.
+        block_size: tokens a block.
+    """
+
+    cache: jax.Array
+    layer: jax.Array | int
+    block_table: jax.Array
+    block_size: int = flax.struct.field(pytree_node=False)
+
+    def read(self, table: jax.Array, first_block: jax.Array | int, num_blocks: int) -> jax.Array:
+        """Rows of some blocks of `table`, a part of the block table: see `read_blocks`."""
+        return read_blocks(self.cache, self.layer, table, first_block, num_blocks, self.block_size)
 
 
 def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array, rows: jax.Array) -> jax.Array:

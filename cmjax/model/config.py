@@ -19,6 +19,8 @@ from cmjax.moe import RouterConfig, Scoring, TopkMethod
 
 _log = logging.getLogger(__name__)
 
+# The published models normalize the low-rank latents of MLA with this, whatever `rms_norm_eps` says.
+LATENT_NORM_EPS = 1e-6
 
 _ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 _SCORING: dict[str, Scoring] = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}

@@ -1,12 +1,12 @@
 """The decode passes on one rank: the model over the newest tokens, and its MTP module over what they became."""
 
-from typing import Any
+from typing import Generic
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cmjax.model.cache import slots_of, write_rows
+from cmjax.model.cache import PagedKeys, slots_of, write_rows
 from cmjax.model.mla import (
     CoreAttention,
     Part,
@@ -16,10 +16,11 @@ from cmjax.model.mla import (
     mla_prolog,
     rms_norm,
 )
-from cmjax.model.params import AttentionParams, Leaf, Params
+from cmjax.model.params import AttentionParams, Params
 from cmjax.model.pipeline import Microbatch, pipelined_layers
 from cmjax.model.transformer import (
     AttendInParts,
+    Index,
     PassContext,
     PassOutput,
     RankSpec,
@@ -29,10 +30,11 @@ from cmjax.model.transformer import (
     mtp_pass,
     stack_loads,
 )
+from cmjax.moe import Leaf
 
 
 @flax.struct.dataclass
-class DecodeBatch:
+class DecodeBatch(Generic[Leaf]):
     """The newest token of each of the rank's sequences, and perhaps equally many guesses of what follows.
 
     Attributes:
@@ -62,13 +64,13 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
     slots = jnp.where(is_valid, slots_of(batch.block_table, positions, spec.block_size), -1)
     lengths = jnp.where(is_valid, positions + 1, 0)
 
-    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[CoreAttention, jax.Array]:
+    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
         cache = write_rows(cache, layer, slots, latent)
         return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
-    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Any, part: Part) -> CoreAttention:
-        return absorbed_part(config, core, cache, layer, lengths, batch.block_table, spec.block_size, part)
+    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
+        return absorbed_part(config, core, PagedKeys(cache, layer, batch.block_table, spec.block_size), lengths, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
         return absorbed_end(p, config, core)

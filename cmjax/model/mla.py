@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.loops import dynamic_loop
-from cmjax.model.cache import read_blocks
-from cmjax.model.config import ModelConfig
+from cmjax.model.cache import PagedKeys
+from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
 from cmjax.quant import InputMajor, einsum_f32, linear
 
-# The published models normalize the low-rank latents with this, whatever `rms_norm_eps` says.
-_LATENT_NORM_EPS = 1e-6
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
 # In decode the first keys are a chunk of their own: where all requests are short, more of it would be work for nothing.
@@ -52,7 +50,7 @@ def query_latent(params: AttentionParams, x: jax.Array) -> jax.Array:
     """What `queries` projects: `[tokens, q_lora]`, or `x` itself in a model without low-rank queries."""
     if params.q_a is None or params.q_a_norm is None:
         return x
-    return rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, _LATENT_NORM_EPS)
+    return rms_norm(linear(x, params.q_a, params.q_a_bias), params.q_a_norm, LATENT_NORM_EPS)
 
 
 def queries(
@@ -71,7 +69,7 @@ def key_value_latent(params: AttentionParams, config: ModelConfig, x: jax.Array,
     """What the cache keeps of each token: its normalized latent and its rotated key, `[tokens, latent width]`."""
     latent, k_pe = jnp.split(linear(x, params.kv_a, params.kv_a_bias), [config.kv_lora_rank], axis=-1)
     k_pe = apply_rope(k_pe, *rope_tables(config, positions), interleaved=config.rope_interleave)
-    return jnp.concatenate([rms_norm(latent, params.kv_a_norm, _LATENT_NORM_EPS), k_pe], axis=-1)
+    return jnp.concatenate([rms_norm(latent, params.kv_a_norm, LATENT_NORM_EPS), k_pe], axis=-1)
 
 
 def take_heads(params: AttentionParams, shard: jax.Array | int, num_shards: int) -> AttentionParams:
@@ -165,36 +163,16 @@ def _pad_table(block_table: jax.Array, blocks_per_chunk: int, first_block: int =
     return jnp.pad(block_table, ((0, 0), (0, pad)), constant_values=-1)
 
 
-def attend_expanded(
-    params: AttentionParams,
-    config: ModelConfig,
-    q_nope: jax.Array,
-    q_pe: jax.Array,
-    cache: jax.Array,
-    layer: jax.Array | int,
-    sequences: LocalSequences,
-    block_table: jax.Array,
-    block_size: int,
-) -> jax.Array:
-    """Un-absorbed attention of packed queries over the cache: `[tokens, heads * v_head_dim]`.
-
-    The queries' own latents must be in the cache already. A loop over the key chunks that the sequences need; each
-    chunk is expanded to keys and values once, then meets the query tiles of its sequence.
-
-    Args:
-        params: one layer's.
-        q_nope, q_pe: `[tokens, heads, ...]`, queries of one sequence side by side.
-        cache, layer: see `cmjax.model.cache`.
-        sequences: which queries belong to which sequence.
-        block_table: `int32[sequences, max blocks]`.
-    """
-    core = expanded_start(config, q_nope, q_pe)
-    core = expanded_part(params, config, core, cache, layer, sequences, block_table, block_size)
-    return expanded_end(core)
+# -- expanded: keys and values of every head, for packed queries. A loop over the key chunks that are needed; each is
+# expanded once, then meets the query tiles of its sequence.
 
 
 def expanded_start(config: ModelConfig, q_nope: jax.Array, q_pe: jax.Array) -> CoreAttention:
-    """Before any key; see `attend_expanded`."""
+    """Un-absorbed attention before any key.
+
+    Args:
+        q_nope, q_pe: `[tokens, heads, ...]`, queries of one sequence side by side.
+    """
     tokens, heads, _ = q_nope.shape
     tile = min(_QUERY_TILE, tokens)
     queries = jnp.concatenate([q_nope, q_pe], axis=-1).transpose(1, 0, 2)
@@ -204,7 +182,7 @@ def expanded_start(config: ModelConfig, q_nope: jax.Array, q_pe: jax.Array) -> C
 
 
 def expanded_end(core: CoreAttention) -> jax.Array:
-    """After all keys; see `attend_expanded`."""
+    """Un-absorbed attention after all keys: `[tokens, heads * v_head_dim]`."""
     out = core.state.result()[:, : core.num_tokens]
     return out.transpose(1, 0, 2).reshape(core.num_tokens, -1).astype(core.query.dtype)
 
@@ -213,19 +191,22 @@ def expanded_part(
     params: AttentionParams,
     config: ModelConfig,
     core: CoreAttention,
-    cache: jax.Array,
-    layer: jax.Array | int,
+    keys: PagedKeys,
     sequences: LocalSequences,
-    block_table: jax.Array,
-    block_size: int,
     part: Part = WHOLE,
 ) -> CoreAttention:
-    """The queries meet a share of the key chunks; arguments as of `attend_expanded`."""
+    """The queries meet a share of the key chunks.
+
+    Args:
+        params: one layer's.
+        keys: of the packed sequences; the queries' own latents must be there already.
+        sequences: which queries belong to which sequence.
+    """
     queries, tokens = core.query, core.num_tokens
     heads, tile = queries.shape[0], min(_QUERY_TILE, tokens)
-    blocks_per_chunk = _chunk_blocks(block_size, block_table.shape[1], _PREFILL_CHUNK)
-    chunk = blocks_per_chunk * block_size
-    table = _pad_table(block_table, blocks_per_chunk)
+    blocks_per_chunk = _chunk_blocks(keys.block_size, keys.block_table.shape[1], _PREFILL_CHUNK)
+    chunk = blocks_per_chunk * keys.block_size
+    table = _pad_table(keys.block_table, blocks_per_chunk)
     kv_length = jnp.where(sequences.count > 0, sequences.first_position + sequences.count, 0)
     num_chunks = -(-kv_length // chunk)
     last_chunk = jnp.cumsum(num_chunks)
@@ -234,7 +215,7 @@ def expanded_part(
         seq = jnp.sum(step >= last_chunk)
         first_key = (step - (last_chunk[seq] - num_chunks[seq])) * chunk
         row = lax.dynamic_slice_in_dim(table, seq, 1, axis=0)
-        latent = read_blocks(cache, layer, row, first_key // block_size, blocks_per_chunk, block_size)[0]
+        latent = keys.read(row, first_key // keys.block_size, blocks_per_chunk)[0]
         key_pos = first_key + jnp.arange(chunk)
         latent = jnp.where((key_pos < kv_length[seq])[:, None], latent, 0)
         c_kv, k_pe = jnp.split(latent, [config.kv_lora_rank], axis=-1)
@@ -258,43 +239,24 @@ def expanded_part(
         return dynamic_loop(first_tile, last_tile, attend_tile, state, expected_trips=1)
 
     # A chunk for each sequence that the rank's tokens can belong to, at least.
-    expected = -(-min(tokens, block_table.shape[0]) // part[1])
+    expected = -(-min(tokens, keys.block_table.shape[0]) // part[1])
     first, end = _share(last_chunk[-1], part)
     return dataclasses.replace(core, state=dynamic_loop(first, end, attend_chunk, core.state, expected_trips=expected))
 
 
-def attend_absorbed(
-    params: AttentionParams,
-    config: ModelConfig,
-    q_nope: jax.Array,
-    q_pe: jax.Array,
-    cache: jax.Array,
-    layer: jax.Array | int,
-    lengths: jax.Array,
-    block_table: jax.Array,
-    block_size: int,
-) -> jax.Array:
-    """Absorbed attention over the latent cache, of the same number of queries of each request: `[tokens, heads *
-    v_head_dim]`.
-
-    The key and value projections are folded into the query and the output, so that the cached latent serves as the one
-    key and value of all heads, and of all queries of a request. The trip count of the loop follows the longest request.
-
-    Args:
-        params: one layer's.
-        q_nope, q_pe: `[tokens, heads, ...]`, the queries of a request side by side.
-        lengths: `int32[tokens]`, tokens in the cache that a query sees, its own included; 0 for an empty place.
-        block_table: `int32[requests, max blocks]`.
-    """
-    core = absorbed_start(params, config, q_nope, q_pe, block_table.shape[0])
-    core = absorbed_part(config, core, cache, layer, lengths, block_table, block_size)
-    return absorbed_end(params, config, core)
+# -- absorbed: the key and value projections are folded into the query and the output, so that the cached latent serves
+# as the one key and value of all heads, and of all queries of a request. The trip count follows the longest request.
 
 
 def absorbed_start(
     params: AttentionParams, config: ModelConfig, q_nope: jax.Array, q_pe: jax.Array, requests: int
 ) -> CoreAttention:
-    """Before any key; see `attend_absorbed`."""
+    """Absorbed attention, of the same number of queries of each request, before any key.
+
+    Args:
+        params: one layer's.
+        q_nope, q_pe: `[tokens, heads, ...]`, the queries of a request side by side.
+    """
     w_uk, _ = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
     q_latent = einsum_f32("hbn,hnl->hbl", q_nope.swapaxes(0, 1), w_uk).swapaxes(0, 1).astype(q_nope.dtype)
     query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
@@ -302,17 +264,15 @@ def absorbed_start(
 
 
 def absorbed_part(
-    config: ModelConfig,
-    core: CoreAttention,
-    cache: jax.Array,
-    layer: jax.Array | int,
-    lengths: jax.Array,
-    block_table: jax.Array,
-    block_size: int,
-    part: Part = WHOLE,
+    config: ModelConfig, core: CoreAttention, keys: PagedKeys, lengths: jax.Array, part: Part = WHOLE
 ) -> CoreAttention:
-    """The queries meet a share of the key chunks (the last part also the first chunk); arguments as of
-    `attend_absorbed`."""
+    """The queries meet a share of the key chunks (the last part also the first chunk).
+
+    Args:
+        keys: of the requests.
+        lengths: `int32[tokens]`, tokens in the cache that a query sees, its own included; 0 for an empty place.
+    """
+    block_table, block_size = keys.block_table, keys.block_size
     requests, rows, _ = core.query.shape
     first_blocks = _chunk_blocks(block_size, block_table.shape[1], _FIRST_DECODE_CHUNK)
     lengths = lengths.reshape(requests, -1)
@@ -320,7 +280,7 @@ def absorbed_part(
     longest = seen.max(1)
 
     def attend_chunk(state: Softmax, table: jax.Array, first_block: jax.Array | int, num_blocks: int) -> Softmax:
-        latent = read_blocks(cache, layer, table, first_block, num_blocks, block_size)
+        latent = keys.read(table, first_block, num_blocks)
         key_pos = first_block * block_size + jnp.arange(num_blocks * block_size)
         latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
         scores = einsum_f32("bqw,bcw->bqc", core.query, latent) * config.softmax_scale
@@ -349,7 +309,7 @@ def absorbed_part(
 
 
 def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttention) -> jax.Array:
-    """After all keys; see `attend_absorbed`."""
+    """Absorbed attention after all keys: `[tokens, heads * v_head_dim]`."""
     tokens, dtype = core.num_tokens, core.query.dtype
     mixed = core.state.result().reshape(tokens, -1, config.latent_width)[..., : config.kv_lora_rank].astype(dtype)
     _, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)

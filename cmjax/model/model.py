@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from numpy.typing import ArrayLike
 
 from cmjax.errors import UserError
-from cmjax.mesh import fabric
+from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import Params, input_major_params, named_leaves, quant_mode
 from cmjax.model.placed import default_wires, param_specs, place_params, plan_placement
@@ -19,7 +19,6 @@ from cmjax.model.transformer import RankSpec, lm_head, mtp_head
 from cmjax.moe import ExpertPlacement, FabricExchange
 from cmjax.quant import QuantMode
 
-_AXIS = "ep"
 _BLOCK_SIZE = 16
 
 
@@ -42,7 +41,7 @@ def _all_logits(
         output, mtp_hidden = prefill_pass(params, maps[:, 0], cache, batch, spec)
         return lm_head(params, output.hidden) if mtp_hidden is None else mtp_head(params, mtp_hidden)
 
-    specs = (param_specs(params, _AXIS), PartitionSpec(), PartitionSpec())
+    specs = (param_specs(params, EP_AXIS), PartitionSpec(), PartitionSpec())
     return jax.shard_map(rank, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
         params, maps, batch
     )
@@ -86,21 +85,21 @@ class Model:
 
     @functools.cached_property
     def _on_one_device(self) -> tuple[Params, np.ndarray, Mesh, RankSpec]:
-        mesh = Mesh(np.array(jax.devices()[:1]), (_AXIS,))
+        mesh = Mesh(np.array(jax.devices()[:1]), (EP_AXIS,))
         placement = plan_placement(self.config, 1)
         dispatch_dtype, combine_dtype = default_wires(self.params)
         exchange = FabricExchange(
-            axis_name=_AXIS,
+            axis_name=EP_AXIS,
             num_local_experts=max(self.config.num_routed_experts, 1),
             dispatch_dtype=dispatch_dtype,
             combine_dtype=combine_dtype,
         )
         spec = RankSpec(
-            config=self.config, axis_name=_AXIS, block_size=_BLOCK_SIZE, exchange=exchange, num_dispatched_shared=0
+            config=self.config, axis_name=EP_AXIS, block_size=_BLOCK_SIZE, exchange=exchange, num_dispatched_shared=0
         )
         return place_params(self.params, placement, mesh), expert_maps(placement, 1), mesh, spec
 
-    def _logits(self, input_ids: Any, *, with_mtp: bool) -> jax.Array:
+    def _logits(self, input_ids: ArrayLike, *, with_mtp: bool) -> jax.Array:
         ids = check_token_ids(token_id_array(input_ids, "input_ids"), self.config)
         if ids.ndim != 2 or ids.size == 0:
             raise UserError(f"input_ids has shape {list(ids.shape)}, expected [batch, sequence], neither of them 0")
@@ -108,7 +107,7 @@ class Model:
         logits = _all_logits(params, maps, _whole_sequences(ids), spec=spec, mesh=mesh, with_mtp=with_mtp)
         return logits.reshape(*ids.shape, -1)
 
-    def logits(self, input_ids: Any) -> jax.Array:
+    def logits(self, input_ids: ArrayLike) -> jax.Array:
         """Return `float32[B, S, vocabulary]` for `input_ids int[B, S]`: one full forward on one device.
 
         The engine's own layer code on an axis of size 1.
@@ -118,7 +117,7 @@ class Model:
         """
         return self._logits(input_ids, with_mtp=False)
 
-    def mtp_logits(self, input_ids: Any) -> jax.Array:
+    def mtp_logits(self, input_ids: ArrayLike) -> jax.Array:
         """Return `float32[B, S - 1, vocabulary]`: at t, the MTP module's prediction of token t + 2 from the model's
         hidden state at t and token t + 1.
 
@@ -132,7 +131,7 @@ class Model:
         return self._logits(input_ids, with_mtp=True)[:, :-1]
 
 
-def token_id_array(ids: Any, name: str) -> np.ndarray:
+def token_id_array(ids: ArrayLike, name: str) -> np.ndarray:
     """Return `ids` as an array, or raise `UserError` naming them: rows of unequal length make none."""
     try:
         return np.asarray(ids)

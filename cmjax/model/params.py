@@ -1,8 +1,8 @@
 """The parameter tree of a DeepSeek model: its dataclasses, its shapes before any array, and random values for it.
 
 Layers of one kind are stacked: a leading axis L runs over `config.dense_layer_ids` or `config.moe_layer_ids`. Matrices
-keep the checkpoint's orientation, [out, in]. Norms and the router are float32, the rest has the load dtype. A leaf is a
-`jax.Array`, or an `np.ndarray` (as loaded), or a `jax.ShapeDtypeStruct` (abstract).
+keep the checkpoint's orientation, [out, in]. Norms and the router are float32, the rest has the load dtype. The trees
+are generic in their leaves (see `Leaf`): `Params[np.ndarray]` as loaded, `Params[jax.ShapeDtypeStruct]` abstract.
 
 Letters in shapes: V vocabulary, H hidden, F / f intermediate size of a dense MLP / of an expert, E routed experts,
 n shared experts, heads, nope / rope / v the parts of a head.
@@ -14,24 +14,24 @@ import math
 import os
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, Literal, TypeAlias
 
 import flax.struct
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
-from cmjax.quant import InputMajor, QuantArray, QuantMode, dequantize_host, quantize
+from cmjax.moe import Leaf, MlpParams
+from cmjax.quant import InputMajor, Matrix, QuantArray, QuantMode, dequantize_host, quantize
 
-# An array, or what stands for one: numpy's on the host, a QuantArray or an InputMajor, a ShapeDtypeStruct, in specs a
-# PartitionSpec.
-Leaf = Any
-MakeLeaf = Callable[[tuple[int, ...], Any], Leaf]  # (shape, dtype) -> array
+ExpertKind = Literal["routed", "shared"]
+MakeLeaf: TypeAlias = Callable[[tuple[int, ...], DTypeLike], Leaf]  # (shape, dtype) -> array
 
 
 @flax.struct.dataclass
-class AttentionParams:
+class AttentionParams(Generic[Leaf]):
     """MLA's projections."""
 
     q_a: Leaf | None  # [L, q_lora, H]; None: queries are projected directly
@@ -47,56 +47,65 @@ class AttentionParams:
 
 
 @flax.struct.dataclass
-class MlpParams:
-    """A gated MLP, or (with an axis E after L) one per expert."""
-
-    w13: Leaf  # [L, 2F, H]: the gate's rows, then the up projection's
-    w2: Leaf  # [L, H, F]
-
-
-@flax.struct.dataclass
-class MoeParams:
+class MoeParams(Generic[Leaf]):
     """Router, routed experts and the shared experts, which are one MLP n experts wide."""
 
     router: Leaf  # [L, E, H] float32
     router_bias: Leaf | None  # [L, E] float32, where topk_method is noaux_tc
-    experts: MlpParams  # w13 [L, E, 2f, H], w2 [L, E, H, f]
-    shared: MlpParams | None  # w13 [L, 2nf, H], w2 [L, H, nf]
+    experts: MlpParams[Leaf]  # w13 [L, E, 2f, H], w2 [L, E, H, f]
+    shared: MlpParams[Leaf] | None  # w13 [L, 2nf, H], w2 [L, H, nf]
 
 
 @flax.struct.dataclass
-class LayerParams:
+class LayerParams(Generic[Leaf]):
     """Decoder layers of one kind, stacked."""
 
     input_norm: Leaf  # [L, H]
-    attn: AttentionParams
+    attn: AttentionParams[Leaf]
     post_attn_norm: Leaf  # [L, H]
-    mlp: MlpParams | MoeParams
+    mlp: MlpParams[Leaf] | MoeParams[Leaf]
 
 
 @flax.struct.dataclass
-class MtpParams:
+class MtpParams(Generic[Leaf]):
     """The multi-token prediction module."""
 
     enorm: Leaf  # [H], for the embedding
     hnorm: Leaf  # [H], for the hidden state
     eh_proj: Leaf  # [H, 2H]: embedding's columns first
-    layer: LayerParams  # L = 1
+    layer: LayerParams[Leaf]  # L = 1
     norm: Leaf  # [H]
     head: Leaf | None  # [V, H]; None: the model's
     embed: Leaf | None  # [V, H]; None: the model's
 
 
 @flax.struct.dataclass
-class Params:
+class Params(Generic[Leaf]):
     """All weights of a model."""
 
     embed: Leaf  # [V, H]
-    dense: LayerParams | None
-    moe: LayerParams | None
+    dense: LayerParams[Leaf] | None
+    moe: LayerParams[Leaf] | None
     norm: Leaf  # [H]
     head: Leaf | None  # [V, H]; None: tied to embed
-    mtp: MtpParams | None
+    mtp: MtpParams[Leaf] | None
+
+
+# The fields of `MoeParams` that hold experts. Everything else that tells experts from the rest asks `expert_kind`.
+_EXPERT_FIELDS: dict[str, ExpertKind] = {"experts": "routed", "shared": "shared"}
+
+
+def expert_kind(name: str) -> ExpertKind | None:
+    """Which experts the leaf with this name (see `named_leaves`) belongs to; None where it is no expert's."""
+    return next((kind for field, kind in _EXPERT_FIELDS.items() if field in name.split(".")), None)
+
+
+def split_experts(layers: LayerParams) -> tuple[LayerParams, MlpParams | None]:
+    """The layers without their routed experts (None takes their place), and those; None where there are none."""
+    if not isinstance(layers.mlp, MoeParams):
+        return layers, None
+    nothing: Any = None
+    return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), layers.mlp.experts
 
 
 # The large products of attention and FFN, which quantization puts in int8 (paper section 4.5). Norms, router, embedding
@@ -112,8 +121,8 @@ def is_quantized(name: str) -> bool:
 
 def build_params(
     config: ModelConfig,
-    dtype: Any,
-    leaf: MakeLeaf,
+    dtype: DTypeLike,
+    leaf: MakeLeaf[Leaf],
     *,
     mtp_head: bool = True,
     mtp_embed: bool = True,
@@ -128,15 +137,19 @@ def build_params(
     """
     shapes = _float_params(config, dtype, jax.ShapeDtypeStruct, mtp_head=mtp_head, mtp_embed=mtp_embed)
 
-    def make(path: tuple, like: Any) -> Any:
-        if quant is not None and _is_chosen(_name(path), quantized):
-            return QuantArray(leaf(like.shape, np.dtype(np.int8)), leaf(like.shape[:-1], np.dtype(np.float32)), quant)
+    def make(path: tuple, like: jax.ShapeDtypeStruct) -> Leaf | QuantArray:
+        if quant is not None and _is_chosen(leaf_name(path), quantized):
+            qvalue: Any = leaf(like.shape, np.dtype(np.int8))
+            scale: Any = leaf(like.shape[:-1], np.dtype(np.float32))
+            return QuantArray(qvalue, scale, quant)
         return leaf(like.shape, like.dtype)
 
     return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-def _float_params(config: ModelConfig, dtype: Any, leaf: MakeLeaf, *, mtp_head: bool, mtp_embed: bool) -> Params:
+def _float_params(
+    config: ModelConfig, dtype: DTypeLike, leaf: MakeLeaf[Leaf], *, mtp_head: bool, mtp_embed: bool
+) -> Params[Leaf]:
     dtype = np.dtype(dtype)
     hidden, vocab = config.hidden_size, config.vocab_size
     num_dense, num_moe = len(config.dense_layer_ids), len(config.moe_layer_ids)
@@ -161,11 +174,13 @@ def _float_params(config: ModelConfig, dtype: Any, leaf: MakeLeaf, *, mtp_head: 
     )
 
 
-def build_layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: MakeLeaf) -> LayerParams:
+def build_layers(
+    config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, leaf: MakeLeaf[Leaf]
+) -> LayerParams[Leaf]:
     """`num` decoder layers of one kind, each leaf made by `leaf(shape, dtype)`."""
     hidden, experts, width = config.hidden_size, config.num_routed_experts, config.moe_intermediate_size
     shared = config.num_shared_experts * width
-    mlp: MlpParams | MoeParams
+    mlp: MlpParams[Leaf] | MoeParams[Leaf]
     if sparse:
         mlp = MoeParams(
             router=leaf((num, experts, hidden), np.float32),
@@ -183,11 +198,11 @@ def build_layers(config: ModelConfig, num: int, sparse: bool, dtype: np.dtype, l
     )
 
 
-def _mlp(lead: tuple[int, ...], hidden: int, width: int, dtype: np.dtype, leaf: MakeLeaf) -> MlpParams:
+def _mlp(lead: tuple[int, ...], hidden: int, width: int, dtype: np.dtype, leaf: MakeLeaf[Leaf]) -> MlpParams[Leaf]:
     return MlpParams(w13=leaf((*lead, 2 * width, hidden), dtype), w2=leaf((*lead, hidden, width), dtype))
 
 
-def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: MakeLeaf) -> AttentionParams:
+def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: MakeLeaf[Leaf]) -> AttentionParams[Leaf]:
     hidden, heads, rank, bias = (
         config.hidden_size,
         config.num_attention_heads,
@@ -208,7 +223,7 @@ def _attention(config: ModelConfig, num: int, dtype: np.dtype, leaf: MakeLeaf) -
     )
 
 
-def abstract_params(config: ModelConfig, dtype: Any = np.float32, **options: Any) -> Params:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = np.float32, **options: Any) -> Params[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the parameters, no memory taken: for tracing, sharding, and memory totals of any size.
 
     `options`: see `build_params`.
@@ -223,7 +238,7 @@ def quant_mode(params: Params) -> QuantMode | None:
 
 
 def convert_params(
-    params: Params, quant: QuantMode | None, dtype: Any, quantized: Container[str] | None = None
+    params: Params, quant: QuantMode | None, dtype: DTypeLike, quantized: Container[str] | None = None
 ) -> Params:
     """Host parameters in another format: floats of `dtype` (norms and router stay float32), and the leaves that
     `quantized` names (see `build_params`) in int8 with `quant`.
@@ -233,8 +248,8 @@ def convert_params(
     """
     dtype = np.dtype(dtype)
 
-    def convert(path: tuple, leaf: Any) -> Any:
-        name = _name(path)
+    def convert(path: tuple, leaf: Any) -> Matrix:
+        name = leaf_name(path)
         if quant is not None and _is_chosen(name, quantized):
             if _is_quant_array(leaf):
                 return leaf.replace(mode=quant)
@@ -255,10 +270,9 @@ def input_major_params(params: Params) -> Params:
     Experts keep their form, shared ones included: a placement cuts them.
     """
 
-    def convert(path: tuple, leaf: Any) -> Any:
-        names = {key.name for key in path}
+    def convert(path: tuple, leaf: Any) -> Matrix:
         name = path[-1].name
-        if _is_quant_array(leaf) or names & {"experts", "shared"} or name not in QUANTIZED | {"router", "head"}:
+        if _is_quant_array(leaf) or expert_kind(leaf_name(path)) or name not in QUANTIZED | {"router", "head"}:
             return leaf
         outputs = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1]) if name == "q_b" else leaf
         by_input = np.swapaxes(outputs, -1, -2)
@@ -271,7 +285,8 @@ def input_major_params(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=_is_quant_array)
 
 
-def _name(path: tuple) -> str:
+def leaf_name(path: tuple) -> str:
+    """The name (see `named_leaves`) of the leaf at a path of `jax.tree_util`."""
     return ".".join(key.name for key in path)
 
 
@@ -279,7 +294,7 @@ def _is_chosen(name: str, quantized: Container[str] | None) -> bool:
     return is_quantized(name) if quantized is None else name in quantized
 
 
-def _is_quant_array(leaf: Any) -> bool:
+def _is_quant_array(leaf: object) -> bool:
     return isinstance(leaf, QuantArray)
 
 
@@ -293,7 +308,7 @@ def num_bytes(params: Params) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Uninitialised array on a 64-byte boundary, so that `jax.device_put` on a CPU shares its buffer."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 63, np.uint8)
@@ -301,7 +316,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def init_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
+def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = np.float32) -> Params[np.ndarray]:
     """Random parameters (numpy): norms near 1, matrices scaled by 1/sqrt(in), a router bias that matters.
 
     Equal seeds give equal values.
@@ -321,10 +336,10 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> 
     return params
 
 
-def named_leaves(params: Params) -> dict[str, Any]:
+def named_leaves(params: Params[Leaf]) -> dict[str, Leaf]:
     """Every leaf by its place in the tree, such as `moe.mlp.experts.w13`, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {_name(path): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def params_digest(config: ModelConfig, params: Params) -> str:

@@ -30,6 +30,7 @@ from cmjax.model.mla import CoreAttention, rms_norm
 from cmjax.model.params import LayerParams, MoeParams, Params
 from cmjax.model.transformer import (
     AttendInParts,
+    Index,
     LayerRun,
     PassContext,
     RankSpec,
@@ -37,7 +38,7 @@ from cmjax.model.transformer import (
     layer_runs,
     run_stack,
 )
-from cmjax.moe import ExpertParams, SplitExchange, gate, run_experts, swiglu
+from cmjax.moe import InFlight, MlpParams, ReceivedRows, SplitExchange, run_experts, swiglu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +70,20 @@ class _Layer:
 
     params: LayerParams
     mlp: MoeParams
-    index: Any
+    index: Index
 
 
 @dataclasses.dataclass(frozen=True)
 class _Back:
     """Rows on their way back from the experts, and what the shared experts that every rank has made of the tokens."""
 
-    in_flight: Any
+    in_flight: InFlight[jax.Array]
     shared: jax.Array | None
 
 
 Pair = tuple[jax.Array, jax.Array]
+Going = InFlight[tuple[ReceivedRows, Any]]  # a dispatch under way
+Behind = jax.Array | tuple[jax.Array, ...]  # what an exchange hides behind
 
 
 def pipelined_layers(
@@ -119,7 +122,7 @@ class _MoeRun:
     """Consecutive MoE layers: their parameters, whose rows they are for, and the names of their exchanges."""
 
     layers: LayerParams
-    experts: ExpertParams
+    experts: MlpParams
     place: LayerRun
     halves: tuple[Microbatch, Microbatch]
     maps: jax.Array
@@ -145,7 +148,7 @@ class _MoeRun:
         x_a, x_b, cache, load = self._both(self._at(last), None, routed, x_b, cache)
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])
 
-    def _at(self, index: Any) -> _Layer:
+    def _at(self, index: Index) -> _Layer:
         params = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
         return _Layer(params, cast(MoeParams, params.mlp), index)
 
@@ -170,7 +173,7 @@ class _MoeRun:
         return a, self._combine(1, b, back_b, behind), cache, load_a + load_b
 
     def _begin(
-        self, which: int, layer: _Layer, x: jax.Array, cache: jax.Array, going: Any = None
+        self, which: int, layer: _Layer, x: jax.Array, cache: jax.Array, going: Going | None = None
     ) -> tuple[CoreAttention, jax.Array]:
         """Attention up to its first part, which the other's dispatch `going` hides behind."""
         attend = self.halves[which].attend
@@ -185,28 +188,27 @@ class _MoeRun:
             return self._part(which, layer, core, cache, 0), cache
 
     def _end(
-        self, which: int, layer: _Layer, x: jax.Array, core: CoreAttention, cache: jax.Array, going: Any = None
-    ) -> tuple[_Routed, Any]:
+        self,
+        which: int,
+        layer: _Layer,
+        x: jax.Array,
+        core: CoreAttention,
+        cache: jax.Array,
+        going: InFlight[jax.Array] | None = None,
+    ) -> tuple[_Routed, Behind]:
         """The rest of attention, and the gate; also what the other's combine `going` hides behind."""
         attend, spec = self.halves[which].attend, self.spec
         with _scope(which, "attention"):
             core = dataclasses.replace(core, query=_after(going, core.query))
             core = self._part(which, layer, core, cache, 1)
-            behind: Any = core.met
+            behind = core.met
             if attend.has_lanes:
                 core = self._part(which, layer, core, cache, 2)
             attended = attend.end(layer.params.attn, core)
         with jax.named_scope("ab"[which]):
             x, normed = after_attention(layer.params, attended, x, spec.config)
-            slot_idx, weights = gate(
-                normed,
-                layer.mlp.router,
-                layer.mlp.router_bias,
-                self.maps[self.place.stack_start + layer.index],
-                self.halves[which].is_valid,
-                router_config=spec.config.router,
-                num_dispatched_shared=spec.num_dispatched_shared,
-            )
+            router = spec.router(layer.mlp, self.maps[self.place.stack_start + layer.index])
+            slot_idx, weights = router.slots(normed, self.halves[which].is_valid)
         return _Routed(x, normed, slot_idx, weights), (behind if attend.has_lanes else normed)
 
     def _part(self, which: int, layer: _Layer, core: CoreAttention, cache: jax.Array, index: int) -> CoreAttention:
@@ -215,16 +217,16 @@ class _MoeRun:
         with jax.named_scope(f"part{index}"):
             return attend.part(layer.params.attn, core, cache, self._cache_layer(layer), part)
 
-    def _cache_layer(self, layer: _Layer) -> Any:
+    def _cache_layer(self, layer: _Layer) -> Index:
         return self.place.first_layer + layer.index
 
-    def _dispatch(self, which: int, one: _Routed) -> Any:
+    def _dispatch(self, which: int, one: _Routed) -> Going:
         exchange = cast(SplitExchange, self.spec.exchange)
         with _scope(which, "dispatch"):
             return exchange.dispatch_start(one.normed, one.slot_idx, channel=f"{self.channel}/{'ab'[which]}/dispatch")
 
     def _experts(
-        self, which: int, layer: _Layer, one: _Routed, going: Any, core: CoreAttention | None
+        self, which: int, layer: _Layer, one: _Routed, going: Going, core: CoreAttention | None
     ) -> tuple[_Back, jax.Array]:
         """Receive the rows behind the other's attention `core`, run the experts, send the rows back."""
         exchange, shared = cast(SplitExchange, self.spec.exchange), layer.mlp.shared
@@ -234,7 +236,7 @@ class _MoeRun:
                 y = swiglu(_after(going, one.normed), shared.w13, shared.w2).astype(jnp.float32)
         behind = (y, None if core is None else core.met)
         with _scope(which, "dispatch"):
-            received, handle = exchange.dispatch_done(going, hide_behind=behind)
+            received, handle = going.done(behind)
         with jax.named_scope("ab"[which]):
             stack_index = self.place.stack_start + layer.index
             rows = run_experts(received, self.experts, stack_index, one.slot_idx.shape, one.x.dtype)
@@ -242,10 +244,9 @@ class _MoeRun:
             back = exchange.combine_start(rows, one.weights, handle, channel=f"{self.channel}/{'ab'[which]}/combine")
         return _Back(back, y), received.num_tokens_per_expert
 
-    def _combine(self, which: int, one: _Routed, back: _Back, behind: Any) -> jax.Array:
-        exchange = cast(SplitExchange, self.spec.exchange)
+    def _combine(self, which: int, one: _Routed, back: _Back, behind: Behind | None) -> jax.Array:
         with _scope(which, "combine"):
-            y = exchange.combine_done(back.in_flight, hide_behind=behind)
+            y = back.in_flight.done(behind)
             return one.x + (y if back.shared is None else y + back.shared).astype(one.x.dtype)
 
 
@@ -255,6 +256,6 @@ def _scope(which: int, name: str) -> Iterator[None]:
         yield
 
 
-def _after(in_flight: Any, x: jax.Array) -> jax.Array:
+def _after(in_flight: InFlight[Any] | None, x: jax.Array) -> jax.Array:
     """`x`, once the exchange has been started; on one rank there is none."""
     return x if in_flight is None or in_flight.token is None else fabric.after(in_flight.token, x)

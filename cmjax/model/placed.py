@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cmjax.model.config import ModelConfig
-from cmjax.model.params import LayerParams, MlpParams, MoeParams, Params
-from cmjax.moe import ExpertPlacement, WireDtype
+from cmjax.model.params import LayerParams, MoeParams, Params, expert_kind, leaf_name, split_experts
+from cmjax.moe import ExpertPlacement, MlpParams, WireDtype
 from cmjax.quant import Matrix, QuantArray, split_inputs
 
 
@@ -19,20 +19,16 @@ def placed_layer_names(config: ModelConfig) -> list[str]:
     return [*map(str, config.moe_layer_ids), *(["mtp"] if mtp_is_moe else [])]
 
 
-def num_placed_layers(config: ModelConfig) -> int:
-    """How many layers `placed_layer_names` names."""
-    return len(placed_layer_names(config))
-
-
 def plan_placement(config: ModelConfig, ep_size: int, **counts: int | None) -> ExpertPlacement | None:
     """Place a model's experts on `ep_size` ranks, None without any; `counts`: see `ExpertPlacement.plan`."""
-    if not num_placed_layers(config):
+    num_layers = len(placed_layer_names(config))
+    if not num_layers:
         return None
     return ExpertPlacement.plan(
         num_routed_experts=config.num_routed_experts,
         num_shared_experts=config.num_shared_experts,
         ep_size=ep_size,
-        num_layers=num_placed_layers(config),
+        num_layers=num_layers,
         **counts,
     )
 
@@ -49,12 +45,12 @@ def default_wires(params: Params) -> tuple[WireDtype | None, WireDtype | None]:
     return "int8", None if np.dtype(params.embed.dtype) == np.float16 else "bfloat16"
 
 
-def param_specs(params: Params, axis_name: str) -> Any:
+def param_specs(params: Params, axis_name: str) -> Params[PartitionSpec]:
     """The tree of `PartitionSpec`s of placed params: experts cut by slot, the rest replicated."""
 
-    def spec(path: tuple, _: Any) -> PartitionSpec:
-        is_expert = any(getattr(key, "name", None) == "experts" for key in path)
-        return PartitionSpec(None, axis_name) if is_expert else PartitionSpec()
+    def spec(path: tuple, _: object) -> PartitionSpec:
+        is_routed = expert_kind(leaf_name(path)) == "routed"
+        return PartitionSpec(None, axis_name) if is_routed else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -78,7 +74,8 @@ def _place_experts(
     if shared is None and np.array_equal(logical_of_slot, np.tile(np.arange(num_routed), (num_layers, 1))):
         return jax.device_put(routed, sharding)
 
-    def part(index: Any) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # the array has axes
         logical = logical_of_slot[:, index[1]]
         out = np.empty((*logical.shape, *routed.shape[2:]), routed.dtype)
         for layer, row in enumerate(logical):
@@ -92,28 +89,30 @@ def _place_experts(
     return jax.make_array_from_callback((*logical_of_slot.shape, *routed.shape[2:]), sharding, part)
 
 
-def _place_layers(layers: LayerParams, logical_of_slot: np.ndarray, placement: Any, mesh: Mesh) -> LayerParams:
+def _place_layers(
+    layers: LayerParams, logical_of_slot: np.ndarray, placement: ExpertPlacement | None, mesh: Mesh
+) -> LayerParams:
     replicated = NamedSharding(mesh, PartitionSpec())
     mlp = layers.mlp
     if not isinstance(mlp, MoeParams):
         return jax.device_put(layers, replicated)
     shared: tuple[Matrix | None, Matrix | None] = (None, None)
+    assert placement is not None  # there are experts
     if mlp.shared is not None and placement.num_shared_replicas:
         shared = _split_shared(mlp.shared, placement.num_shared_experts)
         mlp = dataclasses.replace(mlp, shared=None)
     by_slot = NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names))
 
-    def place(routed: Any, shared: Any) -> Any:
+    def place(routed: Matrix, shared: Matrix | None) -> Matrix:
         """Values and scales of quantized experts go the same way."""
 
-        def leaf(routed: Any, shared: Any = None) -> jax.Array:
+        def leaf(routed: np.ndarray, shared: np.ndarray | None = None) -> jax.Array:
             return _place_experts(np.asarray(routed), shared, logical_of_slot, by_slot)
 
         return jax.tree.map(leaf, routed) if shared is None else jax.tree.map(leaf, routed, shared)
 
     experts = MlpParams(w13=place(mlp.experts.w13, shared[0]), w2=place(mlp.experts.w2, shared[1]))
-    nothing: Any = None
-    rest = dataclasses.replace(layers, mlp=dataclasses.replace(mlp, experts=nothing))
+    rest, _ = split_experts(dataclasses.replace(layers, mlp=mlp))
     placed: Any = jax.device_put(rest, replicated)
     return dataclasses.replace(placed, mlp=dataclasses.replace(placed.mlp, experts=experts))
 

@@ -13,7 +13,7 @@ and the exchange itself.
 """
 
 import math
-from typing import Any
+from typing import Generic
 
 import flax.struct
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from cmjax.mesh import fabric
-from cmjax.model.cache import write_rows
+from cmjax.model.cache import PagedKeys, write_rows
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import (
     CoreAttention,
@@ -37,11 +37,12 @@ from cmjax.model.mla import (
     rms_norm,
     take_heads,
 )
-from cmjax.model.params import AttentionParams, Leaf, Params
+from cmjax.model.params import AttentionParams, Params
 from cmjax.model.pipeline import Microbatch, pipelined_layers
 from cmjax.model.transformer import (
     Attend,
     AttendInParts,
+    Index,
     PassContext,
     PassOutput,
     RankSpec,
@@ -51,10 +52,11 @@ from cmjax.model.transformer import (
     mtp_pass,
     stack_loads,
 )
+from cmjax.moe import Leaf
 
 
 @flax.struct.dataclass
-class PrefillBatch:
+class PrefillBatch(Generic[Leaf]):
     """Packed prompts, the same on every rank; tokens are cut into equal contiguous segments, one a rank.
 
     Attributes:
@@ -195,7 +197,7 @@ def _attend(
     slots = lax.slice_in_dim(slot_mapping, which * segments.part, (which + 1) * segments.part)
     name = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
 
-    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[CoreAttention, jax.Array]:
+    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
         latent = key_value_latent(p, config, x, positions)
         q_latent = query_latent(p, x)
         q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
@@ -203,9 +205,9 @@ def _attend(
         q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
         return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
 
-    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Any, part: Part) -> CoreAttention:
-        own = take_heads(p, shard, num_shards)
-        return expanded_part(own, config, core, cache, layer, sequences, batch.block_table, spec.block_size, part)
+    def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
+        return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
         attended, channel = expanded_end(core), f"{name}/heads"
@@ -219,7 +221,7 @@ def _in_turn(attends: list[AttendInParts]) -> Attend:
     if len(attends) == 1:
         return attends[0]
 
-    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
         parts = []
         for own, part in zip(attends, jnp.split(x, len(attends)), strict=True):
             attended, cache = own(p, part, cache, layer)

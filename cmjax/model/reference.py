@@ -6,24 +6,23 @@ k experts per token.
 """
 
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-from cmjax.model.config import ModelConfig
+from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.params import AttentionParams, LayerParams, MlpParams, MoeParams, Params
 
-# The norms inside MLA have their own epsilon, whatever rms_norm_eps says.
-_LATENT_NORM_EPS = 1e-6
 
-
-def logits(config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+def logits(config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: DTypeLike = np.float64) -> np.ndarray:
     """Next-token logits [b, s, vocabulary] in `dtype`, for `input_ids` int[b, s]."""
     head = params.embed if params.head is None else params.head
     return hidden_states(config, params, input_ids, dtype) @ _as(head, dtype).T
 
 
-def hidden_states(config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+def hidden_states(
+    config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: DTypeLike = np.float64
+) -> np.ndarray:
     """Hidden states [b, s, d] after the final norm."""
     x = _as(params.embed, dtype)[input_ids]
     num_seen = {True: 0, False: 0}
@@ -36,7 +35,7 @@ def hidden_states(config: ModelConfig, params: Params, input_ids: np.ndarray, dt
     return rms_norm(x, params.norm, config.rms_norm_eps)
 
 
-def mtp_logits(config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+def mtp_logits(config: ModelConfig, params: Params, input_ids: np.ndarray, dtype: DTypeLike = np.float64) -> np.ndarray:
     """The MTP module's logits [b, s - 1, vocabulary]: position t sees tokens up to t + 1 and predicts t + 2."""
     mtp, eps = params.mtp, config.rms_norm_eps
     assert mtp is not None
@@ -68,7 +67,7 @@ def decoder_layer(config: ModelConfig, layer: LayerParams, idx: int, x: np.ndarr
     return x + moe_layer(config, layer.mlp, idx, flat).reshape(x.shape)
 
 
-def rms_norm(x: np.ndarray, weight: Any, eps: float) -> np.ndarray:
+def rms_norm(x: np.ndarray, weight: ArrayLike, eps: float) -> np.ndarray:
     """x over its root mean square along the last axis, times `weight`."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.asarray(eps, x.dtype)) * _as(weight, x.dtype)
 
@@ -79,10 +78,10 @@ def attention(config: ModelConfig, attn: AttentionParams, idx: int, x: np.ndarra
     query_in = x
     if attn.q_a is not None:
         assert attn.q_a_norm is not None
-        query_in = rms_norm(_linear(x, attn.q_a[idx], attn.q_a_bias, idx), attn.q_a_norm[idx], _LATENT_NORM_EPS)
+        query_in = rms_norm(_linear(x, attn.q_a[idx], attn.q_a_bias, idx), attn.q_a_norm[idx], LATENT_NORM_EPS)
     queries = np.einsum("bsl,hql->bhsq", query_in, _as(attn.q_b[idx], x.dtype))
     latent = _linear(x, attn.kv_a[idx], attn.kv_a_bias, idx)
-    normed = rms_norm(latent[..., :rank], attn.kv_a_norm[idx], _LATENT_NORM_EPS)
+    normed = rms_norm(latent[..., :rank], attn.kv_a_norm[idx], LATENT_NORM_EPS)
     expanded = np.einsum("btl,hql->bhtq", normed, _as(attn.kv_b[idx], x.dtype))
     keys, values = expanded[..., :nope], expanded[..., nope:]
 
@@ -155,7 +154,7 @@ def rotate(config: ModelConfig, x: np.ndarray) -> np.ndarray:
     return rotated
 
 
-def mlp(x: np.ndarray, w13: Any, w2: Any) -> np.ndarray:
+def mlp(x: np.ndarray, w13: ArrayLike, w2: ArrayLike) -> np.ndarray:
     """Gated MLP of x [..., d]: silu(gate) * up, then down."""
     gate, up = np.split(x @ _as(w13, x.dtype).T, 2, axis=-1)
     return (gate / (1 + np.exp(-gate)) * up) @ _as(w2, x.dtype).T
@@ -171,7 +170,9 @@ def moe_layer(config: ModelConfig, params: MoeParams, idx: int, x: np.ndarray) -
     return out
 
 
-def route(config: ModelConfig, x: np.ndarray, router: Any, router_bias: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def route(
+    config: ModelConfig, x: np.ndarray, router: ArrayLike, router_bias: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Each token's experts and their weights: (int32[tokens, k], [tokens, k]), best choice first.
 
     `router` [e, d], `router_bias` [e]. Equal scores go to the lower index.
@@ -202,7 +203,7 @@ def _only_best_groups(config: ModelConfig, row: np.ndarray) -> np.ndarray:
     return limited.reshape(-1)
 
 
-def moe(x: np.ndarray, topk_idx: np.ndarray, topk_weights: np.ndarray, w13: Any, w2: Any) -> np.ndarray:
+def moe(x: np.ndarray, topk_idx: np.ndarray, topk_weights: np.ndarray, w13: np.ndarray, w2: np.ndarray) -> np.ndarray:
     """Weighted sum [tokens, d] over each token's experts; `w13` [e, 2f, d], `w2` [e, d, f].
 
     An index of -1 in `topk_idx` int[tokens, k] is no expert.
@@ -215,10 +216,10 @@ def moe(x: np.ndarray, topk_idx: np.ndarray, topk_weights: np.ndarray, w13: Any,
     return out
 
 
-def _linear(x: np.ndarray, weight: Any, biases: Any, idx: int) -> np.ndarray:
+def _linear(x: np.ndarray, weight: ArrayLike, biases: np.ndarray | None, idx: int) -> np.ndarray:
     y = x @ _as(weight, x.dtype).T
     return y if biases is None else y + _as(biases[idx], x.dtype)
 
 
-def _as(values: Any, dtype: Any) -> np.ndarray:
+def _as(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
     return np.asarray(values).astype(dtype, copy=False)

@@ -8,7 +8,6 @@ the layers as a function; all the rest is one code.
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -17,12 +16,14 @@ from jax import lax
 
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import WHOLE, CoreAttention, Part, rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params
-from cmjax.moe import Exchange, ExpertParams, moe_ffn, swiglu
+from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, split_experts
+from cmjax.moe import Exchange, LayerRouter, MlpParams, moe_ffn, swiglu
 from cmjax.quant import linear
 
+Index = jax.Array | int
+
 # (attention params, normalized x, cache, cache layer) -> (attention output before o_proj, cache)
-Attend = Callable[[AttentionParams, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+Attend = Callable[[AttentionParams, jax.Array, jax.Array, Index], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +38,36 @@ class AttendInParts:
             (prefill), rather than part of the other microbatch's turn (decode).
     """
 
-    begin: Callable[[AttentionParams, jax.Array, jax.Array, Any], tuple[CoreAttention, jax.Array]]
-    part: Callable[[AttentionParams, CoreAttention, jax.Array, Any, Part], CoreAttention]
+    begin: Callable[[AttentionParams, jax.Array, jax.Array, Index], tuple[CoreAttention, jax.Array]]
+    part: Callable[[AttentionParams, CoreAttention, jax.Array, Index, Part], CoreAttention]
     end: Callable[[AttentionParams, CoreAttention], jax.Array]
     has_lanes: bool = False
 
-    def __call__(self, p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
         """The attention output before o_proj, and the cache."""
         core, cache = self.begin(p, x, cache, layer)
         return self.end(p, self.part(p, core, cache, layer, WHOLE)), cache
 
 
-# (normalized x, MoE params, the stack's experts, index in the stack, row of the placement, channel) -> (float32 output,
-# tokens of each expert)
-Moe = Callable[[jax.Array, MoeParams, ExpertParams, Any, Any, str], tuple[jax.Array, jax.Array]]
+@dataclasses.dataclass(frozen=True)
+class LayerPlace:
+    """Which layer it is.
+
+    Attributes:
+        stack: its number among the layers of its stack.
+        row: of the placement, where the layer has experts.
+        cache: its layer of the cache.
+        channel: the name of its exchanges.
+    """
+
+    stack: Index
+    row: Index
+    cache: Index
+    channel: str
+
+
+# (normalized x, MoE params, the stack's experts, which layer) -> (float32 output, tokens of each expert)
+Moe = Callable[[jax.Array, MoeParams, MlpParams, LayerPlace], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,10 @@ class RankSpec:
     exchange: Exchange
     num_dispatched_shared: int
     microbatches: int = 1
+
+    def router(self, mlp: MoeParams, expert_to_slot: jax.Array) -> LayerRouter:
+        """A layer's router, for this rank's row of its placement."""
+        return LayerRouter(mlp.router, mlp.router_bias, expert_to_slot, self.config.router, self.num_dispatched_shared)
 
 
 @flax.struct.dataclass
@@ -98,11 +119,14 @@ class LayerRun:
     first_layer: int
     count: int
 
-    def take(self, params: Params, *, keep_experts: bool = False) -> tuple[LayerParams, ExpertParams | None]:
-        """The run's layers, and apart from them (unless kept) the experts of their whole stack."""
+    def take(self, params: Params, *, keep_experts: bool = False) -> tuple[LayerParams, MlpParams | None]:
+        """The run's layers, and apart from them (unless kept) the experts of their whole stack.
+
+        A scan over layers would copy all of a layer's experts to read a few of them.
+        """
         stack = params.moe if self.is_moe else params.dense
         assert stack is not None  # a run has layers
-        layers, experts = (stack, None) if keep_experts else _split_experts(stack)
+        layers, experts = (stack, None) if keep_experts else split_experts(stack)
         index = slice(self.stack_start, self.stack_start + self.count)
         if index != slice(0, layers.input_norm.shape[0]):
             layers = jax.tree.map(operator.itemgetter(index), layers)
@@ -141,15 +165,6 @@ class PassContext:
     unroll: bool = False
 
 
-def _split_experts(layers: LayerParams) -> tuple[LayerParams, ExpertParams | None]:
-    """Take the experts out: a scan over layers would copy all of a layer's experts to read a few of them."""
-    if not isinstance(layers.mlp, MoeParams):
-        return layers, None
-    experts = ExpertParams(layers.mlp.experts.w13, layers.mlp.experts.w2)
-    nothing: Any = None
-    return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), experts
-
-
 def after_attention(
     params: LayerParams, attended: jax.Array, x: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -161,32 +176,25 @@ def after_attention(
 
 def _decoder_layer(
     params: LayerParams,
-    experts: ExpertParams | None,
-    stack_index: Any,
-    map_index: Any,
-    cache_layer: Any,
+    experts: MlpParams | None,
+    place: LayerPlace,
     x: jax.Array,
     cache: jax.Array,
     context: PassContext,
-    channel: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One layer: `(x, cache, num_tokens_per_expert or None)`.
-
-    `params` is this layer's; `experts` are its whole stack's, in which it is number `stack_index`;
-    `map_index` is its row of the placement.
-    """
+    """One layer: `(x, cache, num_tokens_per_expert or None)`. `params` is this layer's, `experts` its whole stack's."""
     config = context.config
     with jax.named_scope("attention"):
         normed = rms_norm(x, params.input_norm, config.rms_norm_eps)
-        attended, cache = context.attend(params.attn, normed, cache, cache_layer)
+        attended, cache = context.attend(params.attn, normed, cache, place.cache)
     x, normed = after_attention(params, attended, x, config)
     mlp = params.mlp
     if not isinstance(mlp, MoeParams):
         with jax.named_scope("mlp"):
             return x + swiglu(normed, mlp.w13, mlp.w2), cache, None
     if experts is None:
-        experts, stack_index = ExpertParams(mlp.experts.w13[None], mlp.experts.w2[None]), 0
-    y, load = context.moe(normed, mlp, experts, stack_index, map_index, channel)
+        experts, place = jax.tree.map(lambda leaf: leaf[None], mlp.experts), dataclasses.replace(place, stack=0)
+    y, load = context.moe(normed, mlp, experts, place)
     if mlp.shared is not None:
         with jax.named_scope("shared_expert"):
             y = y + swiglu(normed, mlp.shared.w13, mlp.shared.w2).astype(jnp.float32)
@@ -208,7 +216,7 @@ def run_layers(
 
 def run_stack(
     layers: LayerParams,
-    experts: ExpertParams | None,
+    experts: MlpParams | None,
     run: LayerRun,
     x: jax.Array,
     cache: jax.Array,
@@ -217,12 +225,11 @@ def run_stack(
     """The layers of one run: `(x, cache, num_tokens_per_expert [layers, local slots] or None)`."""
     name = f"{context.channel}/layer{run.first_layer}"
 
-    def step(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, jax.Array | None]:
         layer_params, stack_index, cache_layer = xs
         x, cache = carry
-        x, cache, load = _decoder_layer(
-            layer_params, experts, stack_index, stack_index, cache_layer, x, cache, context, name
-        )
+        place = LayerPlace(stack_index, stack_index, cache_layer, name)
+        x, cache, load = _decoder_layer(layer_params, experts, place, x, cache, context)
         return (x, cache), load
 
     count = jnp.arange(run.count)
@@ -263,33 +270,19 @@ def mtp_pass(
     embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
     parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
     x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
-    layers, experts = (mtp.layer, None) if context.unroll else _split_experts(mtp.layer)
+    layers, experts = (mtp.layer, None) if context.unroll else split_experts(mtp.layer)
     layer = jax.tree.map(operator.itemgetter(0), layers)
-    x, cache, load = _decoder_layer(
-        layer, experts, 0, -1, config.num_hidden_layers, x, cache, context, f"{context.channel}/mtp"
-    )
+    place = LayerPlace(0, -1, config.num_hidden_layers, f"{context.channel}/mtp")
+    x, cache, load = _decoder_layer(layer, experts, place, x, cache, context)
     return rms_norm(x, mtp.norm, config.rms_norm_eps), cache, [] if load is None else [load[None]]
 
 
 def exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array) -> Moe:
     """Experts wherever the placement has them, reached by the exchange."""
 
-    def moe(
-        x: jax.Array, mlp: MoeParams, experts: ExpertParams, stack_index: Any, map_index: Any, channel: str
-    ) -> tuple[jax.Array, jax.Array]:
-        return moe_ffn(
-            x,
-            mlp.router,
-            mlp.router_bias,
-            experts,
-            stack_index,
-            expert_to_slot[map_index],
-            is_valid,
-            router_config=spec.config.router,
-            exchange=spec.exchange,
-            num_dispatched_shared=spec.num_dispatched_shared,
-            channel=channel,
-        )
+    def moe(x: jax.Array, mlp: MoeParams, experts: MlpParams, place: LayerPlace) -> tuple[jax.Array, jax.Array]:
+        router = spec.router(mlp, expert_to_slot[place.row])
+        return moe_ffn(x, is_valid, router, experts, place.stack, exchange=spec.exchange, channel=place.channel)
 
     return moe
 

@@ -3,11 +3,12 @@
 The paper's FusedDispatch and FusedCombine (section 3). Counts travel first, then only the rows that exist, each written
 straight to its final place: the receiver lays its buffer out grouped by local expert and tells every source where its
 rows go. The buffers have the static worst-case sizes of equations 1 and 2, so nothing is ever dropped; pages that no
-row touches cost nothing. Both exchanges have the fabric's two halves; the plain forms are the two in a row.
+row touches cost nothing. Both exchanges have the fabric's two halves; the whole forms are the two in a row.
 
 Everything here runs inside `jax.shard_map` over `axis_name`.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.mesh import fabric
-from cmjax.moe.wire import WireDtype, pack_rows, unpack_int8, unpack_rows
-from cmjax.quant import QuantizedRows
+from cmjax.moe.exchange import ReceivedRows, SplitExchange
+from cmjax.moe.wire import WireDtype, check_wire_dtype, pack_rows
 
 
 def max_tokens(local_batch: int, num_topk: int, num_local_experts: int) -> int:
@@ -54,29 +55,6 @@ class DispatchHandle:
 
 
 @flax.struct.dataclass
-class ReceivedRows:
-    """A rank's receive buffer: rows grouped by local expert, in expert order, without gaps.
-
-    Attributes:
-        messages: `[rows, width]`: only the first `num_tokens_per_expert.sum()` rows exist; the rest is uninitialized.
-        num_tokens_per_expert: `int32[local experts]`.
-        wire: the format of `messages` (`unpack` undoes it).
-    """
-
-    messages: jax.Array
-    num_tokens_per_expert: jax.Array
-    wire: WireDtype | None = flax.struct.field(pytree_node=False, default=None)
-
-    def unpack(self, messages: jax.Array, hidden: int, dtype: jnp.dtype) -> jax.Array:
-        """Turn some of the messages into activations `[rows, hidden]`."""
-        return unpack_rows(messages, self.wire, hidden, dtype)
-
-    def unpack_int8(self, messages: jax.Array, hidden: int, dtype: jnp.dtype) -> QuantizedRows:
-        """Turn some of the messages into int8 rows `[rows, hidden]`, whose products have `dtype`."""
-        return unpack_int8(messages, self.wire, hidden, dtype)
-
-
-@flax.struct.dataclass
 class DispatchInFlight:
     """A dispatch between its two halves."""
 
@@ -84,6 +62,18 @@ class DispatchInFlight:
     token: fabric.Token | None
     handle: DispatchHandle
     wire: WireDtype | None = flax.struct.field(pytree_node=False, default=None)
+
+    def done(self, hide_behind: Any = None) -> tuple[ReceivedRows, DispatchHandle]:
+        """Receive the rows, once the tree of arrays `hide_behind` is there."""
+        messages, handle = self.packed, self.handle
+        num_tokens_per_expert = handle.recv_counts.sum(0)
+        if self.token is not None:
+            tokens, num_topk = handle.choice_pos.shape
+            ep_size, num_local = handle.recv_counts.shape
+            capacity = ep_size * max_tokens(tokens, num_topk, num_local)
+            buffer = fabric.empty((capacity, messages.shape[1]), messages.dtype)
+            messages = fabric.ragged_all_to_all_done(messages, buffer, self.token, hide_behind)
+        return ReceivedRows(messages, num_tokens_per_expert, self.wire), handle
 
 
 @flax.struct.dataclass
@@ -94,6 +84,17 @@ class CombineInFlight:
     token: fabric.Token | None
     handle: DispatchHandle
     topk_weights: jax.Array
+
+    def done(self, hide_behind: Any = None) -> jax.Array:
+        """Receive the outputs, once the tree of arrays `hide_behind` is there, and sum them."""
+        rows, choice_pos = self.rows, self.handle.choice_pos
+        if self.token is not None:
+            buffer = fabric.empty((choice_pos.size, rows.shape[1]), rows.dtype)
+            rows = fabric.ragged_all_to_all_done(rows, buffer, self.token, hide_behind)
+        chosen = jnp.take(rows, jnp.maximum(choice_pos, 0), axis=0)
+        # where, not a product with 0: a row that does not exist may hold anything, NaN included.
+        chosen = jnp.where(choice_pos[..., None] < 0, 0, chosen).astype(jnp.float32)
+        return (chosen * self.topk_weights[..., None]).sum(1)
 
 
 def _exclusive_cumsum(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -116,58 +117,62 @@ def pack_choices(slot_idx: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Ar
     return order // num_topk, choice_pos, bounds[:-1], bounds[1:] - bounds[:-1]
 
 
-def dispatch_start(
-    x: jax.Array,
-    slot_idx: jax.Array,
-    *,
-    axis_name: str,
-    num_local_experts: int,
-    dispatch_dtype: WireDtype | None = None,
-    channel: str = "dispatch",
-) -> DispatchInFlight:
-    """Exchange the counts and publish the rows; see `dispatch`."""
-    ep_size = lax.axis_size(axis_name)
-    num_slots = ep_size * num_local_experts
-    shape = (ep_size, num_local_experts)
-    token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, num_slots)
-    packed = jnp.take(pack_rows(x, dispatch_dtype), token_of_row, axis=0)
-    send_offsets, send_counts = offsets.reshape(shape), counts.reshape(shape)
-    if ep_size == 1:
-        # Packed rows are already grouped by expert on the only rank: there is nothing to exchange.
-        handle = DispatchHandle(choice_pos, send_offsets, send_counts, send_offsets, send_counts, send_offsets)
-        return DispatchInFlight(packed, None, handle, dispatch_dtype)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FabricExchange(SplitExchange):
+    """The default exchange: counts, then only the rows that exist, over the fabric.
 
-    announced = jnp.stack([send_counts, send_offsets], axis=1)
-    received = fabric.all_to_all(announced, axis_name, 0, 0, channel=f"{channel}/counts")
-    recv_counts, source_offsets = received[:, 0], received[:, 1]
-    group_start = _exclusive_cumsum(recv_counts.sum(0))
-    recv_offsets = group_start + _exclusive_cumsum(recv_counts)
-    target_offsets = fabric.all_to_all(recv_offsets, axis_name, 0, 0, channel=f"{channel}/offsets")
-    handle = DispatchHandle(choice_pos, send_offsets, send_counts, recv_offsets, recv_counts, source_offsets)
-    token = fabric.ragged_all_to_all_start(
-        packed,
-        send_offsets.reshape(-1),
-        send_counts.reshape(-1),
-        target_offsets.reshape(-1),
-        recv_counts.reshape(-1),
-        axis_name=axis_name,
-        channel=f"{channel}/rows",
-    )
-    return DispatchInFlight(packed, token, handle, dispatch_dtype)
+    Attributes:
+        axis_name: the mesh axis of the expert-parallel group.
+        num_local_experts: slots a rank; slot s lives on rank `s // num_local_experts`.
+        dispatch_dtype: what travels to the experts: None as it is, a float dtype, or "int8" (row and scale in one
+            message).
+        combine_dtype: what travels back: None as it is, or a float dtype.
+    """
 
+    axis_name: str
+    num_local_experts: int
+    dispatch_dtype: WireDtype | None = None
+    combine_dtype: WireDtype | None = None
 
-def dispatch_done(in_flight: DispatchInFlight, *, hide_behind: Any = None) -> tuple[ReceivedRows, DispatchHandle]:
-    """Receive the rows; see `dispatch`. `hide_behind` is the work done since the start, any tree of arrays."""
-    handle, packed = in_flight.handle, in_flight.packed
-    num_tokens_per_expert = handle.recv_counts.sum(0)
-    if in_flight.token is None:
-        return ReceivedRows(packed, num_tokens_per_expert, in_flight.wire), handle
-    tokens, num_topk = handle.choice_pos.shape
-    ep_size, num_local = handle.recv_counts.shape
-    capacity = ep_size * max_tokens(tokens, num_topk, num_local)
-    buffer = fabric.empty((capacity, packed.shape[1]), packed.dtype)
-    messages = fabric.ragged_all_to_all_done(packed, buffer, in_flight.token, hide_behind)
-    return ReceivedRows(messages, num_tokens_per_expert, in_flight.wire), handle
+    def __post_init__(self) -> None:
+        check_wire_dtype("dispatch_dtype", self.dispatch_dtype, allow_int8=True)
+        check_wire_dtype("combine_dtype", self.combine_dtype, allow_int8=False)
+
+    def dispatch_start(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> DispatchInFlight:
+        """Exchange the counts and publish the rows; see `dispatch`."""
+        ep_size = lax.axis_size(self.axis_name)
+        shape = (ep_size, self.num_local_experts)
+        token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, ep_size * self.num_local_experts)
+        packed = jnp.take(pack_rows(x, self.dispatch_dtype), token_of_row, axis=0)
+        send_offsets, send_counts = offsets.reshape(shape), counts.reshape(shape)
+        if ep_size == 1:
+            # Packed rows are already grouped by expert on the only rank: there is nothing to exchange.
+            handle = DispatchHandle(choice_pos, send_offsets, send_counts, send_offsets, send_counts, send_offsets)
+            return DispatchInFlight(packed, None, handle, self.dispatch_dtype)
+
+        announced = jnp.stack([send_counts, send_offsets], axis=1)
+        received = fabric.all_to_all(announced, self.axis_name, 0, 0, channel=f"{channel}/counts")
+        recv_counts, source_offsets = received[:, 0], received[:, 1]
+        group_start = _exclusive_cumsum(recv_counts.sum(0))
+        recv_offsets = group_start + _exclusive_cumsum(recv_counts)
+        target_offsets = fabric.all_to_all(recv_offsets, self.axis_name, 0, 0, channel=f"{channel}/offsets")
+        handle = DispatchHandle(choice_pos, send_offsets, send_counts, recv_offsets, recv_counts, source_offsets)
+        token = self._send(packed, (send_offsets, send_counts, target_offsets, recv_counts), channel)
+        return DispatchInFlight(packed, token, handle, self.dispatch_dtype)
+
+    def combine_start(
+        self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str
+    ) -> CombineInFlight:
+        """Publish the experts' outputs; see `combine`."""
+        rows = pack_rows(rows, self.combine_dtype)
+        if lax.axis_size(self.axis_name) == 1:
+            return CombineInFlight(rows, None, handle, topk_weights)
+        index = handle.recv_offsets, handle.recv_counts, handle.source_offsets, handle.send_counts
+        return CombineInFlight(rows, self._send(rows, index, channel), handle, topk_weights)
+
+    def _send(self, rows: jax.Array, index: tuple[jax.Array, ...], channel: str) -> fabric.Token:
+        flat = (array.reshape(-1) for array in index)
+        return fabric.ragged_all_to_all_start(rows, *flat, axis_name=self.axis_name, channel=f"{channel}/rows")
 
 
 def dispatch(
@@ -179,63 +184,17 @@ def dispatch(
     dispatch_dtype: WireDtype | None = None,
     channel: str = "dispatch",
 ) -> tuple[ReceivedRows, DispatchHandle]:
-    """Send each token's row to the ranks of its physical experts.
+    """Send each token's row to the ranks of its physical experts: `FabricExchange` in one call.
 
     Args:
         x: `[tokens, hidden]`, this rank's tokens.
-        slot_idx: `int32[tokens, topk]`, the slot (physical expert) of each choice, -1 for none; slot s lives on rank
-            `s // num_local_experts`. One row travels for each choice.
-        axis_name: the mesh axis of the expert-parallel group.
-        num_local_experts: slots a rank.
-        dispatch_dtype: what travels: None as it is, a float dtype, or "int8" (row and scale in one message).
+        slot_idx: `int32[tokens, topk]`, the slot (physical expert) of each choice, -1 for none. One row travels for
+            each choice.
+        axis_name, num_local_experts, dispatch_dtype: see `FabricExchange`.
         channel: names the exchange; microbatches without a data dependence between them need different ones.
     """
-    in_flight = dispatch_start(
-        x,
-        slot_idx,
-        axis_name=axis_name,
-        num_local_experts=num_local_experts,
-        dispatch_dtype=dispatch_dtype,
-        channel=channel,
-    )
-    return dispatch_done(in_flight)
-
-
-def combine_start(
-    rows: jax.Array,
-    topk_weights: jax.Array,
-    handle: DispatchHandle,
-    *,
-    axis_name: str,
-    combine_dtype: WireDtype | None = None,
-    channel: str = "combine",
-) -> CombineInFlight:
-    """Publish the experts' outputs; see `combine`."""
-    rows = pack_rows(rows, combine_dtype)
-    if lax.axis_size(axis_name) == 1:
-        return CombineInFlight(rows, None, handle, topk_weights)
-    token = fabric.ragged_all_to_all_start(
-        rows,
-        handle.recv_offsets.reshape(-1),
-        handle.recv_counts.reshape(-1),
-        handle.source_offsets.reshape(-1),
-        handle.send_counts.reshape(-1),
-        axis_name=axis_name,
-        channel=f"{channel}/rows",
-    )
-    return CombineInFlight(rows, token, handle, topk_weights)
-
-
-def combine_done(in_flight: CombineInFlight, *, hide_behind: Any = None) -> jax.Array:
-    """Receive the outputs and sum them; see `combine`."""
-    rows, handle, topk_weights = in_flight.rows, in_flight.handle, in_flight.topk_weights
-    if in_flight.token is not None:
-        buffer = fabric.empty((handle.choice_pos.size, rows.shape[1]), rows.dtype)
-        rows = fabric.ragged_all_to_all_done(rows, buffer, in_flight.token, hide_behind)
-    chosen = jnp.take(rows, jnp.maximum(handle.choice_pos, 0), axis=0)
-    # where, not a product with 0: a row that does not exist may hold anything, NaN included.
-    chosen = jnp.where(handle.choice_pos[..., None] < 0, 0, chosen).astype(jnp.float32)
-    return (chosen * topk_weights[..., None]).sum(1)
+    exchange = FabricExchange(axis_name=axis_name, num_local_experts=num_local_experts, dispatch_dtype=dispatch_dtype)
+    return exchange.dispatch(x, slot_idx, channel=channel)
 
 
 def combine(
@@ -253,9 +212,8 @@ def combine(
         rows: `[receive rows, hidden]`, the experts' outputs, laid out as dispatch delivered them.
         topk_weights: `float32[tokens, topk]`.
         handle: from the dispatch being undone.
-        combine_dtype: what travels: None as it is, or a float dtype.
+        axis_name, combine_dtype, channel: as for `dispatch`.
     """
-    in_flight = combine_start(
-        rows, topk_weights, handle, axis_name=axis_name, combine_dtype=combine_dtype, channel=channel
-    )
-    return combine_done(in_flight)
+    num_local_experts = handle.recv_counts.shape[1]
+    exchange = FabricExchange(axis_name=axis_name, num_local_experts=num_local_experts, combine_dtype=combine_dtype)
+    return exchange.combine(rows, topk_weights, handle, channel=channel)

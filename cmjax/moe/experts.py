@@ -1,6 +1,6 @@
 """The expert FFN over the rows that were really received."""
 
-from typing import Any
+from typing import Generic, TypeAlias, TypeVar
 
 import flax.struct
 import jax
@@ -9,17 +9,28 @@ from jax import lax
 
 from cmjax.loops import dynamic_loop
 from cmjax.mesh import fabric
-from cmjax.moe.dispatch import ReceivedRows
-from cmjax.quant import Matrix, QuantArray, QuantizedRows, linear, matrix_at
+from cmjax.moe.exchange import ReceivedRows
+from cmjax.quant import AnyArray, Matrix, QuantArray, QuantizedRows, linear, matrix_at
+
+# What stands for an array in a tree of parameters: one of jax's, one of numpy's (on the host), a `jax.ShapeDtypeStruct`
+# (abstract), a `PartitionSpec`; for a large matrix also a `QuantArray` or an `InputMajor` of those.
+Leaf = TypeVar("Leaf")
 
 
 @flax.struct.dataclass
-class ExpertParams:
-    """SwiGLU experts by slot, stacked over layers: `w13[layers, slots, 2f, hidden]` (gate rows, then up rows) and
-    `w2[layers, slots, hidden, f]`."""
+class MlpParams(Generic[Leaf]):
+    """Gated MLPs, stacked over layers; of experts with a second axis, by logical id or by slot.
 
-    w13: Any  # Matrix
-    w2: Any
+    Attributes:
+        w13: `[layers, (experts,) 2f, hidden]`: the gate's rows, then the up projection's.
+        w2: `[layers, (experts,) hidden, f]`.
+    """
+
+    w13: Leaf
+    w2: Leaf
+
+
+Experts: TypeAlias = MlpParams[AnyArray | QuantArray]
 
 
 def swiglu(x: jax.Array | QuantizedRows, w13: Matrix, w2: Matrix) -> jax.Array:
@@ -55,7 +66,7 @@ _SPLIT_FROM = 32
 
 def expert_ffn(
     received: ReceivedRows,
-    params: ExpertParams,
+    params: Experts,
     layer: jax.Array | int,
     *,
     rows_per_block: int,
@@ -93,7 +104,7 @@ def expert_ffn(
 def _run_blocks(
     out: jax.Array,
     received: ReceivedRows,
-    params: ExpertParams,
+    params: Experts,
     layer: jax.Array | int,
     starts: jax.Array,
     counts: jax.Array,

@@ -1,6 +1,6 @@
 """What a token row looks like while it travels: as it is, cast, or int8 with its scale in the same message."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def _padded(hidden: int) -> int:
 
 def check_wire_dtype(name: str, value: str | None, *, allow_int8: bool) -> None:
     """Raise `UserError` where the setting `name` is no wire dtype (None: rows travel as they are)."""
-    allowed = ("float32", "bfloat16", "float16", *(("int8",) if allow_int8 else ()))
+    allowed = [wire for wire in get_args(WireDtype) if allow_int8 or wire != "int8"]
     if value is not None and value not in allowed:
         raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
 

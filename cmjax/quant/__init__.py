@@ -1,7 +1,11 @@
-"""Number formats: the one matrix product of the layers, int8 matrices, and the int8 rows that travel between ranks."""
+"""Number formats: the one matrix product of the layers, int8 matrices, and the int8 rows that travel between ranks.
+
+`calibrate`, for offline quantization, is a module of its own.
+"""
 
 from cmjax.quant.array import (
     QUANT_MODES,
+    AnyArray,
     InputMajor,
     Matrix,
     QuantArray,
@@ -18,6 +22,7 @@ from cmjax.quant.rows import dequantize_rows, quantize_rows
 
 __all__ = [
     "QUANT_MODES",
+    "AnyArray",
     "InputMajor",
     "Matrix",
     "QuantArray",

@@ -1,17 +1,19 @@
 """Quantized values: matrices with a static scale an output channel, rows with a dynamic scale a token (section 4.5)."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import ArrayLike, DTypeLike
 
 # int8: a real int8 product, rescaled. fake: the same values as floats, multiplied as floats.
 QuantMode = Literal["int8", "fake"]
-QUANT_MODES: tuple[QuantMode, ...] = ("int8", "fake")
+QUANT_MODES: tuple[QuantMode, ...] = get_args(QuantMode)
 INT8_MAX = 127
+AnyArray: TypeAlias = jax.Array | np.ndarray  # on devices, or on the host
 
 
 @flax.struct.dataclass
@@ -26,8 +28,8 @@ class QuantArray:
         mode: how `linear` multiplies by it.
     """
 
-    qvalue: Any
-    scale: Any
+    qvalue: AnyArray
+    scale: AnyArray
     mode: QuantMode = flax.struct.field(pytree_node=False, default="int8")
 
     @property
@@ -65,10 +67,10 @@ class InputMajor:
         value: `[..., in, out]`.
     """
 
-    value: Any
+    value: AnyArray
 
 
-Matrix: TypeAlias = jax.Array | QuantArray | InputMajor
+Matrix: TypeAlias = AnyArray | QuantArray | InputMajor
 
 
 @flax.struct.dataclass
@@ -83,10 +85,10 @@ class QuantizedRows:
 
     qvalue: jax.Array
     scale: jax.Array
-    dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
+    dtype: np.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
 
 
-def quantize(weight: Any, mode: QuantMode = "int8") -> QuantArray:
+def quantize(weight: ArrayLike, mode: QuantMode = "int8") -> QuantArray:
     """Round `weight[..., out, in]` to the nearest, each output channel by its largest value (numpy, on the host)."""
     values = np.asarray(weight, np.float32)
     scale = np.abs(values).max(-1) / np.float32(INT8_MAX)
@@ -95,25 +97,29 @@ def quantize(weight: Any, mode: QuantMode = "int8") -> QuantArray:
     return QuantArray(qvalue, scale, mode)
 
 
-def dequantize(weight: QuantArray, dtype: Any = jnp.float32) -> jax.Array:
+def dequantize(weight: QuantArray, dtype: DTypeLike = np.float32) -> AnyArray:
     """The matrices as floats."""
-    return (weight.qvalue.astype(jnp.float32) * weight.scale[..., None]).astype(dtype)
+    return (weight.qvalue.astype(np.float32) * weight.scale[..., None]).astype(np.dtype(dtype))
 
 
-def dequantize_host(weight: QuantArray, dtype: Any) -> np.ndarray:
+def dequantize_host(weight: QuantArray, dtype: DTypeLike) -> np.ndarray:
     """The matrices as floats of `dtype` (numpy, on the host)."""
     return (np.asarray(weight.qvalue, np.float32) * np.asarray(weight.scale)[..., None]).astype(dtype)
 
 
-def split_inputs(weight: Any, count: int) -> Any:
+def split_inputs(weight: AnyArray | QuantArray, count: int) -> np.ndarray | QuantArray:
     """Cut `[lead, out, in]`, quantized or not, into `count` matrices that take a part of the inputs each:
     `[lead, count, out, in / count]` (numpy, on the host)."""
     if isinstance(weight, QuantArray):
         # Every part keeps the whole's scales: their products are summed.
         scale = np.repeat(np.asarray(weight.scale)[:, None], count, axis=1)
-        return QuantArray(split_inputs(weight.qvalue, count), scale, weight.mode)
-    lead, out, _ = weight.shape
-    return np.asarray(weight).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
+        return QuantArray(_split_inputs(weight.qvalue, count), scale, weight.mode)
+    return _split_inputs(weight, count)
+
+
+def _split_inputs(values: AnyArray, count: int) -> np.ndarray:
+    lead, out, _ = values.shape
+    return np.asarray(values).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
 
 
 def matrix_at(weight: Matrix, *index: jax.Array | int) -> Matrix:

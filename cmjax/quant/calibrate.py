@@ -172,9 +172,3 @@ def blended_gram(own: np.ndarray, own_rows: int, shared: np.ndarray, shared_rows
     """
     missing = max(0, least_rows - own_rows)
     return own + shared * (missing / max(1, shared_rows))
-
-
-def total_error(gram: np.ndarray, weight: np.ndarray, seen: np.ndarray) -> float:
-    """`sum over rows of || (seen - weight) x ||^2`, from their Gram matrix."""
-    loss = (seen - weight).astype(np.float64)
-    return float(np.sum((loss @ gram) * loss))

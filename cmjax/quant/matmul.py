@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.quant.array import InputMajor, Matrix, QuantArray, QuantizedRows, dequantize
+from cmjax.quant.array import AnyArray, InputMajor, Matrix, QuantArray, QuantizedRows, dequantize
 from cmjax.quant.rows import dequantize_rows, quantize_rows
 
 
-def _precision(*operands: jax.Array) -> lax.Precision:
+def _precision(*operands: AnyArray) -> lax.Precision:
     """float32 is multiplied as true float32 on every platform: an accelerator's default (TF32, bfloat16 passes) is
     coarse enough to flip a router's choice. Values that were bfloat16 lose nothing by the default."""
     is_float32 = all(operand.dtype == jnp.float32 for operand in operands)
@@ -34,7 +34,7 @@ def linear(x: jax.Array | QuantizedRows, weight: Matrix, bias: jax.Array | None 
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array | InputMajor) -> jax.Array:
+def _product(x: jax.Array, weight: AnyArray | InputMajor) -> jax.Array:
     values, inputs = (weight.value, 0) if isinstance(weight, InputMajor) else (weight, 1)
     return lax.dot_general(x, values, (((x.ndim - 1,), (inputs,)), ((), ())), precision=_precision(x, values))
 

@@ -4,17 +4,27 @@ The layers are those of the served passes; attention and experts, whose loops ha
 take the forms of static shape that are handed to the layers here.
 """
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cmjax.model.config import ModelConfig
-from cmjax.model.mla import mla_prolog
-from cmjax.model.params import AttentionParams, MoeParams, Params
-from cmjax.model.transformer import Attend, PassContext, lm_head, main_pass, mtp_head, mtp_pass, stack_loads
-from cmjax.moe import ExpertParams
+from cmjax.model import (
+    Attend,
+    AttentionParams,
+    Index,
+    LayerPlace,
+    ModelConfig,
+    MoeParams,
+    Params,
+    PassContext,
+    lm_head,
+    main_pass,
+    mla_prolog,
+    mtp_head,
+    mtp_pass,
+    stack_loads,
+)
+from cmjax.moe import MlpParams
 from cmjax.quant import einsum_f32
 from cmjax.training.experts import moe_ffn_blocks
 
@@ -38,7 +48,7 @@ def attend_whole(config: ModelConfig, batch: int, length: int) -> Attend:
     """Attention of `batch` whole sequences of equal length, without a cache."""
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
 
-    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
         del layer
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
         c_kv, k_pe = jnp.split(latent, [config.kv_lora_rank], axis=-1)
@@ -82,19 +92,9 @@ def training_pass(
     """
     batch, length = token_ids.shape
 
-    def moe(
-        x: jax.Array, mlp: MoeParams, experts: ExpertParams, stack_index: Any, map_index: Any, channel: str
-    ) -> tuple[jax.Array, jax.Array]:
-        del map_index, channel
-        return moe_ffn_blocks(
-            x,
-            mlp.router,
-            mlp.router_bias,
-            experts,
-            stack_index,
-            config=config.router,
-            rows_per_block=rows_per_block,
-        )
+    def moe(x: jax.Array, mlp: MoeParams, experts: MlpParams, place: LayerPlace) -> tuple[jax.Array, jax.Array]:
+        router, bias, layer = mlp.router, mlp.router_bias, place.stack
+        return moe_ffn_blocks(x, router, bias, experts, layer, config=config.router, rows_per_block=rows_per_block)
 
     context = PassContext(
         config=config, channel="train", attend=attend_whole(config, batch, length), moe=moe, unroll=True

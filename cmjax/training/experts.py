@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from cmjax.moe.dispatch import pack_choices
-from cmjax.moe.experts import ExpertParams
-from cmjax.moe.router import RouterConfig, route
+from cmjax.moe import MlpParams, RouterConfig, pack_choices, route
 from cmjax.quant import einsum_f32
 
 
@@ -115,7 +113,7 @@ def moe_ffn_blocks(
     x: jax.Array,
     router: jax.Array,
     router_bias: jax.Array | None,
-    experts: ExpertParams,
+    experts: MlpParams,
     layer: jax.Array | int,
     *,
     config: RouterConfig,

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import cmjax
-from cmjax.checkpoint import load_checkpoint, restore, save, save_hf
-from cmjax.checkpoint.safetensors import SafetensorsFolder, write_safetensors
+from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, restore, save, save_hf, write_safetensors
 from cmjax.errors import UserError
 from cmjax.model import convert_params, named_leaves, params_digest, quant_mode
 from cmjax.model.params import QUANTIZED

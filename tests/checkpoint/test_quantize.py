@@ -10,9 +10,8 @@ import pytest
 
 import cmjax
 from cmjax.bench.outliers import FACTORS, REMEDIES, plant_outliers
-from cmjax.checkpoint import Techniques, quantize_folder, save_hf
+from cmjax.checkpoint import SafetensorsFolder, Techniques, quantize_folder, save_hf, write_safetensors
 from cmjax.checkpoint.quantize import rotate_queries, rotate_values, scale_layer, trace_layer
-from cmjax.checkpoint.safetensors import SafetensorsFolder, write_safetensors
 from cmjax.errors import UserError
 from cmjax.model import Model
 from tests.helpers import max_error, tiny_model

@@ -12,8 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cmjax.checkpoint import load_checkpoint, load_params, save_hf
-from cmjax.checkpoint.safetensors import SafetensorsFolder, write_safetensors
+from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, load_params, save_hf, write_safetensors
 from cmjax.checkpoint.weights import tensor_slots
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig, abstract_params, init_params, named_leaves, num_bytes, params_digest

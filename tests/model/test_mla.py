@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from cmjax.model import init_params, reference
-from cmjax.model.cache import read_blocks, slots_of, write_rows
+from cmjax.model.cache import PagedKeys, read_blocks, slots_of, write_rows
 from cmjax.model.mla import (
     LocalSequences,
     absorbed_end,
     absorbed_part,
     absorbed_start,
-    attend_absorbed,
-    attend_expanded,
     expanded_end,
     expanded_part,
     expanded_start,
@@ -62,14 +60,21 @@ class Packed:
         return np.concatenate(parts)
 
 
+def attend_expanded(attn, q_nope, q_pe, keys, sequences):
+    core = expanded_start(CONFIG, q_nope, q_pe)
+    return expanded_end(expanded_part(attn, CONFIG, core, keys, sequences))
+
+
 @functools.partial(jax.jit, static_argnames="block_size")
 def run_expanded(q_nope, q_pe, cache, sequences, table, *, block_size):
-    return attend_expanded(ATTN, CONFIG, q_nope, q_pe, cache, LAYER, sequences, table, block_size)
+    return attend_expanded(ATTN, q_nope, q_pe, PagedKeys(cache, LAYER, table, block_size), sequences)
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def run_absorbed(q_nope, q_pe, cache, lengths, table, *, block_size):
-    return attend_absorbed(ATTN, CONFIG, q_nope, q_pe, cache, LAYER, lengths, table, block_size)
+    core = absorbed_start(ATTN, CONFIG, q_nope, q_pe, len(table))
+    core = absorbed_part(CONFIG, core, PagedKeys(cache, LAYER, table, block_size), lengths)
+    return absorbed_end(ATTN, CONFIG, core)
 
 
 def whole(lengths):
@@ -127,9 +132,9 @@ def test_parts_in_a_row_are_the_whole(rng, block_size, count):
         core = expanded_start(CONFIG, q_nope, q_pe)
         one = absorbed_start(ATTN, CONFIG, q_nope[last], q_pe[last], len(lengths))
         for index in range(count):
-            keys = table, block_size, (index, count)
-            core = expanded_part(ATTN, CONFIG, core, cache, LAYER, sequences, *keys)
-            one = absorbed_part(CONFIG, one, cache, LAYER, seen, *keys)
+            keys, part = PagedKeys(cache, LAYER, table, block_size), (index, count)
+            core = expanded_part(ATTN, CONFIG, core, keys, sequences, part)
+            one = absorbed_part(CONFIG, one, keys, seen, part)
         return expanded_end(core), absorbed_end(ATTN, CONFIG, one)
 
     expanded, absorbed = in_parts(q_nope, q_pe, cache, sequences, seen, table)
@@ -195,9 +200,9 @@ def test_bfloat16(rng):
     """Products are exact and sums in float32: close to the float32 result from the same rounded values."""
     lengths = np.array([40, 33])
     packed = Packed(rng, lengths, 16)
-    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (packed.q_nope, packed.q_pe, packed.cache)]
+    q_nope, q_pe, cache = [jnp.asarray(a, jnp.bfloat16) for a in (packed.q_nope, packed.q_pe, packed.cache)]
     attn = ATTN.replace(kv_b=jnp.asarray(ATTN.kv_b, jnp.bfloat16))
-    step = jax.jit(functools.partial(attend_expanded, attn, CONFIG), static_argnums=(3, 6))
-    out = step(*narrow, LAYER, whole(lengths), packed.table, 16)
+    keys = PagedKeys(cache, LAYER, packed.table, 16)
+    out = jax.jit(functools.partial(attend_expanded, attn))(q_nope, q_pe, keys, whole(lengths))
     assert out.dtype == jnp.bfloat16
     assert_close(out, packed.expected(), scale=3)

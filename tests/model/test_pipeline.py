@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from cmjax.model import pipeline
-from cmjax.moe import DispatchInFlight, dispatch_done
+from cmjax.moe import DispatchInFlight
 from cmjax.serve import decode, prefill
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
@@ -146,7 +146,7 @@ def test_the_check_sees_work_that_waits(traced, monkeypatch):
     def after_the_end(in_flight, x):
         if isinstance(in_flight, DispatchInFlight) and x.ndim == 2:
             with jax.named_scope("a"), jax.named_scope("dispatch"):
-                received, _ = dispatch_done(in_flight)
+                received, _ = in_flight.done()
             x = x + 0 * received.messages[0, 0]
         return after(in_flight, x)
 

@@ -11,17 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from cmjax.mesh import fabric
-from cmjax.moe import (
-    buffer_bytes,
-    combine,
-    combine_done,
-    combine_start,
-    dispatch,
-    dispatch_done,
-    dispatch_start,
-    max_tokens,
-    message_bytes,
-)
+from cmjax.moe import FabricExchange, buffer_bytes, combine, dispatch, max_tokens, message_bytes
 from tests.helpers import assert_close, rank_coded, skewed_topk
 
 NUM_TOKENS, NUM_TOPK, HIDDEN, NUM_LOCAL = 6, 3, 10, 2
@@ -41,11 +31,15 @@ def on_ranks(mesh, function, num_out):
 def echo(mesh, num_local=NUM_LOCAL, wire=None, combine_dtype=None, halves=False):
     """Dispatch, let expert (slot) s multiply its rows by s + 1, combine: `(messages, counts, combined)`."""
 
+    exchange = FabricExchange(
+        axis_name="ep", num_local_experts=num_local, dispatch_dtype=wire, combine_dtype=combine_dtype
+    )
+
     def rank(x, slot_idx, weights):
         if halves:
-            in_flight = dispatch_start(x, slot_idx, axis_name="ep", num_local_experts=num_local, dispatch_dtype=wire)
+            in_flight = exchange.dispatch_start(x, slot_idx, channel="dispatch")
             behind = jnp.sin(x).sum()
-            received, handle = dispatch_done(in_flight, hide_behind=behind)
+            received, handle = in_flight.done(hide_behind=behind)
         else:
             received, handle = dispatch(x, slot_idx, axis_name="ep", num_local_experts=num_local, dispatch_dtype=wire)
         counts = received.num_tokens_per_expert
@@ -54,8 +48,7 @@ def echo(mesh, num_local=NUM_LOCAL, wire=None, combine_dtype=None, halves=False)
         slot = jax.lax.axis_index("ep") * num_local + local
         rows = received.unpack(received.messages, x.shape[-1], x.dtype) * (slot + 1)[:, None].astype(x.dtype)
         if halves:
-            sent = combine_start(rows, weights, handle, axis_name="ep", combine_dtype=combine_dtype)
-            y = combine_done(sent, hide_behind=jnp.cos(behind))
+            y = exchange.combine_start(rows, weights, handle, channel="combine").done(hide_behind=jnp.cos(behind))
         else:
             y = combine(rows, weights, handle, axis_name="ep", combine_dtype=combine_dtype)
         return received.messages, counts, y

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.model import reference
-from cmjax.moe import ExpertParams, ReceivedRows, block_rows, expert_ffn, pack_rows, swiglu
+from cmjax.moe import MlpParams, ReceivedRows, block_rows, expert_ffn, pack_rows, swiglu
 from tests.helpers import TOLERANCES, assert_close
 
 HIDDEN, FFN, NUM_LOCAL, NUM_LAYERS = 12, 7, 5, 3
@@ -19,7 +19,7 @@ HIDDEN, FFN, NUM_LOCAL, NUM_LAYERS = 12, 7, 5, 3
 def make_experts(rng, dtype=np.float32, num_local=NUM_LOCAL):
     w13 = rng.normal(0, HIDDEN**-0.5, (NUM_LAYERS, num_local, 2 * FFN, HIDDEN))
     w2 = rng.normal(0, FFN**-0.5, (NUM_LAYERS, num_local, HIDDEN, FFN))
-    return ExpertParams(jnp.asarray(w13, dtype), jnp.asarray(w2, dtype))
+    return MlpParams(jnp.asarray(w13, dtype), jnp.asarray(w2, dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("rows_per_block", "wire", "dtype"))

@@ -11,7 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 from cmjax.mesh import fabric
 from cmjax.model import init_params, reference
-from cmjax.moe import ExpertParams, ExpertPlacement, FabricExchange, ReceivedRows, moe_ffn, routed_choices
+from cmjax.moe import (
+    ExpertPlacement,
+    FabricExchange,
+    LayerRouter,
+    MlpParams,
+    ReceivedRows,
+    moe_ffn,
+    routed_choices,
+)
 from tests.helpers import assert_close, tiny_config
 
 NUM_TOKENS = 5
@@ -31,23 +39,12 @@ def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **co
     shared2 = np.asarray(moe.shared.w2).reshape(2, hidden, -1, ffn).transpose(0, 2, 1, 3)
     w13 = np.concatenate([moe.experts.w13, shared13.reshape(2, -1, 2 * ffn, hidden)], axis=1)
     w2 = np.concatenate([moe.experts.w2, shared2], axis=1)
-    by_slot = ExpertParams(*(np.stack([w[i][p.physical_to_logical[i]] for i in range(2)]) for w in (w13, w2)))
+    by_slot = MlpParams(*(np.stack([w[i][p.physical_to_logical[i]] for i in range(2)]) for w in (w13, w2)))
     exchange = make_exchange(axis_name="ep", num_local_experts=p.num_local_experts)
 
     def rank(x, is_valid, experts, maps):
-        y, load = moe_ffn(
-            x[0],
-            moe.router[1],
-            moe.router_bias[1],
-            experts,
-            1,
-            maps[1, 0],
-            is_valid[0],
-            router_config=config.router,
-            exchange=exchange,
-            num_dispatched_shared=n,
-            channel="test",
-        )
+        router = LayerRouter(moe.router[1], moe.router_bias[1], maps[1, 0], config.router, n)
+        y, load = moe_ffn(x[0], is_valid[0], router, experts, 1, exchange=exchange, channel="test")
         return y[None], load[None]
 
     specs = (P("ep"), P("ep"), P(None, "ep"), P(None, "ep"))

@@ -16,7 +16,6 @@ from cmjax.quant.calibrate import (
     rounded,
     search_clip,
     search_scale,
-    total_error,
 )
 
 ROWS, WIDTH, OUT = 200, 48, 20
@@ -27,6 +26,12 @@ def rows_and_weight(rng, outliers=0):
     inputs = rng.normal(size=(ROWS, 12)) @ rng.normal(size=(12, WIDTH)) + 0.3 * rng.normal(size=(ROWS, WIDTH))
     inputs[:, rng.choice(WIDTH, outliers, replace=False)] *= 100
     return inputs.astype(np.float32), rng.normal(size=(OUT, WIDTH)).astype(np.float32)
+
+
+def total_error(gram, weight, seen):
+    """`sum over rows of || (seen - weight) x ||^2`, from their Gram matrix."""
+    loss = (seen - weight).astype(np.float64)
+    return float(np.sum((loss @ gram) * loss))
 
 
 def int8_error(inputs, weight):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cmjax.model import init_params, named_leaves, reference
+from cmjax.training import cross_entropy, training_pass
 from cmjax.training import decoder as training
-from cmjax.training.decoder import cross_entropy, training_pass
 from tests.helpers import max_error, tiny_config
 from tests.parity import MTP_CASES, load_case
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from cmjax.moe import ExpertParams, FabricExchange, moe_ffn, route
+from cmjax.moe import FabricExchange, LayerRouter, MlpParams, moe_ffn, route
 from cmjax.training import block_layout, moe_ffn_blocks
 from tests.helpers import TOLERANCES, assert_close, skewed_topk, tiny_config
 
@@ -47,26 +47,16 @@ def make_layer(rng, tokens, dtype=np.float32):
     router = rng.normal(0, HIDDEN**-0.5, (NUM_EXPERTS, HIDDEN)).astype(np.float32)
     w13 = rng.normal(0, HIDDEN**-0.5, (2, NUM_EXPERTS, 2 * FFN, HIDDEN))
     w2 = rng.normal(0, FFN**-0.5, (2, NUM_EXPERTS, HIDDEN, FFN))
-    return jnp.asarray(x, dtype), router, ExpertParams(jnp.asarray(w13, dtype), jnp.asarray(w2, dtype))
+    return jnp.asarray(x, dtype), router, MlpParams(jnp.asarray(w13, dtype), jnp.asarray(w2, dtype))
 
 
 def make_exchanged(mesh):
     """`moe_ffn` on one device."""
 
     def rank(x, router, bias, experts):
-        return moe_ffn(
-            x,
-            router,
-            bias,
-            experts,
-            1,
-            jnp.arange(NUM_EXPERTS),
-            jnp.ones(len(x), bool),
-            router_config=CONFIG,
-            exchange=FabricExchange(axis_name="ep", num_local_experts=NUM_EXPERTS),
-            num_dispatched_shared=0,
-            channel="test",
-        )
+        exchange = FabricExchange(axis_name="ep", num_local_experts=NUM_EXPERTS)
+        routed = LayerRouter(router, bias, jnp.arange(NUM_EXPERTS), CONFIG)
+        return moe_ffn(x, jnp.ones(len(x), bool), routed, experts, 1, exchange=exchange, channel="test")
 
     return jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
 

@@ -178,8 +178,5 @@ def _make_exchange(model: Model, settings: EngineSettings, placement: ExpertPlac
         combine_dtype=settings.combine_dtype or combine_dtype,
     )
     if settings.microbatches != 1 and not isinstance(exchange, SplitExchange):
-        raise UserError(
-            f"{type(exchange).__name__} has no dispatch_start, dispatch_done, combine_start and combine_done: "
-            "microbatches must be 1"
-        )
+        raise UserError(f"{type(exchange).__name__} has no dispatch_start, combine_start: microbatches must be 1")
     return exchange

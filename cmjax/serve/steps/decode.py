@@ -13,7 +13,7 @@ Rows of refused drafts stay in the cache behind the newest token, where nothing 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Generic
 
 import flax.struct
 import jax
@@ -32,7 +32,7 @@ _MAPS = PartitionSpec(None, EP_AXIS)
 
 
 @flax.struct.dataclass
-class Settled:
+class Settled(Generic[Leaf]):
     """The tokens that a step settled, which the MTP module has yet to see; k drafts a step.
 
     Attributes:
@@ -50,7 +50,7 @@ class Settled:
 
 
 @flax.struct.dataclass
-class DecodeState:
+class DecodeState(Generic[Leaf]):
     """The requests of an instance between two steps; every array is cut by rank.
 
     Attributes:
@@ -67,7 +67,7 @@ class DecodeState:
 
 
 @flax.struct.dataclass
-class DecodeOutput:
+class DecodeOutput(Generic[Leaf]):
     """What a decode call returns. k drafts a step.
 
     Attributes:

@@ -8,7 +8,7 @@ see the cache only through block tables and slot mappings.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import flax.struct
 import jax
@@ -53,7 +53,7 @@ class StepSpec:
 
 
 @flax.struct.dataclass
-class PrefillOutput:
+class PrefillOutput(Generic[Leaf]):
     """What a prefill step returns. R ranks.
 
     Attributes:
@@ -80,7 +80,7 @@ class PrefillOutput:
 
 
 @flax.struct.dataclass
-class ScoreOutput:
+class ScoreOutput(Generic[Leaf]):
     """What a scoring step returns.
 
     Attributes:
