@@ -101,16 +101,6 @@ class BlockPool:
             if self._num_holders[block] == 0:
                 self._free.append(block)
 
-    def check(self, leases: Sequence["Lease"]) -> None:
-        """Raise where these, all there are, and the free blocks are not the pool."""
-        expected = [0] * self.num_blocks
-        for lease in leases:
-            for block in lease.ids:
-                expected[block] += 1
-        free = sorted(self._free)
-        if expected != self._num_holders or free != [block for block, count in enumerate(expected) if not count]:
-            raise AssertionError(f"held {expected}, counted {self._num_holders}, free {free}")
-
 
 class Lease:
     """Blocks of one pool in somebody's hands, given back once.

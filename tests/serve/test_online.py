@@ -10,7 +10,7 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SamplingShape, SendPlan
 from cmjax.serve import RequestError, SamplingParams
-from cmjax.serve.instances.executor import Executor
+from cmjax.serve.instances import JaxExecutor
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
@@ -285,7 +285,9 @@ def test_bad_requests_are_refused_by_name(engine):
 
 
 def test_an_engine_that_shuts_down_finishes_what_runs(model, expected, monkeypatch):
-    monkeypatch.setattr(Executor, "serving_shapes", Executor.serving_shapes[:1])  # greedy ones alone: fewer programs
+    monkeypatch.setattr(
+        JaxExecutor, "serving_shapes", JaxExecutor.serving_shapes[:1]
+    )  # greedy ones alone: fewer programs
     engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
     with pytest.raises(UserError, match="has not been started"):
         engine.submit([1])

@@ -6,8 +6,7 @@ import numpy as np
 
 from cmjax.model import DecodeBatch
 from cmjax.schedule import DecodeGrowth, DecodeJoins, SamplingShape
-from cmjax.serve.steps.decode import DecodeState, Settled
-from cmjax.serve.steps.sampling import SamplingState
+from cmjax.serve.steps import DecodeState, SamplingState, Settled
 
 
 class DecodeRows:

@@ -21,7 +21,7 @@ from cmjax.schedule import (
 )
 from cmjax.serve.instances.decode import DecodeExecutor
 from cmjax.serve.instances.prefill import PrefillExecutor
-from cmjax.serve.transfer.handoff import Move, hand_off
+from cmjax.serve.transfer import Move, hand_off
 
 
 @dataclasses.dataclass(frozen=True)

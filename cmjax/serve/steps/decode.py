@@ -13,22 +13,16 @@ Rows of refused drafts stay in the cache behind the newest token, where nothing 
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from cmjax.mesh import EP_AXIS
-from cmjax.model import DecodeBatch, Leaf, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
-from cmjax.serve.steps.prefill import StepSpec
-from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
-
-_BY_RANK = PartitionSpec(EP_AXIS)
-_BY_STEP = PartitionSpec(None, EP_AXIS)
-_MAPS = PartitionSpec(None, EP_AXIS)
+from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
+from cmjax.serve.steps.sampling import Logprobs, SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.spec import BY_RANK, SECOND_BY_RANK, StepSpec, specs_of
 
 
 @flax.struct.dataclass
@@ -43,10 +37,10 @@ class Settled:
         counts: `int32[requests]`, how many there are, 1 to k + 1; the last is the one before the newest token.
     """
 
-    hidden: Leaf
-    places: Leaf
-    next_token_ids: Leaf
-    counts: Leaf
+    hidden: jax.Array
+    places: jax.Array
+    next_token_ids: jax.Array
+    counts: jax.Array
 
 
 @flax.struct.dataclass
@@ -60,10 +54,10 @@ class DecodeState:
         history: `int32[requests, longest]`, generated so far, -1 padded, where a request has penalties.
     """
 
-    batch: Any  # DecodeBatch
+    batch: DecodeBatch
     sampling: SamplingState | None = None
     settled: Settled | None = None
-    history: Leaf | None = None
+    history: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -80,17 +74,17 @@ class DecodeOutput:
         logprobs: of the tokens, where asked for.
     """
 
-    cache: Leaf
-    state: Any  # DecodeState
-    token_ids: Leaf
-    slot_load: Leaf
-    logits: Leaf | None
-    logprobs: Any  # Logprobs or None
+    cache: jax.Array
+    state: DecodeState
+    token_ids: jax.Array
+    slot_load: jax.Array
+    logits: jax.Array | None
+    logprobs: Logprobs | None
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("spec", "num_steps", "num_drafts", "num_logprobs", "with_logits"),
+    static_argnames=("spec", "num_steps", "num_logprobs", "with_logits"),
     donate_argnames=("cache",),
 )
 def decode(
@@ -102,7 +96,6 @@ def decode(
     *,
     spec: StepSpec,
     num_steps: int,
-    num_drafts: int = 0,
     num_logprobs: int | None = None,
     with_logits: bool = False,
 ) -> DecodeOutput:
@@ -112,20 +105,23 @@ def decode(
 
     Args:
         params, expert_to_slot, cache: as for `prefill`.
-        state: cut by rank; the block tables must hold the blocks that the steps will fill. Without `sampling`, greedy.
+        state: cut by rank; the block tables must hold the blocks that the steps will fill. Without `sampling`, greedy;
+            with `settled` of k + 1 tokens, the MTP module guesses k ahead in each step.
         forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the sampled one, -1 for
             none; not with drafts.
-        num_drafts: tokens that the MTP module guesses ahead in each step.
         num_logprobs: also return the tokens' log probabilities, and so many of the best at each place.
         with_logits: also return every step's logits.
     """
-    if num_drafts and (state.settled is None or params.mtp is None or forced_token_ids is not None):
-        raise ValueError("drafts need an MTP module and its settled tokens, and no forced ones")
+    num_drafts = 0 if state.settled is None else state.settled.next_token_ids.shape[1] - 1
+    if num_drafts and (params.mtp is None or forced_token_ids is not None):
+        raise ValueError("drafts need an MTP module, and no forced tokens")
 
-    def rank(params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: Any) -> DecodeOutput:
+    def rank(
+        params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: jax.Array | None
+    ) -> DecodeOutput:
         params = params if num_drafts else dataclasses.replace(params, mtp=None)
 
-        def step(carry: tuple[jax.Array, DecodeState], forced: Any) -> tuple[tuple, tuple]:
+        def step(carry: tuple[jax.Array, DecodeState], forced: jax.Array | None) -> tuple[tuple, tuple]:
             cache, state = carry
             drafts, draft_load = jnp.zeros((len(state.batch.positions), 0), jnp.int32), None
             if num_drafts:
@@ -146,8 +142,16 @@ def decode(
         token_ids, logits, best = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (token_ids, logits, best))
         return DecodeOutput(cache[None], state, token_ids, loads.sum(0), logits, best)
 
-    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _BY_RANK, _BY_STEP)
-    out_specs = DecodeOutput(_BY_RANK, _BY_RANK, _BY_STEP, _MAPS, _BY_STEP, _BY_STEP)
+    in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, BY_RANK, SECOND_BY_RANK)
+    out_specs = specs_of(
+        DecodeOutput,
+        cache=BY_RANK,
+        state=BY_RANK,
+        token_ids=SECOND_BY_RANK,
+        slot_load=SECOND_BY_RANK,
+        logits=SECOND_BY_RANK,
+        logprobs=SECOND_BY_RANK,
+    )
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, state, forced_token_ids)
 
 

@@ -5,7 +5,6 @@ call, or on whether it was guessed before. One set of noise serves a draft and t
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
@@ -14,6 +13,9 @@ import numpy as np
 from jax import lax
 
 from cmjax.schedule import NOT_FINITE, SamplingRows
+
+# On the host, or in a step.
+Array = np.ndarray | jax.Array
 
 
 @flax.struct.dataclass
@@ -30,16 +32,16 @@ class SamplingState:
         stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    presence_penalty: Any
-    frequency_penalty: Any
-    seed: Any
-    bias_ids: Any
-    bias_values: Any
-    stop_ids: Any
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    seed: Array
+    bias_ids: Array
+    bias_values: Array
+    stop_ids: Array
 
     @classmethod
     def empty(cls, rows: int, num_bias: int = 0, num_stop: int = 0) -> "SamplingState":
@@ -95,10 +97,10 @@ class Logprobs:
         top_ids, top: `int32[rows, n]`, `float32[rows, n]`, the n best, best first.
     """
 
-    chosen: Any
-    rank: Any
-    top_ids: Any
-    top: Any
+    chosen: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
 
 
 def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
