@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cmjax.errors import UserError
 
@@ -147,7 +147,7 @@ class Ragged:
     lengths: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Any]], dtype: Any = np.int32) -> "Ragged":
+    def of(cls, rows: Sequence[Sequence[float]], dtype: DTypeLike = np.int32) -> "Ragged":
         """From one sequence a row."""
         values = np.array([value for row in rows for value in row], dtype)
         return cls(values, np.array([len(row) for row in rows], np.int32))

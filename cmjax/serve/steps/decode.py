@@ -21,7 +21,7 @@ from jax import lax
 
 from cmjax.mesh import EP_AXIS
 from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
-from cmjax.serve.steps.sampling import Logprobs, SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling import Array, Logprobs, SamplingState, greedy, is_stop, logprobs, repeat, sample
 from cmjax.serve.steps.spec import BY_RANK, SECOND_BY_RANK, StepSpec, specs_of
 
 
@@ -38,9 +38,9 @@ class Settled:
     """
 
     hidden: jax.Array
-    places: jax.Array
-    next_token_ids: jax.Array
-    counts: jax.Array
+    places: Array
+    next_token_ids: Array
+    counts: Array
 
 
 @flax.struct.dataclass
@@ -57,7 +57,7 @@ class DecodeState:
     batch: DecodeBatch
     sampling: SamplingState | None = None
     settled: Settled | None = None
-    history: jax.Array | None = None
+    history: Array | None = None
 
 
 @flax.struct.dataclass
@@ -219,12 +219,12 @@ def _sample(logits: jax.Array, state: DecodeState, drafts: jax.Array, forced: ja
     return sampled if forced is None else jnp.where(forced[:, None] >= 0, forced[:, None], sampled)
 
 
-def _appended(history: jax.Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
+def _appended(history: Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
     """`history[requests, longest]` with the first `counts` of `token_ids[requests, some]` after what it holds."""
     index = jnp.arange(token_ids.shape[1])
     end = (history >= 0).sum(1, keepdims=True)
     target = jnp.where(index < counts[:, None], end + index, history.shape[1])
-    return history.at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
+    return jnp.asarray(history).at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
 
 
 def _settle(

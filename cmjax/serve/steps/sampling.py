@@ -137,9 +137,7 @@ def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
     return (token_ids[..., None] == state.stop_ids[:, None]).any(-1) & (token_ids >= 0)
 
 
-def sample(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, history: jax.Array | None = None
-) -> jax.Array:
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None = None) -> jax.Array:
     """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not.
 
     In vLLM's order: biases, penalties, then the best token or (temperature, min-p, top-k, top-p) a draw. Of equal
@@ -163,7 +161,7 @@ def sample(
     return _finite_only(lax.cond(is_random.any(), draw, lambda: best), logits)
 
 
-def _adjusted(logits: jax.Array, state: SamplingState, history: jax.Array | None) -> jax.Array:
+def _adjusted(logits: jax.Array, state: SamplingState, history: Array | None) -> jax.Array:
     rows = jnp.arange(logits.shape[0])[:, None]
     vocabulary = logits.shape[1]
     if state.bias_ids.shape[1]:
@@ -200,7 +198,7 @@ def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
     return lax.cond(has_rank, by_rank, lambda: x)
 
 
-def _noise(seed: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
+def _noise(seed: Array, positions: jax.Array, vocabulary: int) -> jax.Array:
     """Gumbel noise, `float32[rows, vocabulary]`: the largest of logits plus it is a draw from their softmax."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
