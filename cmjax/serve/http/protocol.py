@@ -17,10 +17,13 @@ Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 def _sampled(name: str) -> Any:
     """A field that need not be given, with the range that `SamplingParams` has for it."""
     least, most, is_closed = range_of(name)
-    bounds: dict[str, float] = {"ge" if is_closed else "gt": least}
-    if math.isfinite(most):
-        bounds["le"] = most
-    return Field(None, allow_inf_nan=False, **bounds)
+    return Field(
+        None,
+        ge=least if is_closed else None,
+        gt=None if is_closed else least,
+        le=most if math.isfinite(most) else None,
+        allow_inf_nan=False,
+    )
 
 
 class _Body(BaseModel):

@@ -161,8 +161,9 @@ class _Expectations:
     @classmethod
     def of(cls, output: ScoreOutput) -> "_Expectations":
         """On the host."""
-        found = cls(output.token_ids, output.logprobs, output.draft_ids, output.kl_divergence)
-        return jax.tree.map(np.asarray, found)
+        return cls(
+            *jax.tree.map(np.asarray, (output.token_ids, output.logprobs, output.draft_ids, output.kl_divergence))
+        )
 
     def part(self, index: slice) -> "_Expectations":
         """Some of the tokens."""

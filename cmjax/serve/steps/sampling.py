@@ -205,4 +205,4 @@ def _noise(seed: Array, positions: jax.Array, vocabulary: int) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32)
 
-    return jax.vmap(row)(seed, positions)
+    return jax.vmap(row)(jnp.asarray(seed), positions)
