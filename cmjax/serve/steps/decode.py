@@ -143,15 +143,8 @@ def decode(
         return DecodeOutput(cache[None], state, token_ids, loads.sum(0), logits, best)
 
     in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, BY_RANK, SECOND_BY_RANK)
-    out_specs = specs_of(
-        DecodeOutput,
-        cache=BY_RANK,
-        state=BY_RANK,
-        token_ids=SECOND_BY_RANK,
-        slot_load=SECOND_BY_RANK,
-        logits=SECOND_BY_RANK,
-        logprobs=SECOND_BY_RANK,
-    )
+    by_step = dict.fromkeys(("token_ids", "slot_load", "logits", "logprobs"), SECOND_BY_RANK)
+    out_specs = specs_of(DecodeOutput, **by_step)
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, state, forced_token_ids)
 
 

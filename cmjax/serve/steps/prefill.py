@@ -108,17 +108,7 @@ def prefill(
             prompt_logprobs=of_prompts,
         )
 
-    out_specs = specs_of(
-        PrefillOutput,
-        cache=BY_RANK,
-        token_ids=BY_RANK,
-        logits=BY_RANK,
-        last_hidden=EVERYWHERE,
-        slot_load=SECOND_BY_RANK,
-        all_logits=BY_RANK,
-        logprobs=BY_RANK,
-        prompt_logprobs=BY_RANK,
-    )
+    out_specs = specs_of(PrefillOutput, last_hidden=EVERYWHERE, slot_load=SECOND_BY_RANK)
     in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, EVERYWHERE, BY_RANK)
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, sampling)
 

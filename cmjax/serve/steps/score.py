@@ -83,16 +83,8 @@ def score(
             drafts = by_rows(lambda hidden: greedy(mtp_head(params, hidden)), mtp_hidden)
         return ScoreOutput(output.cache[None], token_ids, logprobs, drafts, output.slot_load, output.hidden, divergence)
 
-    out_specs = specs_of(
-        ScoreOutput,
-        cache=BY_RANK,
-        token_ids=BY_RANK,
-        logprobs=BY_RANK,
-        draft_ids=None if params.mtp is None else BY_RANK,
-        slot_load=SECOND_BY_RANK,
-        hidden=BY_RANK,
-        kl_divergence=None if reference is None else BY_RANK,
-    )
+    drafts, divergence = (None if absent else BY_RANK for absent in (params.mtp is None, reference is None))
+    out_specs = specs_of(ScoreOutput, draft_ids=drafts, slot_load=SECOND_BY_RANK, kl_divergence=divergence)
     in_specs = (
         param_specs(params, EP_AXIS),
         SECOND_BY_RANK,

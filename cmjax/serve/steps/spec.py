@@ -26,9 +26,10 @@ BY_RANK = PartitionSpec(EP_AXIS)
 SECOND_BY_RANK = PartitionSpec(None, EP_AXIS)
 
 
-def specs_of(output: Callable[..., T], **fields: PartitionSpec | None) -> T:
-    """An output that holds, in place of the arrays of each field, how they are cut; None where there are none."""
-    return output(**fields)
+def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
+    """An output that holds how each field is cut in the field's place: by rank, but for `others`."""
+    fields = dataclasses.fields(output)  # type: ignore[arg-type]  # it is a dataclass
+    return output(**{field.name: others.get(field.name, BY_RANK) for field in fields})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,7 @@ def _insert(
 
 
 def read(
-    source: Holder,
-    target: Receiver,
-    segments: Segments,
-    step_rows: np.ndarray,
-    last_hidden: jax.Array,
+    source: Holder, target: Receiver, segments: Segments, step_rows: np.ndarray, last_hidden: jax.Array
 ) -> Payload:
     """Read a round on the prefill devices, and start moving it to its decode devices. What is read is that of the
     source's programs so far: its blocks may be used again by its next step.
@@ -132,11 +128,7 @@ def _assemble(target: Receiver, moved: dict[int, tuple[jax.Array, jax.Array]]) -
 
 
 def _gather_round(
-    source: Holder,
-    target: Receiver,
-    segments: Segments,
-    step_rows: np.ndarray,
-    last_hidden: jax.Array,
+    source: Holder, target: Receiver, segments: Segments, step_rows: np.ndarray, last_hidden: jax.Array
 ) -> dict[int, tuple[jax.Array, jax.Array]]:
     """Read a round on the prefill devices: decode rank -> (latents, hidden states)."""
     num_peers, num_tokens = source.instance.ep_size, round_tokens(target.settings)

@@ -73,8 +73,7 @@ class Wire:
         with self._lock:
             receiver = self._receivers.pop(name, None)
             if receiver is not None:
-                self._rounds.pop(receiver, None)
-                self._known.pop(receiver, None)
+                self._drop(receiver)
 
     def receiver(self, name: str) -> Receiver:
         """An executor by name.
@@ -83,16 +82,12 @@ class Wire:
             RuntimeError: it has been taken out.
         """
         with self._lock:
-            if name not in self._receivers:
-                raise RuntimeError(f"there is no decode instance {name}")
-            return self._receivers[name]
+            return self._receiver(name)
 
     def put(self, name: str, key: Arrival, payload: Payload) -> None:
         """A round is on its way."""
         with self._lock:
-            if name not in self._receivers:
-                raise RuntimeError(f"there is no decode instance {name}")
-            self._rounds[self._receivers[name]][key] = payload
+            self._rounds[self._receiver(name)][key] = payload
 
     def arrived(self, receiver: Receiver) -> list[Arrival]:
         """Rounds that have arrived since the last call, in the order they were sent."""
@@ -118,5 +113,13 @@ class Wire:
     def clear(self, receiver: Receiver) -> None:
         """Throw away what is on its way to one."""
         with self._lock:
-            self._rounds.pop(receiver, None)
-            self._known.pop(receiver, None)
+            self._drop(receiver)
+
+    def _receiver(self, name: str) -> Receiver:
+        if name not in self._receivers:
+            raise RuntimeError(f"there is no decode instance {name}")
+        return self._receivers[name]
+
+    def _drop(self, receiver: Receiver) -> None:
+        self._rounds.pop(receiver, None)
+        self._known.pop(receiver, None)
