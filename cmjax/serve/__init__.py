@@ -19,6 +19,7 @@ from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import (
     DecodeOutput,
     DecodeState,
+    Extras,
     PrefillOutput,
     StepSpec,
     decode,
@@ -36,6 +37,7 @@ __all__ = [
     "Engine",
     "EngineSettings",
     "EngineStats",
+    "Extras",
     "GenerateResult",
     "InstanceStats",
     "PrefillExecutor",

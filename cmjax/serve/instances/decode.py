@@ -32,7 +32,7 @@ from cmjax.serve import transfer
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import DecodeOutput, DecodeState, decode
+from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, decode
 
 
 class DecodeExecutor(JaxExecutor):
@@ -205,7 +205,7 @@ class DecodeExecutor(JaxExecutor):
             state,
             spec=self.specs[microbatches],
             num_steps=variant.num_steps,
-            num_logprobs=variant.sampling.num_logprobs,
+            extras=Extras(variant.sampling.num_logprobs),
         )
         self.cache = output.cache
         if output.state.settled is not None:

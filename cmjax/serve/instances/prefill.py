@@ -27,7 +27,7 @@ from cmjax.schedule import (
 from cmjax.serve import transfer
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import PrefillOutput, SamplingState, prefill
+from cmjax.serve.steps import Extras, PrefillOutput, SamplingState, prefill
 from cmjax.serve.steps.shapes import bucket, round_up
 
 # Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
@@ -167,8 +167,7 @@ class PrefillExecutor(JaxExecutor):
             batch,
             sampling,
             spec=self.spec if microbatches is None else self.specs[microbatches],
-            num_logprobs=shape.num_logprobs,
-            num_prompt_logprobs=shape.num_prompt_logprobs,
+            extras=Extras(shape.num_logprobs, shape.num_prompt_logprobs),
         )
         self.cache = output.cache
         return output

@@ -4,7 +4,7 @@ from cmjax.serve.steps.decode import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.steps.prefill import PrefillOutput, prefill
 from cmjax.serve.steps.sampling import Logprobs, SamplingState
 from cmjax.serve.steps.score import Reference, ScoreOutput, score
-from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, SECOND_BY_RANK, StepSpec, new_cache
+from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, SECOND_BY_RANK, Extras, StepSpec, new_cache
 
 __all__ = [
     "BY_RANK",
@@ -12,6 +12,7 @@ __all__ = [
     "SECOND_BY_RANK",
     "DecodeOutput",
     "DecodeState",
+    "Extras",
     "Logprobs",
     "PrefillOutput",
     "Reference",

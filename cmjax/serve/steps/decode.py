@@ -22,7 +22,7 @@ from jax import lax
 from cmjax.mesh import EP_AXIS
 from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
 from cmjax.serve.steps.sampling import Array, Logprobs, SamplingState, greedy, is_stop, logprobs, repeat, sample
-from cmjax.serve.steps.spec import BY_RANK, SECOND_BY_RANK, StepSpec, specs_of
+from cmjax.serve.steps.spec import BY_RANK, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, specs_of
 
 
 @flax.struct.dataclass
@@ -82,11 +82,7 @@ class DecodeOutput:
     logprobs: Logprobs | None
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("spec", "num_steps", "num_logprobs", "with_logits"),
-    donate_argnames=("cache",),
-)
+@functools.partial(jax.jit, static_argnames=("spec", "num_steps", "extras"), donate_argnames=("cache",))
 def decode(
     params: Params,
     expert_to_slot: jax.Array,
@@ -96,8 +92,7 @@ def decode(
     *,
     spec: StepSpec,
     num_steps: int,
-    num_logprobs: int | None = None,
-    with_logits: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> DecodeOutput:
     """Run `num_steps` steps of every sequence.
 
@@ -109,8 +104,6 @@ def decode(
             with `settled` of k + 1 tokens, the MTP module guesses k ahead in each step.
         forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the sampled one, -1 for
             none; not with drafts.
-        num_logprobs: also return the tokens' log probabilities, and so many of the best at each place.
-        with_logits: also return every step's logits.
     """
     num_drafts = 0 if state.settled is None else state.settled.next_token_ids.shape[1] - 1
     if num_drafts and (params.mtp is None or forced_token_ids is not None):
@@ -132,9 +125,11 @@ def decode(
             sampled = _sample(logits, state, drafts, forced)
             state, token_ids = _settle(state, drafts, sampled, output.hidden)
             load = output.slot_load if draft_load is None else jnp.concatenate([output.slot_load, draft_load])
-            best = None if num_logprobs is None else logprobs(logits, sampled.reshape(-1), num_logprobs)
-            shape, extras = sampled.shape, (logits if with_logits else None, best)
-            rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), extras)
+            best = None
+            if extras.num_logprobs is not None:
+                best = logprobs(logits, sampled.reshape(-1), extras.num_logprobs)
+            shape, found = sampled.shape, (logits if extras.logits else None, best)
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), found)
             return (output.cache, state), (token_ids.T, load, *rows)
 
         (cache, state), out = lax.scan(step, (cache[0], state), forced, length=num_steps)

@@ -10,7 +10,7 @@ from jax import lax
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model import Params, PrefillBatch, lm_head, local_tokens, param_specs, prefill_pass
 from cmjax.serve.steps.sampling import Logprobs, SamplingState, greedy, logprobs, sample
-from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, SECOND_BY_RANK, StepSpec, by_rows, specs_of
+from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, by_rows, specs_of
 
 
 @flax.struct.dataclass
@@ -40,11 +40,7 @@ class PrefillOutput:
     prompt_logprobs: Logprobs | None
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("spec", "num_logprobs", "num_prompt_logprobs", "with_all_logits"),
-    donate_argnames=("cache",),
-)
+@functools.partial(jax.jit, static_argnames=("spec", "extras"), donate_argnames=("cache",))
 def prefill(
     params: Params,
     expert_to_slot: jax.Array,
@@ -53,9 +49,7 @@ def prefill(
     sampling: SamplingState | None = None,
     *,
     spec: StepSpec,
-    num_logprobs: int | None = None,
-    num_prompt_logprobs: int | None = None,
-    with_all_logits: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> PrefillOutput:
     """Prefill packed prompts on an instance: fill the cache, and return the first token of each.
 
@@ -65,9 +59,6 @@ def prefill(
         cache: donated.
         batch: replicated; both tokens and sequences are multiples of R.
         sampling: of the sequences, cut by rank; None: greedy.
-        num_logprobs, num_prompt_logprobs: also return log probabilities, of the tokens sampled and of the prompts', and
-            so many of the best at each place.
-        with_all_logits: also return the logits of every token.
     """
     num_ranks = spec.mesh.size
     num_sequences = batch.block_table.shape[0]
@@ -95,16 +86,16 @@ def prefill(
             own_ends = lax.dynamic_slice_in_dim(ends, rank_id * share, share)
             token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
         of_prompts = None
-        if num_prompt_logprobs is not None:
-            of_prompts = _prompt_logprobs(params, output.hidden, batch.next_token_ids[tokens], num_prompt_logprobs)
+        if (num_top := extras.num_prompt_logprobs) is not None:
+            of_prompts = _prompt_logprobs(params, output.hidden, batch.next_token_ids[tokens], num_top)
         return PrefillOutput(
             cache=output.cache[None],
             token_ids=token_ids,
             logits=logits,
             last_hidden=last_hidden,
             slot_load=output.slot_load,
-            all_logits=lm_head(params, output.hidden) if with_all_logits else None,
-            logprobs=None if num_logprobs is None else logprobs(logits, token_ids, num_logprobs),
+            all_logits=lm_head(params, output.hidden) if extras.logits else None,
+            logprobs=None if extras.num_logprobs is None else logprobs(logits, token_ids, extras.num_logprobs),
             prompt_logprobs=of_prompts,
         )
 

@@ -28,7 +28,7 @@ SECOND_BY_RANK = PartitionSpec(None, EP_AXIS)
 
 def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
     """An output that holds how each field is cut in the field's place: by rank, but for `others`."""
-    fields = dataclasses.fields(output)  # type: ignore[arg-type]  # it is a dataclass
+    fields = dataclasses.fields(output)  # type: ignore[arg-type]  # always a dataclass
     return output(**{field.name: others.get(field.name, BY_RANK) for field in fields})
 
 
@@ -46,6 +46,24 @@ class StepSpec:
     def by_rank(self) -> NamedSharding:
         """The sharding of arrays whose leading axis is cut by rank."""
         return NamedSharding(self.mesh, BY_RANK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a step returns besides, where asked for.
+
+    Attributes:
+        num_logprobs: log probabilities of the sampled tokens, and of so many of the best at each place.
+        num_prompt_logprobs: the same for the prompts of a prefill step.
+        logits: of every token of a prefill step, of every step of a decode call.
+    """
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    logits: bool = False
+
+
+NO_EXTRAS = Extras()
 
 
 def new_cache(spec: StepSpec, num_blocks: int, dtype: DTypeLike) -> jax.Array:
