@@ -6,18 +6,15 @@ reads and sends them one after another, and the decode side writes what has arri
 count as traffic of the RDMA plane, apart from the exchanges of decode.
 """
 
-from cmjax.serve.transfer.handoff import Move, hand_off
 from cmjax.serve.transfer.latents import compile_read, compile_write, read, write
 from cmjax.serve.transfer.rounds import prefill_tp_rank, round_tokens
 from cmjax.serve.transfer.wire import IdleParts, Wire
 
 __all__ = [
     "IdleParts",
-    "Move",
     "Wire",
     "compile_read",
     "compile_write",
-    "hand_off",
     "prefill_tp_rank",
     "read",
     "round_tokens",
