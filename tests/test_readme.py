@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 import shlex
 
@@ -13,6 +14,7 @@ from cmjax.cli.command import command_group
 from cmjax.cli.demo import Reference
 from cmjax.cli.options import BUNDLED_MODEL
 from tests.conftest import ROOT
+from tests.test_architecture import ROOMS
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,8 +51,20 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_in_text_exist(page):
-    for name in re.findall(r"`((?:cmjax|scripts|tests|docs)/[\w./*]+)`", PAGES[page]):
+    for name in re.findall(r"`((?:cmjax|scripts|tests|docs|models)/[\w./*-]+)`", PAGES[page]):
         assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_in_text_exist(page):
+    for name in re.findall(r"`(cmjax(?:\.\w+)+)", PAGES[page]):
+        pkgutil.resolve_name(name)
+
+
+def test_the_map_is_the_order_of_the_rooms():
+    rows = re.findall(r"^\| `cmjax/([\w/]+?)(?:/|\.py)` \|", README, re.MULTILINE)
+    there = [room for room in ROOMS if list((ROOT / "cmjax").glob(f"{room.replace('.', '/')}*"))]
+    assert [row.replace("/", ".") for row in rows][::-1] == there
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -38,6 +38,7 @@ from cmjax.schedule.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STEP_STOPS,
+    MOST_LOGIT_BIAS,
     NOT_FINITE,
     NOT_FINITE_MESSAGE,
     SERVING_SHAPES,
@@ -46,6 +47,7 @@ from cmjax.schedule.sampling import (
     SamplingRows,
     SamplingShape,
     TokenLogprobs,
+    range_of,
 )
 from cmjax.schedule.scheduler import MAX_FAILURES, Scheduler
 from cmjax.schedule.slo import SloController
@@ -57,6 +59,7 @@ __all__ = [
     "MAX_LOGIT_BIAS",
     "MAX_LOGPROBS",
     "MAX_STEP_STOPS",
+    "MOST_LOGIT_BIAS",
     "NOT_FINITE",
     "NOT_FINITE_MESSAGE",
     "SERVING_SHAPES",
@@ -116,5 +119,6 @@ __all__ = [
     "choose_rank",
     "make_segments",
     "plan_rounds",
+    "range_of",
     "slot_mapping",
 ]

@@ -25,11 +25,6 @@ class Autotune:
             return min(untried, key=lambda variant: len(self._seconds[variant]))
         return min(self._seconds, key=lambda variant: float(np.median(self._seconds[variant] or [0.0])))
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether every variant has been tried."""
-        return all(len(taken) == self.ROUNDS for taken in self._seconds.values())
-
     def add(self, variant: int, seconds: float) -> None:
         """Take note of a call, as long as variants are tried."""
         if len(self._seconds[variant]) < self.ROUNDS:

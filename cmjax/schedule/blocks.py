@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cmjax.errors import UserError
 
@@ -101,16 +101,6 @@ class BlockPool:
             if self._num_holders[block] == 0:
                 self._free.append(block)
 
-    def check(self, leases: Sequence["Lease"]) -> None:
-        """Raise where these, all there are, and the free blocks are not the pool."""
-        expected = [0] * self.num_blocks
-        for lease in leases:
-            for block in lease.ids:
-                expected[block] += 1
-        free = sorted(self._free)
-        if expected != self._num_holders or free != [block for block, count in enumerate(expected) if not count]:
-            raise AssertionError(f"held {expected}, counted {self._num_holders}, free {free}")
-
 
 class Lease:
     """Blocks of one pool in somebody's hands, given back once.
@@ -157,7 +147,7 @@ class Ragged:
     lengths: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Any]], dtype: Any = np.int32) -> "Ragged":
+    def of(cls, rows: Sequence[Sequence[float]], dtype: DTypeLike = np.int32) -> "Ragged":
         """From one sequence a row."""
         values = np.array([value for row in rows for value in row], dtype)
         return cls(values, np.array([len(row) for row in rows], np.int32))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmjax.schedule.blocks import Lease, Ragged
+from cmjax.schedule.blocks import Ragged
 from cmjax.schedule.decode_places import DecodePlaces
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import (
@@ -364,6 +364,3 @@ class DecodePlanner(Planner):
             for attempt in self.attempts.values():
                 needed = SamplingShape.for_all([attempt.request.sampling])
                 self._shape_idx[self._places.place_of(attempt)] = self._shape_index(needed)
-
-    def _check(self, leases: Sequence[Lease]) -> None:
-        self._places.check(leases)

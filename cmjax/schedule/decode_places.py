@@ -1,11 +1,11 @@
 """Which sequence has which place and blocks of a decode instance, as arrays by place."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from cmjax.schedule.blocks import BlockPool, Fence, Lease, blocks_for
+from cmjax.schedule.blocks import BlockPool, Fence, blocks_for
 from cmjax.schedule.request import Attempt, DecodeHold
 
 
@@ -159,23 +159,6 @@ class DecodePlaces:
         """`int32[places]`, the last position that blocks and the limit of tokens leave room for."""
         held = self.num_blocks[places] * self.block_size
         return (np.minimum(self.num_tokens[places], held) - 1).astype(np.int32)
-
-    def check(self, leases: Sequence[Lease]) -> None:
-        """Raise where these, all there are, the arrays and the pools do not agree."""
-        by_pool: dict[int, list[Lease]] = collections.defaultdict(list)
-        for lease in leases:
-            by_pool[id(lease.pool)].append(lease)
-        for pool in (*self._pools, *self._rank_places):
-            pool.check(by_pool[id(pool)])
-        ids = sorted(self.ids[self.ids >= 0].tolist())
-        assert ids == sorted(self.attempts), (ids, sorted(self.attempts))
-        for attempt in self.attempts.values():
-            place = self.place_of(attempt)
-            assert attempt.decode is not None
-            assert self.ids[place] == attempt.id
-            assert self.num_blocks[place] == len(attempt.decode.blocks.ids)
-            assert self.num_cached[place] == attempt.request.num_cached
-            assert self.is_running[place] == (attempt.stage == "decode")
 
 
 def choose_rank(num_requests: np.ndarray, num_free: np.ndarray, num_blocks: int, limit: int) -> int | None:

@@ -4,10 +4,10 @@ import abc
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from cmjax.schedule.autotune import Autotune
-from cmjax.schedule.blocks import Fence, Lease
+from cmjax.schedule.blocks import Fence
 from cmjax.schedule.plans import Arrival, CompilePlan, Plan, RestartPlan, Result, SendPlan
 from cmjax.schedule.request import Attempt, Request
 from cmjax.schedule.stats import InstanceStats, Role, SlotLoad, Status
@@ -222,10 +222,6 @@ class Planner(abc.ABC):
         """Whether no request is here."""
         return not self.attempts
 
-    def check(self) -> None:
-        """Raise where leases and pools do not add up; between plans."""
-        self._check([lease for attempt in self.attempts.values() for lease in attempt.leases()])
-
     @abc.abstractmethod
     def drop(self, attempt: Attempt) -> None:
         """An attempt ends, or leaves: forget it. Its leases are its own to give back."""
@@ -245,7 +241,7 @@ class Planner(abc.ABC):
         """The next step, or the next half of a hand-off's round."""
 
     @abc.abstractmethod
-    def _commit_work(self, plan: Plan, result: Any, now: float) -> None:
+    def _commit_work(self, plan: Plan, result: Result, now: float) -> None:
         """Take what came of it."""
 
     @abc.abstractmethod
@@ -255,10 +251,6 @@ class Planner(abc.ABC):
     @abc.abstractmethod
     def _renew(self) -> None:
         """Nothing is held any more: all blocks and places are free."""
-
-    @abc.abstractmethod
-    def _check(self, leases: Sequence[Lease]) -> None:
-        """Raise where these and the free blocks are not all there are."""
 
     def _take_arrivals(self, arrivals: Sequence[Arrival]) -> None:
         """Rounds have arrived here."""

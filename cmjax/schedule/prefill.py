@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cmjax.schedule.blocks import BlockPool, Lease, Ragged, blocks_for
+from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
 from cmjax.schedule.request import Attempt, PrefillHold
@@ -273,12 +273,6 @@ class PrefillPlanner(Planner):
         self._queue: dict[int, Attempt] = {}
         self._outgoing: collections.deque[Transfer] = collections.deque()
         self._num_tokens_left = 0
-
-    def _check(self, leases: Sequence[Lease]) -> None:
-        for pool in (self._pool, self._places):
-            pool.check([lease for lease in leases if lease.pool is pool])
-        left = sum(one.num_prefill - one.num_computed for one in self._queue.values())
-        assert left == self._num_tokens_left, (left, self._num_tokens_left)
 
 
 def _held(attempt: Attempt) -> PrefillHold:

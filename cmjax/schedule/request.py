@@ -247,18 +247,14 @@ class Attempt:
 
     def leave_source(self) -> None:
         """Its prefill instance needs it no longer."""
-        hold, self.prefill = self.prefill, None
-        _give_back(hold)
+        if self.prefill is not None:
+            self.prefill.place.give_back()
+            self.prefill.blocks.give_back()
+            self.prefill = None
 
     def end(self) -> None:
         """Give back all that it holds."""
-        self.leave_source()
-        hold, self.decode = self.decode, None
-        _give_back(hold)
+        for lease in self.leases():
+            lease.give_back()
+        self.prefill = self.decode = None
         self.is_over = True
-
-
-def _give_back(hold: PrefillHold | DecodeHold | None) -> None:
-    if hold is not None:
-        hold.place.give_back()
-        hold.blocks.give_back()

@@ -15,7 +15,8 @@ NOT_FINITE_MESSAGE = (
     "its logits are not finite: the checkpoint holds NaN or infinite weights, or overflows in this dtype"
 )
 MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300
+MAX_LOGIT_BIAS = 300  # tokens that have one
+MOST_LOGIT_BIAS = 100  # either way
 # Stop tokens of a request that a step looks for itself; those beyond are found when its tokens are taken, as all are
 # where nothing is sampled.
 MAX_STEP_STOPS = 8
@@ -30,6 +31,11 @@ _RANGES = {
     "presence_penalty": (-2.0, 2.0, True),
     "frequency_penalty": (-2.0, 2.0, True),
 }
+
+
+def range_of(name: str) -> tuple[float, float, bool]:
+    """Least and most value of a field of `SamplingParams`, and whether the least itself is allowed."""
+    return _RANGES[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +91,10 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise UserError(f"logit_bias of {len(self.logit_bias)} tokens: at most {MAX_LOGIT_BIAS} are supported")
         for token, value in self.logit_bias.items():
-            if not -100 <= value <= 100:
-                raise UserError(f"logit_bias of token {token} is {value}: it must be from -100 to 100")
+            if not abs(value) <= MOST_LOGIT_BIAS:
+                raise UserError(
+                    f"logit_bias of token {token} is {value}: it must be from -{MOST_LOGIT_BIAS} to {MOST_LOGIT_BIAS}"
+                )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UserError(f"seed {self.seed} is out of range: it must be from 0 to 2^64 - 1")
         for name in ("logprobs", "prompt_logprobs"):

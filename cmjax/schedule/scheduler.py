@@ -276,14 +276,3 @@ class Scheduler:
             if all(one.is_lost or one.is_draining for one in self.of_role(role)):
                 for request in [one for one in self.waiting if role == "prefill" or one.will_decode]:
                     self._end(request, "error", f"{request.request_id}: no {role} instance is left")
-
-    def check(self) -> None:
-        """Raise where something does not add up: an attempt, a lease or a hand-off that belongs nowhere."""
-        held = {attempt.id: attempt for planner in self.planners for attempt in planner.attempts.values()}
-        assert not any(attempt.is_over or attempt.request.attempt is not attempt for attempt in held.values())
-        assert self.num_running == len(held), (self.num_running, sorted(held))
-        travelling = {attempt_id for transfer in self._transfers.values() for attempt_id in transfer.missing}
-        assert travelling == set(self._transfer_of) == {one.id for one in held.values() if one.stage == "handoff"}
-        for planner in self.planners:
-            if planner.under_way is None:
-                planner.check()

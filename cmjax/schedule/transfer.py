@@ -99,7 +99,6 @@ class Transfer:
             def blocks_of(part: Part) -> list[int]:
                 hold = self.attempts[part.prompt].prefill
                 assert hold is not None
-                assert hold.blocks is not None
                 return hold.blocks.ids
 
             rows = [self.step_rows[part.prompt] if part.hidden_row >= 0 else -1 for part in parts]

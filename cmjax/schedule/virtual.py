@@ -10,14 +10,7 @@ from cmjax.schedule.planner import Planner
 from cmjax.schedule.plans import Executor, Plan, Result
 from cmjax.schedule.prefill import PrefillPlanner, PrefillSizes
 from cmjax.schedule.scheduler import Scheduler
-from cmjax.schedule.virtual_executors import (
-    VirtualDecode,
-    VirtualPrefill,
-    VirtualWire,
-    expected_tokens,
-    logprob_of,
-    token_after,
-)
+from cmjax.schedule.virtual_executors import VirtualDecode, VirtualPrefill, VirtualWire, token_after
 
 __all__ = [
     "VirtualCluster",
@@ -25,8 +18,6 @@ __all__ = [
     "VirtualError",
     "VirtualPrefill",
     "VirtualWire",
-    "expected_tokens",
-    "logprob_of",
     "token_after",
 ]
 

@@ -43,19 +43,6 @@ def _token_after(last: int, length: int, total: int) -> int:
     return (31 * last + 7 * length + total) % 9973
 
 
-def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
-    """What a request must end with."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(token_after(tokens))
-    return tokens[len(prompt) :]
-
-
-def logprob_of(token_id: int) -> float:
-    """The "log probability" of a token."""
-    return -float(token_id)
-
-
 def _logprobs(token_ids: np.ndarray) -> LogprobArrays | None:
     """Of tokens in a row; None where nobody asks."""
     if not len(token_ids):

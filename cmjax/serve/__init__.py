@@ -1,7 +1,6 @@
-"""Serving: the jitted prefill and decode steps, the KV hand-off, and the engine that drives them."""
+"""Serving: the jitted steps, the instances that run them, the KV hand-off, and the engine that drives all."""
 
 from cmjax.schedule import (
-    BlockPool,
     Bounds,
     Change,
     EngineStats,
@@ -14,17 +13,22 @@ from cmjax.schedule import (
 )
 from cmjax.serve.engine import Engine
 from cmjax.serve.handle import RequestError, RequestHandle
-from cmjax.serve.instances.decode import DecodeExecutor
-from cmjax.serve.instances.prefill import PrefillExecutor
-from cmjax.serve.instances.scoring import Scorer, TextScores, plan_windows, score_together
+from cmjax.serve.instances import DecodeExecutor, PrefillExecutor, Scorer, TextScores, plan_windows, score_together
 from cmjax.serve.offline import GenerateResult, Timings
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps.decode import DecodeOutput, DecodeState, Settled, decode
-from cmjax.serve.steps.prefill import PrefillOutput, StepSpec, new_cache, prefill, score
-from cmjax.serve.transfer.handoff import Move, hand_off, prefill_tp_rank
+from cmjax.serve.steps import (
+    DecodeOutput,
+    DecodeState,
+    Extras,
+    PrefillOutput,
+    StepSpec,
+    decode,
+    prefill,
+    score,
+)
+from cmjax.serve.transfer import prefill_tp_rank
 
 __all__ = [
-    "BlockPool",
     "Bounds",
     "Change",
     "DecodeExecutor",
@@ -33,9 +37,9 @@ __all__ = [
     "Engine",
     "EngineSettings",
     "EngineStats",
+    "Extras",
     "GenerateResult",
     "InstanceStats",
-    "Move",
     "PrefillExecutor",
     "PrefillOutput",
     "RatioPolicy",
@@ -45,14 +49,11 @@ __all__ = [
     "RequestUpdate",
     "SamplingParams",
     "Scorer",
-    "Settled",
     "StepSpec",
     "TextScores",
     "Timings",
     "TokenLogprobs",
     "decode",
-    "hand_off",
-    "new_cache",
     "plan_windows",
     "prefill",
     "prefill_tp_rank",

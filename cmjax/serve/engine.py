@@ -24,8 +24,7 @@ from cmjax.schedule import (
 from cmjax.serve.core import Core
 from cmjax.serve.fleet import Fleet
 from cmjax.serve.handle import RequestHandle
-from cmjax.serve.instances.decode import DecodeExecutor
-from cmjax.serve.instances.prefill import PrefillExecutor
+from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
 from cmjax.serve.settings import EngineSettings
 

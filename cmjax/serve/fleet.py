@@ -11,11 +11,10 @@ from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController
 from cmjax.serve.core import Core
-from cmjax.serve.instances.decode import DecodeExecutor
-from cmjax.serve.instances.prefill import PrefillExecutor
+from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.loop import InstanceLoop
 from cmjax.serve.settings import EngineSettings, check_caches_fit
-from cmjax.serve.transfer.handoff import Wire
+from cmjax.serve.transfer import Wire
 
 
 class Fleet:
@@ -131,7 +130,7 @@ class Fleet:
         try:
             executor = self._place_prefill(instance) if role == "prefill" else self._place_decode(instance)
             with self.core.changed:
-                if isinstance(executor, PrefillExecutor):
+                if executor.role == "prefill":
                     self.prefill[name] = executor
                 else:
                     self.decode[name] = executor

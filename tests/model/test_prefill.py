@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax.model import Model, convert_params, head_shards, params_digest, token_order
-from cmjax.serve import prefill
+from cmjax.serve import Extras, prefill
 from tests.helpers import max_error, tiny_config, tiny_model
 from tests.serve.driving import chunk_plan, make_engine
 
@@ -30,7 +30,7 @@ class Side:
         source = self.source
         batch = source.pack(chunk_plan(source, chunks))
         output = prefill(
-            source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, with_all_logits=True
+            source.params, source.expert_to_slot, source.cache, batch, spec=source.spec, extras=Extras(logits=True)
         )
         source.cache = output.cache
         order = token_order(BUDGET, source.instance.ep_size, source.spec.rank.microbatches)

@@ -35,8 +35,9 @@ from cmjax.schedule import (
     SendPlan,
     SloController,
 )
-from cmjax.schedule.virtual import VirtualCluster, VirtualError, expected_tokens, logprob_of
-from tests.schedule.clusters import BLOCK, decode_sizes, prefill_sizes
+from cmjax.schedule.virtual import VirtualCluster, VirtualError
+from tests.schedule.clusters import BLOCK, decode_sizes, expected_tokens, logprob_of, prefill_sizes
+from tests.schedule.invariants import check_scheduler
 
 TIMEOUT_S = 1.0
 LONGEST_PROMPT, MOST_TOKENS = 20, 24
@@ -305,7 +306,7 @@ class Chaos:
 
     def check(self) -> None:
         """At any time."""
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         for request, update in self.scheduler.take_updates():
             self._take(request, update)
         waiting = set(self.scheduler.waiting)

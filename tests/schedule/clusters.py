@@ -22,9 +22,23 @@ from cmjax.schedule import (
     Transfer,
     plan_rounds,
 )
-from cmjax.schedule.virtual import VirtualCluster, expected_tokens
+from cmjax.schedule.virtual import VirtualCluster, token_after
+from tests.schedule.invariants import check_scheduler
 
 BLOCK = 4
+
+
+def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """What a request in virtual time must end with."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(token_after(tokens))
+    return tokens[len(prompt) :]
+
+
+def logprob_of(token_id: int) -> float:
+    """The "log probability" of a token in virtual time."""
+    return -float(token_id)
 
 
 def prefill_sizes(
@@ -113,7 +127,7 @@ class Cluster(VirtualCluster):
 
     def check_nothing_is_held(self) -> None:
         """No block, place or entry is left behind."""
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         assert len(self.scheduler.waiting) == self.scheduler.num_running == 0
         for planner in self.scheduler.planners:
             assert planner.is_idle

@@ -23,6 +23,7 @@ from cmjax.schedule import (
 )
 from cmjax.schedule.decode import MAX_ROUNDS_PER_CALL
 from tests.schedule.clusters import Recorder, attempt_at, decode_sizes, make_request, make_transfer
+from tests.schedule.invariants import check_planner
 
 ROWS = np.ones((2, 4), np.int64)
 
@@ -69,7 +70,7 @@ def call(planner, now=0.0):
     plan = planner.plan(now)
     assert isinstance(plan, DecodePlan)
     planner.commit(plan, result_of(plan, planner.sizes.num_drafts), now + 0.1)
-    planner.check()
+    check_planner(planner)
     return plan
 
 
@@ -100,7 +101,7 @@ def test_sequences_are_spread_over_the_ranks():
     for _ in range(4):
         assert reserve(planner, 3, 5)
     assert reserve(planner, 3, 5) is None
-    planner.check()
+    check_planner(planner)
 
 
 def test_a_request_has_all_its_blocks_where_everybody_can_have_them():
@@ -148,7 +149,7 @@ def test_one_that_finds_no_room_at_all_leaves_itself():
     call(planner)
     assert planner.plan(1.0) is None
     assert owner.told == [("preempt", running)]
-    planner.check()
+    check_planner(planner)
 
 
 @given(data=st.data())
@@ -178,7 +179,7 @@ def test_growth_never_shares_nor_loses_a_block(data):
                 planner.commit(plan, result_of(plan), 0.1)
                 alive = [request for request in alive if request.finish_reason is None]
                 owner.told.clear()
-        planner.check()
+        check_planner(planner)
         assert planner.num_attempts == len(alive)
         assert {attempt.request for attempt in planner.attempts.values()} == set(alive)
 
@@ -329,7 +330,7 @@ def test_what_no_call_can_do_is_not_reserved():
     planner, _ = make_planner(2, 2, shapes=SERVING_SHAPES[:1])
     with pytest.raises(ValueError, match="decode0: no call is compiled for SamplingShape"):
         reserve(planner, 3, 5, temperature=1.0)
-    planner.check()
+    check_planner(planner)
     assert planner.is_idle
 
 
@@ -358,7 +359,7 @@ def test_tokens_end_at_a_stop_at_the_limit_and_where_there_are_none():
     order = [planner.attempts[attempt_id].request for attempt_id in plan.attempt_ids.tolist()]
     token_ids = np.array([columns[request] for request in order], np.int32).T
     planner.commit(plan, DecodeResult(token_ids, ROWS, 0.1), 1.0)
-    planner.check()
+    check_planner(planner)
     assert (stops.token_ids, stops.finish_reason) == ([5, 7, 8], "stop")
     assert (full.token_ids, full.finish_reason) == ([5, 7, 8], "length")
     assert (goes_on.token_ids, goes_on.finish_reason) == ([5, 7, 8, 9], None)
@@ -460,7 +461,7 @@ def test_rounds_that_nobody_waits_for_are_thrown_away():
     owner.end(other.attempt)  # while it is written
     planner.commit(plan, None, 2.0)
     assert planner.plan(2.0) is None
-    planner.check()
+    check_planner(planner)
     assert planner.is_idle
 
 

@@ -20,6 +20,7 @@ from cmjax.schedule import (
 from cmjax.schedule.blocks import BlockPool
 from cmjax.schedule.request import DecodeHold
 from tests.schedule.clusters import BLOCK, Recorder, attempt_at, make_request, make_transfer, prefill_sizes
+from tests.schedule.invariants import check_planner
 
 ROWS = np.ones((2, 4), np.int64)
 
@@ -49,7 +50,7 @@ def steps_of(planner):
     while (plan := planner.plan(now)) is not None:
         yield plan
         planner.commit(plan, result_of(plan), now + 1)
-        planner.check()
+        check_planner(planner)
         now += 1
 
 
@@ -117,7 +118,7 @@ def test_a_prompt_that_ends_under_way_leaves_nothing():
     plan = planner.plan(1.0)
     assert spans(plan) == [(second.attempt.id, 0, 4)]
     planner.commit(plan, result_of(plan), 2.0)
-    planner.check()
+    check_planner(planner)
     assert planner.is_idle
 
 
@@ -218,7 +219,7 @@ def test_of_those_that_are_over_nothing_is_sent():
     owner.end(second)
     planner.commit(plan, None, 2.0)
     assert planner.plan(2.0) is None
-    planner.check()
+    check_planner(planner)
 
 
 def test_a_resumed_prompt_is_computed_with_its_tokens_and_gets_no_other_first_one():
@@ -340,7 +341,7 @@ def test_a_compilation_that_fails():
     assert str(sends.error) == "no such target"
     assert planner.status == "ready"
     assert request.attempt.num_computed == 8
-    planner.check()
+    check_planner(planner)
     for _ in range(5):  # more often than steps may fail
         steps = planner.change(CompilePlan(planner.variants))
         planner.fail(planner.plan(2.0), RuntimeError("out of memory"), 3.0)

@@ -14,6 +14,7 @@ from cmjax.schedule import (
 from cmjax.schedule.planner import MAX_FAILURES_IN_A_ROW
 from cmjax.schedule.virtual import VirtualError
 from tests.schedule.clusters import Cluster, decode_sizes, prefill_sizes, run_s, small_cluster
+from tests.schedule.invariants import check_scheduler
 
 LONG = list(range(100, 150))
 
@@ -25,7 +26,7 @@ def instants(until, step=0.02):
 def check_often(cluster, until, step=0.05):
     """Look at the books now and then."""
     for when in instants(until, step):
-        cluster.at(when, cluster.scheduler.check)
+        cluster.at(when, lambda: check_scheduler(cluster.scheduler))
 
 
 def target_of(request):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.schedule import PrefillPlan, RestartPlan, Scheduler, SendPlan
-from cmjax.schedule.virtual import expected_tokens
-from tests.schedule.clusters import Cluster, decode_sizes, prefill_sizes, run_s, small_cluster
+from tests.schedule.clusters import Cluster, decode_sizes, expected_tokens, prefill_sizes, run_s, small_cluster
+from tests.schedule.invariants import check_scheduler
 
 
 def cluster_of(prefill, decode, **fields) -> Cluster:
@@ -270,7 +270,7 @@ def test_cancelling_frees_everything_at_every_stage():
             for request in requests[::2]:
                 stages.add(request.attempt.stage if request.attempt else request.finish_reason or "waiting")
                 cluster.scheduler.cancel(request)
-                cluster.scheduler.check()
+                check_scheduler(cluster.scheduler)
 
         cluster.at(float(when), cancel)
         cluster.run()

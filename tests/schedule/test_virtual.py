@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cmjax.schedule import DecodePlan, ReceivePlan, SendPlan
-from cmjax.schedule.virtual import VirtualError, expected_tokens, logprob_of, token_after
+from cmjax.schedule.virtual import VirtualError, token_after
 from cmjax.schedule.virtual_executors import VirtualCache
-from tests.schedule.clusters import Cluster, small_cluster
+from tests.schedule.clusters import Cluster, expected_tokens, logprob_of, small_cluster
 
 
 def test_the_next_token_follows_from_all_before_it():

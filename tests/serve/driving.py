@@ -10,7 +10,7 @@ import numpy as np
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, token_order
 from cmjax.schedule import DecodePlan, DecodeVariant, PrefillPlan, PrefillResult, Ragged, Request
-from cmjax.serve import DecodeExecutor, Engine, EngineSettings, PrefillExecutor, SamplingParams, decode, prefill
+from cmjax.serve import DecodeExecutor, Engine, EngineSettings, Extras, PrefillExecutor, SamplingParams, decode, prefill
 from tests.parity import ParityCase
 
 MACHINE = Supernode.preset("cloudmatrix384")
@@ -59,7 +59,12 @@ def fill_cache(target: DecodeExecutor) -> None:
 def prefill_logits(source: PrefillExecutor, plan: PrefillPlan) -> tuple[np.ndarray, list[np.ndarray]]:
     """Run a prefill step: `(first tokens of its rows, logits [tokens, V] of each row's chunk)`."""
     output = prefill(
-        source.params, source.expert_to_slot, source.cache, source.pack(plan), spec=source.spec, with_all_logits=True
+        source.params,
+        source.expert_to_slot,
+        source.cache,
+        source.pack(plan),
+        spec=source.spec,
+        extras=Extras(logits=True),
     )
     source.cache = output.cache
     source.keep_last_hidden(plan, output.last_hidden)
@@ -201,7 +206,7 @@ def step_through(engine: Engine, sequences: Sequence[Sequence[int]], num_prompt:
     forced = np.full((num_steps, target.instance.ep_size * target.num_places), -1, np.int32)
     arguments = (target.params, target.expert_to_slot, target.cache)
     state = target.empty_state(target.variants_for(num_steps, ())[0])
-    lowered = decode.lower(*arguments, state, forced, spec=target.spec, num_steps=num_steps, with_logits=True)
+    lowered = decode.lower(*arguments, state, forced, spec=target.spec, num_steps=num_steps, extras=Extras(logits=True))
     with ThreadPoolExecutor(1) as threads:
         compiling = threads.submit(lowered.compile)  # compiling is most of the time: both steps at once
         plan = drive.prefill(lambda request: int(sequences[request.priority, num_prompt]))

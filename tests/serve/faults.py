@@ -13,6 +13,7 @@ from cmjax.model import Model
 from cmjax.schedule import MAX_FAILURES, Attempt, CompilePlan, SamplingParams, SendPlan
 from cmjax.serve import Engine
 from cmjax.serve.steps.sampling import _noise
+from tests.schedule.invariants import check_scheduler
 
 # Two scores so near each other may change places with the order of sums; a request that starts over from its tokens
 # computes by prefill what decode had computed.
@@ -173,4 +174,4 @@ def check_nothing_is_left(engine):
     assert all(one.status in ("ready", "starting") for one in stats.instances)
     assert not engine.core.handles
     with engine.core.changed:
-        engine.core.scheduler.check()
+        check_scheduler(engine.core.scheduler)

@@ -8,6 +8,7 @@ from cmjax.model import reference
 from cmjax.serve import SamplingParams
 from tests.helpers import max_error, tiny_model
 from tests.parity import load_case
+from tests.schedule.invariants import check_scheduler
 from tests.serve.driving import make_engine, model_of, step_through
 
 
@@ -20,7 +21,7 @@ def check_greedy(model, output):
 
 
 def check_all_free(engine):
-    engine.core.scheduler.check()
+    check_scheduler(engine.core.scheduler)
     assert len(engine.core.scheduler.waiting) == engine.core.scheduler.num_running == 0
     for planner in engine.core.scheduler.planners:
         assert planner.is_idle

@@ -231,7 +231,7 @@ def test_nothing_leaves_the_devices_between_steps():
     drive.planner.variants = engine.prefill[0].variants_for(16, [request.sampling for request in requests])
     state = target.enter(drive.skip_prefill(7))
     arguments = (target.params, target.expert_to_slot, target.cache, state)
-    lowered = decode.lower(*arguments, spec=target.spec, num_steps=5, num_drafts=2)
+    lowered = decode.lower(*arguments, spec=target.spec, num_steps=5)
     text = lowered.as_text()
     assert "cmjax_fabric" in text
     assert not [word for word in ("callback", "infeed", "outfeed", "send", "recv") if f"custom_call @{word}" in text]

@@ -10,7 +10,7 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SendPlan
 from cmjax.serve import RequestError, SamplingParams
-from cmjax.serve.instances.executor import Executor
+from cmjax.serve.instances import JaxExecutor
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
@@ -34,7 +34,7 @@ SAMPLINGS = [
 def _fewer_programs():
     """Steps for whatever may be asked for, without those for greedy requests alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Executor, "serving_shapes", Executor.serving_shapes[1:])
+        patch.setattr(JaxExecutor, "serving_shapes", JaxExecutor.serving_shapes[1:])
         yield
 
 

@@ -64,7 +64,7 @@ def test_auto_stays_with_the_faster():
     found, wanted = (one.generate(prompts, sampling).outputs for one in (engine, plain))
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
     (planner,) = engine.core.scheduler.decode.values()
-    assert planner.autotune.is_settled
+    assert all(len(taken) == planner.autotune.ROUNDS for taken in planner.autotune._seconds.values())
     # A half of an odd number of places there is not.
     assert list(make_engine(model, 4, max_num_seqs_per_rank=3, microbatches="auto").decode.specs) == [1]
 

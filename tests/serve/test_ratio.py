@@ -5,13 +5,15 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.mesh import carve
 from cmjax.serve import Engine, EngineSettings, SamplingParams
-from cmjax.serve.instances.executor import Executor
+from cmjax.serve.instances import JaxExecutor
 from tests.helpers import tiny_model
 from tests.serve.driving import MACHINE
 
 
 def test_instances_join_and_leave_while_requests_run(monkeypatch):
-    monkeypatch.setattr(Executor, "serving_shapes", Executor.serving_shapes[:1])  # greedy ones alone: fewer programs
+    monkeypatch.setattr(
+        JaxExecutor, "serving_shapes", JaxExecutor.serving_shapes[:1]
+    )  # greedy ones alone: fewer programs
     model = tiny_model(num_hidden_layers=2)
     pools = carve(MACHINE, ep_size=4, prefill_ep_size=2, num_prefill_instances=1)
     settings = EngineSettings(max_model_len=64, max_num_seqs_per_rank=1, max_num_batched_tokens=32, steps_per_call=4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cmjax.errors import UserError
 from cmjax.mesh import carve
 from cmjax.model import Model
-from cmjax.serve import EngineSettings, Scorer, plan_windows
+from cmjax.serve import EngineSettings, Scorer, plan_windows, score_together
 from tests.helpers import tiny_model
 
 CONTEXT, STRIDE = 24, 9
@@ -80,7 +80,7 @@ def wanted(model, texts):
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_equals_the_logits(model, texts, wanted, ranks):
     done = []
-    found = scorer(model, ranks).score_texts(texts, done.append)
+    found = score_together([scorer(model, ranks)], texts, done.append)[0]
     assert sum(done) == sum(LENGTHS) - len(LENGTHS)
     for (logprobs, top1, agrees), scores in zip(wanted, found, strict=True):
         np.testing.assert_allclose(scores.logprobs, logprobs, rtol=1e-5, atol=1e-5)
@@ -91,14 +91,14 @@ def test_equals_the_logits(model, texts, wanted, ranks):
 
 def test_without_a_draft_nothing_agrees(texts):
     plain = tiny_model(seed=5, vocab_size=7)
-    for scores in scorer(plain, 1).score_texts(texts):
+    for scores in score_together([scorer(plain, 1)], texts)[0]:
         assert not scores.draft_agrees.any()
         assert np.isfinite(scores.logprobs).all()
 
 
 def test_counts_the_rows_of_the_experts(model, texts):
     instance = scorer(model, 8)
-    instance.score_texts(texts)
+    score_together([instance], texts)
     load = instance.expert_load()
     tokens = sum(w.stop - w.start for w in plan_windows(LENGTHS, CONTEXT, STRIDE))
     num_windows = len(plan_windows(LENGTHS, CONTEXT, STRIDE))
@@ -112,7 +112,7 @@ def test_logits_that_are_not_finite_are_an_error(model, texts):
     norm[3] = np.nan
     broken = Model(model.config, dataclasses.replace(model.params, norm=norm), "broken")
     with pytest.raises(UserError, match="not finite"):
-        scorer(broken, 1).score_texts(texts)
+        score_together([scorer(broken, 1)], texts)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from cmjax.model import (
 )
 from cmjax.moe import FabricExchange
 from cmjax.schedule import CompilePlan
-from cmjax.serve import DecodeState, SamplingParams, StepSpec, decode, prefill
+from cmjax.serve import DecodeState, Extras, SamplingParams, StepSpec, decode, prefill
 from tests.helpers import max_error, tiny_model
 from tests.serve.driving import Drive, fill_cache, make_engine, make_requests
 
@@ -128,7 +128,9 @@ def test_deepseek_v3_prefill_traces_on_32_devices(make_mesh):
     spec, params, maps, cache, _ = abstract_step(ModelConfig.from_hf(V3), make_mesh(32))
     tokens = [jax.ShapeDtypeStruct((4096,), jnp.int32) for _ in range(4)]
     batch = PrefillBatch(*tokens, jax.ShapeDtypeStruct((33,), jnp.int32), jax.ShapeDtypeStruct((32, 64), jnp.int32))
-    output = jax.eval_shape(lambda *args: prefill(*args, spec=spec, with_all_logits=True), params, maps, cache, batch)
+    output = jax.eval_shape(
+        lambda *args: prefill(*args, spec=spec, extras=Extras(logits=True)), params, maps, cache, batch
+    )
     assert output.all_logits.shape == (4096, 129280)
     assert output.last_hidden.shape == (32, 7168)
     assert output.last_hidden.dtype == jnp.bfloat16
@@ -190,7 +192,7 @@ def run_steps(engine, rows, num_prompt):
     forced[: num_steps - 1, columns] = rows[:, num_prompt + 1 :].T
     output = decode(
         target.params, target.expert_to_slot, target.cache, target.enter(plan), forced, spec=target.spec,
-        num_steps=num_steps, with_logits=True,
+        num_steps=num_steps, extras=Extras(logits=True),
     )  # fmt: skip
     target.cache = output.cache
     logits = np.stack([drive.logits[request] for request in requests])

@@ -11,6 +11,7 @@ import pytest
 from cmjax.mesh.native import build
 from cmjax.serve import SamplingParams
 from tests.parity import load_case
+from tests.schedule.invariants import check_scheduler
 from tests.serve.driving import Drive, make_engine, make_requests, model_of
 
 STEPS_PER_CALL = 10
@@ -49,7 +50,7 @@ def test_many_decode_steps(ep_size, num_turns, calls_a_turn):
             drive.call(plan if call == 1 else None)
             assert drive.decode_planner.num_tokens == len(requests) * STEPS_PER_CALL * call
         assert {request.finish_reason for request in requests} == {"length"}
-        drive.scheduler.check()
+        check_scheduler(drive.scheduler)
         for row, request in enumerate(requests):
             num = min(case.num_clear(row), len(request.token_ids))
             np.testing.assert_array_equal(request.token_ids[:num], case.generated[row, :num])

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,12 +17,8 @@ from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError, install_handlers
-from cmjax.serve.http.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from cmjax.serve.http.protocol import Message as ChatMessage
 from cmjax.serve.http.run import Run
 from cmjax.serve.http.state import ServerSettings, ServerState, refuse_unsupported
 from cmjax.serve.http.status import status_routes
@@ -170,7 +166,7 @@ def _without_double_bos(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _conversation(
-    state: ServerState, messages: list[Any], add_generation_prompt: bool, variables: dict[str, Any] | None
+    state: ServerState, messages: Sequence[ChatMessage], add_generation_prompt: bool, variables: dict[str, Any] | None
 ) -> str:
     state.text_tokenizer()
     if state.template is None:

@@ -1,16 +1,29 @@
 """What clients send: the fields of OpenAI's API, and those that vLLM's users know. Other fields are ignored."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmjax.schedule import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from cmjax.schedule import MAX_LOGIT_BIAS, MAX_LOGPROBS, MOST_LOGIT_BIAS, range_of
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[float, Field(ge=-MOST_LOGIT_BIAS, le=MOST_LOGIT_BIAS)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
+
+
+def _sampled(name: str) -> Any:
+    """A field that need not be given, with the range that `SamplingParams` has for it."""
+    least, most, is_closed = range_of(name)
+    return Field(
+        None,
+        ge=least if is_closed else None,
+        gt=None if is_closed else least,
+        le=most if math.isfinite(most) else None,
+        allow_inf_nan=False,
+    )
 
 
 class _Body(BaseModel):
@@ -33,12 +46,12 @@ class Sampled(_Body):
     stream_options: StreamOptions | None = None
     stop: Stop | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = _sampled("temperature")
+    top_p: float | None = _sampled("top_p")
     top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    min_p: float | None = _sampled("min_p")
+    presence_penalty: float | None = _sampled("presence_penalty")
+    frequency_penalty: float | None = _sampled("frequency_penalty")
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     ignore_eos: bool = False

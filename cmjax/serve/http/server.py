@@ -1,8 +1,9 @@
 """Running the app: uvicorn, and a way down that finishes what runs."""
 
 import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,7 +28,7 @@ def run_server(
     uds: str | None = None,
     drain_timeout_s: float = 30.0,
     log_level: str = "warning",
-    on_ready: Any = None,
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs, for at most `drain_timeout_s` seconds; a second signal ends
     at once.
@@ -53,7 +54,7 @@ def run_server(
     if on_ready is not None:
         startup = server.startup
 
-        async def start_and_tell(sockets: Any = None) -> None:
+        async def start_and_tell(sockets: list[socket.socket] | None = None) -> None:
             await startup(sockets)
             if server.started:
                 listening = [s.getsockname() for one in server.servers for s in one.sockets]

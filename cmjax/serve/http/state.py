@@ -2,7 +2,6 @@
 
 import dataclasses
 import secrets
-from typing import Any
 
 from cmjax.checkpoint import Tokenizer
 from cmjax.serve import SamplingParams
@@ -128,14 +127,8 @@ class ServerState:
             top, prompt_top = body.logprobs, body.prompt_logprobs
             if body.echo and top is not None:
                 prompt_top = top
-        given: dict[str, Any] = {
-            "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-            "min_p": body.min_p,
-            "presence_penalty": body.presence_penalty,
-            "frequency_penalty": body.frequency_penalty,
-        }
+        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+        given = {name: getattr(body, name) for name in names}
         return SamplingParams(
             max_tokens=max(wanted, 1),  # 0, with echo: the one token is thrown away
             stop_token_ids=tuple(dict.fromkeys(stop_ids)),
@@ -143,7 +136,7 @@ class ServerState:
             seed=choice_seed(body.seed, choice),
             logprobs=top,
             prompt_logprobs=prompt_top,
-            **{name: value for name, value in given.items() if value is not None},
+            **{"temperature": 1.0} | {name: value for name, value in given.items() if value is not None},
         )
 
     def _logit_bias(self, body: Sampled) -> dict[int, float]:

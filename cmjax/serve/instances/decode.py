@@ -3,8 +3,8 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -21,21 +21,21 @@ from cmjax.schedule import (
     DecodeSizes,
     DecodeVariant,
     LogprobArrays,
+    Plan,
     ReceivePlan,
-    RestartPlan,
     Result,
     SamplingParams,
     SamplingShape,
     Scheduler,
 )
+from cmjax.serve import transfer
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
-from cmjax.serve.instances.executor import Executor, host_load, host_logprobs
+from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps.decode import DecodeOutput, DecodeState, decode
-from cmjax.serve.transfer import handoff as transfer
+from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, decode
 
 
-class DecodeExecutor(Executor):
+class DecodeExecutor(JaxExecutor):
     """Continues sequences, each on one rank: data-parallel attention, expert-parallel MoE.
 
     A rank has `max_num_seqs_per_rank` places and a cache of its own. A call runs sequences in as few rows a rank as are
@@ -45,13 +45,15 @@ class DecodeExecutor(Executor):
         hidden: `[ranks * places, k + 1, hidden]`, what the MTP module has yet to see; None without one.
     """
 
+    role: ClassVar[Literal["decode"]] = "decode"
+
     def __init__(
         self,
         model: Model,
         instance: Instance,
         settings: EngineSettings,
         num_blocks: int,
-        wire: "transfer.Wire | None" = None,
+        wire: transfer.Wire | None = None,
         **expert_counts: int | None,
     ) -> None:
         if settings.num_speculative_tokens and model.params.mtp is None:
@@ -108,13 +110,12 @@ class DecodeExecutor(Executor):
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
-    def _runs(self) -> dict[type, Callable[[Any], Result]]:
-        return {
-            DecodePlan: self._run_call,
-            ReceivePlan: self._receive,
-            CompilePlan: self.compile,
-            RestartPlan: self.restart,
-        }
+    def _work(self, plan: Plan) -> Result:
+        if isinstance(plan, ReceivePlan):
+            self._receive(plan)
+            return None
+        assert isinstance(plan, DecodePlan)
+        return self._run_call(plan)
 
     def poll(self) -> list[Arrival]:
         return self._wire.arrived(self)
@@ -204,8 +205,7 @@ class DecodeExecutor(Executor):
             state,
             spec=self.specs[microbatches],
             num_steps=variant.num_steps,
-            num_drafts=self.num_drafts,
-            num_logprobs=variant.sampling.num_logprobs,
+            extras=Extras(variant.sampling.num_logprobs),
         )
         self.cache = output.cache
         if output.state.settled is not None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from cmjax.model import DecodeBatch
 from cmjax.schedule import DecodeGrowth, DecodeJoins, SamplingShape
-from cmjax.serve.steps.decode import DecodeState, Settled
-from cmjax.serve.steps.sampling import SamplingState
+from cmjax.serve.steps import DecodeState, SamplingState, Settled
 
 
 class DecodeRows:
@@ -110,11 +110,11 @@ class DecodeRows:
         first = np.searchsorted(ranks, ranks)  # of the same rank: places ascend
         return ranks * num_slots + np.arange(len(places)) - first
 
-    def state(self, places: np.ndarray, num_slots: int, shape: SamplingShape, hidden: object) -> DecodeState:
+    def state(self, places: np.ndarray, num_slots: int, shape: SamplingShape, hidden: jax.Array | None) -> DecodeState:
         """These places as the host arrays of a step, `[ranks * num_slots]`, all else empty.
 
         Args:
-            hidden: the devices' hidden states of all places.
+            hidden: the devices' hidden states of all places, where drafts are made.
         """
         # Rows without a sequence repeat a place, and are switched off by their position.
         of_row = np.zeros(self.num_ranks * num_slots, np.int64)
@@ -130,6 +130,7 @@ class DecodeRows:
         )
         settled = None
         if self.num_drafts:
+            assert hidden is not None
             settled = Settled(
                 hidden,
                 (of_row % self.num_places).astype(np.int32),

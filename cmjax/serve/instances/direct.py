@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,10 +19,12 @@ from cmjax.schedule import (
     SamplingRows,
     Scheduler,
     blocks_for,
+    make_segments,
+    plan_rounds,
 )
+from cmjax.serve import transfer
 from cmjax.serve.instances.decode import DecodeExecutor
 from cmjax.serve.instances.prefill import PrefillExecutor
-from cmjax.serve.transfer.handoff import Move, hand_off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Prefilled:
     step_row: int
     last_hidden: jax.Array
     token_id: int
+
+
+class Row(NamedTuple):
+    """Where a sequence goes: a place of a rank, with blocks for its whole length."""
+
+    rank: int
+    place: int
+    blocks: list[int]
 
 
 def plan_prompts(source: PrefillExecutor, prompts: Sequence[Sequence[int]]) -> PrefillPlan:
@@ -89,21 +100,18 @@ def fill(
     Returns:
         The call that begins with them; `rows_in_order` says which sequence a row is.
     """
-    num_ranks, settings, rows = target.instance.ep_size, target.settings, []
+    num_ranks, settings = target.instance.ep_size, target.settings
+    rows: list[Row] = []
     used = np.zeros(num_ranks, np.int64)
     for index, prompt in enumerate(prompts):
         place, rank = divmod(index, num_ranks)
         needed = blocks_for(len(prompt.prompt_ids) + sampling.max_tokens - 1, settings.block_size)
-        rows.append((rank, place, list(range(int(used[rank]), int(used[rank]) + needed))))
+        rows.append(Row(rank, place, list(range(int(used[rank]), int(used[rank]) + needed))))
         used[rank] += needed
     assert max(used.tolist()) <= target.num_blocks
-    moves = [
-        Move(len(one.prompt_ids), one.blocks, one.step_row, rank, place, blocks)
-        for one, (rank, place, blocks) in zip(prompts, rows, strict=True)
-    ]
-    hand_off(source, target, moves, prompts[0].last_hidden)
+    _hand_over(source, target, prompts, rows)
     order = rows_in_order(len(prompts), num_ranks)
-    places = np.array([rows[index][0] * target.num_places + rows[index][1] for index in order], np.int32)
+    places = np.array([rows[index].rank * target.num_places + rows[index].place for index in order], np.int32)
     lengths = np.array([len(prompts[index].prompt_ids) for index in order], np.int32)
     nothing = np.zeros(0, np.int32)
     return DecodePlan(
@@ -117,13 +125,28 @@ def fill(
             token_ids=np.array([first_tokens[index] for index in order], np.int32),
             positions=lengths,
             last_positions=lengths + (sampling.max_tokens - 2),
-            blocks=Ragged.of([rows[index][2] for index in order]),
+            blocks=Ragged.of([rows[index].blocks for index in order]),
             sampling=SamplingRows.of([sampling] * len(order), [sampling.seed or 0] * len(order)),
             history=Ragged.of([() for _ in order]),
         ),
         growth=DecodeGrowth(nothing, nothing, Ragged.of([]), nothing),
         logprob_rows=nothing,
     )
+
+
+def _hand_over(
+    source: PrefillExecutor, target: DecodeExecutor, prompts: Sequence[Prefilled], rows: Sequence[Row]
+) -> None:
+    """Copy prompts' latents (the MTP layer's included) and last hidden states to their rows, and wait for them."""
+    lengths = [len(one.prompt_ids) for one in prompts]
+    for parts in plan_rounds([row.rank for row in rows], lengths, transfer.round_tokens(target.settings)):
+        ends = [part.hidden_row >= 0 for part in parts]
+        step_rows = [prompts[part.prompt].step_row if end else -1 for part, end in zip(parts, ends, strict=True)]
+        places = [rows[part.prompt].place if end else -1 for part, end in zip(parts, ends, strict=True)]
+        here = make_segments(parts, lambda part: prompts[part.prompt].blocks, source.settings.block_size)
+        there = make_segments(parts, lambda part: rows[part.prompt].blocks, target.settings.block_size)
+        payload = transfer.read(source, target, here, np.array(step_rows, np.int32), prompts[0].last_hidden)
+        transfer.write(target, payload, there, np.array(places, np.int32))
 
 
 def rows_in_order(num_sequences: int, num_ranks: int) -> list[int]:

@@ -2,17 +2,17 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, Instance
 from cmjax.model import Model, Params, RankSpec, default_wires, expert_maps, place_params, plan_placement
-from cmjax.moe import ExpertPlacement, SplitExchange
+from cmjax.moe import Exchange, ExpertPlacement, SplitExchange
 from cmjax.schedule import (
     SERVING_SHAPES,
     Arrival,
@@ -25,21 +25,10 @@ from cmjax.schedule import (
     SamplingShape,
 )
 from cmjax.serve.settings import EngineSettings, check_exchange_fits
-from cmjax.serve.steps.prefill import StepSpec, new_cache
-from cmjax.serve.steps.sampling import Logprobs
+from cmjax.serve.steps import SECOND_BY_RANK, Logprobs, StepSpec, new_cache
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple of `multiple`."""
-    return -(-value // multiple) * multiple
-
-
-def bucket(value: int, multiple: int) -> int:
-    """The next multiple of `multiple` times a power of two: few shapes, so few compilations."""
-    return multiple << max(0, (-(-value // multiple) - 1).bit_length())
-
-
-class Executor(abc.ABC):
+class JaxExecutor(abc.ABC):
     """Runs an instance's plans with JAX in this process: params by slot, the placement as arrays, a cache.
 
     Attributes:
@@ -92,7 +81,7 @@ class Executor(abc.ABC):
         self.specs = {rank.microbatches: self.spec}
         self.params = place_params(params, self.placement, instance.mesh)
         maps = expert_maps(self.placement, instance.ep_size)
-        self.expert_to_slot = jax.device_put(maps, NamedSharding(instance.mesh, PartitionSpec(None, EP_AXIS)))
+        self.expert_to_slot = jax.device_put(maps, NamedSharding(instance.mesh, SECOND_BY_RANK))
         self.cache = new_cache(self.spec, num_blocks, model.dtype)
         self._shapes = [SamplingShape()]
 
@@ -100,7 +89,13 @@ class Executor(abc.ABC):
 
     def run(self, plan: Plan) -> Result:
         """Run a plan; see `cmjax.schedule.Executor`."""
-        return self._runs()[type(plan)](plan)
+        if isinstance(plan, CompilePlan):
+            self.compile(plan)
+        elif isinstance(plan, RestartPlan):
+            self.restart()
+        else:
+            return self._work(plan)
+        return None
 
     def poll(self) -> list[Arrival]:
         """The rounds of hand-offs that have arrived since the last call."""
@@ -112,14 +107,14 @@ class Executor(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def _runs(self) -> dict[type, Callable[[Any], Result]]:
-        """What runs each kind of plan."""
+    def _work(self, plan: Plan) -> Result:
+        """Run a step, or this side of a hand-off's round."""
 
     @abc.abstractmethod
     def _forget(self) -> None:
         """Forget what the role keeps beside the cache."""
 
-    def restart(self, _: RestartPlan) -> None:
+    def restart(self) -> None:
         """Start with an empty cache."""
         self._forget()
         vars(self).pop("cache", None)  # its memory first: there may not be room for two
@@ -163,13 +158,14 @@ def host_load(slot_load: jax.Array) -> np.ndarray:
     return np.asarray(slot_load).astype(np.int64)
 
 
-def host_logprobs(found: Logprobs, index: Any) -> LogprobArrays:
-    """Some places of a step's log probabilities, on the host."""
+def host_logprobs(found: Logprobs | None, index: np.ndarray | tuple[slice, np.ndarray]) -> LogprobArrays:
+    """Some places of the log probabilities that a step was asked for, on the host."""
+    assert found is not None
     chosen, rank, top_ids, top = (np.asarray(a)[index] for a in (found.chosen, found.rank, found.top_ids, found.top))
     return LogprobArrays(chosen, rank, top_ids, top)
 
 
-def _make_exchange(model: Model, settings: EngineSettings, placement: ExpertPlacement | None) -> Any:
+def _make_exchange(model: Model, settings: EngineSettings, placement: ExpertPlacement | None) -> Exchange:
     dispatch_dtype, combine_dtype = default_wires(model.params)
     exchange = settings.exchange(
         axis_name=EP_AXIS,

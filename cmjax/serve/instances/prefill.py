@@ -1,8 +1,8 @@
 """The prefill role: prompts to latents and first tokens."""
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -12,23 +12,23 @@ from cmjax.model import Model, PrefillBatch, token_order
 from cmjax.schedule import (
     CompilePlan,
     LogprobArrays,
+    Plan,
     PrefillPlan,
     PrefillPlanner,
     PrefillResult,
     PrefillSizes,
     PrefillVariant,
-    RestartPlan,
     Result,
     SamplingParams,
     SamplingShape,
     Scheduler,
     SendPlan,
 )
-from cmjax.serve.instances.executor import Executor, bucket, host_load, host_logprobs, round_up
+from cmjax.serve import transfer
+from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps.prefill import PrefillOutput, prefill
-from cmjax.serve.steps.sampling import SamplingState
-from cmjax.serve.transfer import handoff as transfer
+from cmjax.serve.steps import Extras, PrefillOutput, SamplingState, prefill
+from cmjax.serve.steps.shapes import bucket, round_up
 
 # Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
 SMALL_STEP_TOKENS = 256
@@ -36,7 +36,7 @@ SMALL_STEP_TOKENS = 256
 LEAST_PROMPT_TOKENS = 16
 
 
-class PrefillExecutor(Executor):
+class PrefillExecutor(JaxExecutor):
     """Turns prompts into latents and first tokens; every rank holds the latents of all of them.
 
     Attributes:
@@ -44,13 +44,15 @@ class PrefillExecutor(Executor):
         num_step_tokens: of a step of the whole budget.
     """
 
+    role: ClassVar[Literal["prefill"]] = "prefill"
+
     def __init__(
         self,
         model: Model,
         instance: Instance,
         settings: EngineSettings,
         num_blocks: int,
-        wire: "transfer.Wire | None" = None,
+        wire: transfer.Wire | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -94,13 +96,12 @@ class PrefillExecutor(Executor):
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
-    def _runs(self) -> dict[type, Callable[[Any], Result]]:
-        return {
-            PrefillPlan: self._run_step,
-            SendPlan: self._send,
-            CompilePlan: self.compile,
-            RestartPlan: self.restart,
-        }
+    def _work(self, plan: Plan) -> Result:
+        if isinstance(plan, SendPlan):
+            self._send(plan)
+            return None
+        assert isinstance(plan, PrefillPlan)
+        return self._run_step(plan)
 
     def _forget(self) -> None:
         self._table = np.full((self.num_places, self.settings.max_blocks), -1, np.int32)
@@ -166,8 +167,7 @@ class PrefillExecutor(Executor):
             batch,
             sampling,
             spec=self.spec if microbatches is None else self.specs[microbatches],
-            num_logprobs=shape.num_logprobs,
-            num_prompt_logprobs=shape.num_prompt_logprobs,
+            extras=Extras(shape.num_logprobs, shape.num_prompt_logprobs),
         )
         self.cache = output.cache
         return output

@@ -24,7 +24,7 @@ from cmjax.schedule import (
 from cmjax.serve.instances.executor import host_load
 from cmjax.serve.instances.prefill import PrefillExecutor
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps.prefill import ScoreOutput, score
+from cmjax.serve.steps import Reference, ScoreOutput, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +104,11 @@ class Scorer:
         self.executor = PrefillExecutor(model, instance, settings, settings.max_blocks + budget)
         self.slot_load = SlotLoad()
 
-    def score_texts(
-        self, texts: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
-    ) -> list[TextScores]:
-        """Score texts of token ids: `score_together` of this one alone."""
-        return score_together([self], texts, progress)[0]
-
     def expert_load(self) -> np.ndarray:
-        """Rows per logical expert so far, see `Executor.logical_load`."""
+        """Rows per logical expert so far, see `PrefillExecutor.logical_load`."""
         return self.executor.logical_load(self.slot_load.total)
 
-    def step(self, plan: PrefillPlan, reference: tuple[jax.Array, jax.Array] | None) -> ScoreOutput:
+    def step(self, plan: PrefillPlan, reference: Reference | None) -> ScoreOutput:
         """Score a step's chunks; `reference`: see `score`."""
         one = self.executor
         output = score(one.params, one.expert_to_slot, one.cache, one.pack(plan), reference, spec=one.spec)
@@ -167,8 +161,9 @@ class _Expectations:
     @classmethod
     def of(cls, output: ScoreOutput) -> "_Expectations":
         """On the host."""
-        found = cls(output.token_ids, output.logprobs, output.draft_ids, output.kl_divergence)
-        return jax.tree.map(np.asarray, found)
+        return cls(
+            *jax.tree.map(np.asarray, (output.token_ids, output.logprobs, output.draft_ids, output.kl_divergence))
+        )
 
     def part(self, index: slice) -> "_Expectations":
         """Some of the tokens."""

@@ -13,26 +13,20 @@ Rows of refused drafts stay in the cache behind the newest token, where nothing 
 
 import dataclasses
 import functools
-from typing import Any, Generic
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from cmjax.mesh import EP_AXIS
-from cmjax.model import DecodeBatch, Leaf, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
-from cmjax.serve.steps.prefill import StepSpec
-from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
-
-_BY_RANK = PartitionSpec(EP_AXIS)
-_BY_STEP = PartitionSpec(None, EP_AXIS)
-_MAPS = PartitionSpec(None, EP_AXIS)
+from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
+from cmjax.serve.steps.sampling import Array, Logprobs, SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.spec import BY_RANK, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, specs_of
 
 
 @flax.struct.dataclass
-class Settled(Generic[Leaf]):
+class Settled:
     """The tokens that a step settled, which the MTP module has yet to see; k drafts a step.
 
     Attributes:
@@ -43,14 +37,14 @@ class Settled(Generic[Leaf]):
         counts: `int32[requests]`, how many there are, 1 to k + 1; the last is the one before the newest token.
     """
 
-    hidden: Leaf
-    places: Leaf
-    next_token_ids: Leaf
-    counts: Leaf
+    hidden: jax.Array
+    places: Array
+    next_token_ids: Array
+    counts: Array
 
 
 @flax.struct.dataclass
-class DecodeState(Generic[Leaf]):
+class DecodeState:
     """The requests of an instance between two steps; every array is cut by rank.
 
     Attributes:
@@ -60,14 +54,14 @@ class DecodeState(Generic[Leaf]):
         history: `int32[requests, longest]`, generated so far, -1 padded, where a request has penalties.
     """
 
-    batch: Any  # DecodeBatch
+    batch: DecodeBatch
     sampling: SamplingState | None = None
     settled: Settled | None = None
-    history: Leaf | None = None
+    history: Array | None = None
 
 
 @flax.struct.dataclass
-class DecodeOutput(Generic[Leaf]):
+class DecodeOutput:
     """What a decode call returns. k drafts a step.
 
     Attributes:
@@ -80,19 +74,15 @@ class DecodeOutput(Generic[Leaf]):
         logprobs: of the tokens, where asked for.
     """
 
-    cache: Leaf
-    state: Any  # DecodeState
-    token_ids: Leaf
-    slot_load: Leaf
-    logits: Leaf | None
-    logprobs: Any  # Logprobs or None
+    cache: jax.Array
+    state: DecodeState
+    token_ids: jax.Array
+    slot_load: jax.Array
+    logits: jax.Array | None
+    logprobs: Logprobs | None
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("spec", "num_steps", "num_drafts", "num_logprobs", "with_logits"),
-    donate_argnames=("cache",),
-)
+@functools.partial(jax.jit, static_argnames=("spec", "num_steps", "extras"), donate_argnames=("cache",))
 def decode(
     params: Params,
     expert_to_slot: jax.Array,
@@ -102,9 +92,7 @@ def decode(
     *,
     spec: StepSpec,
     num_steps: int,
-    num_drafts: int = 0,
-    num_logprobs: int | None = None,
-    with_logits: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> DecodeOutput:
     """Run `num_steps` steps of every sequence.
 
@@ -112,20 +100,21 @@ def decode(
 
     Args:
         params, expert_to_slot, cache: as for `prefill`.
-        state: cut by rank; the block tables must hold the blocks that the steps will fill. Without `sampling`, greedy.
+        state: cut by rank; the block tables must hold the blocks that the steps will fill. Without `sampling`, greedy;
+            with `settled` of k + 1 tokens, the MTP module guesses k ahead in each step.
         forced_token_ids: `int32[num_steps, requests]`: the token to go on with in place of the sampled one, -1 for
             none; not with drafts.
-        num_drafts: tokens that the MTP module guesses ahead in each step.
-        num_logprobs: also return the tokens' log probabilities, and so many of the best at each place.
-        with_logits: also return every step's logits.
     """
-    if num_drafts and (state.settled is None or params.mtp is None or forced_token_ids is not None):
-        raise ValueError("drafts need an MTP module and its settled tokens, and no forced ones")
+    num_drafts = 0 if state.settled is None else state.settled.next_token_ids.shape[1] - 1
+    if num_drafts and (params.mtp is None or forced_token_ids is not None):
+        raise ValueError("drafts need an MTP module, and no forced tokens")
 
-    def rank(params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: Any) -> DecodeOutput:
+    def rank(
+        params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: jax.Array | None
+    ) -> DecodeOutput:
         params = params if num_drafts else dataclasses.replace(params, mtp=None)
 
-        def step(carry: tuple[jax.Array, DecodeState], forced: Any) -> tuple[tuple, tuple]:
+        def step(carry: tuple[jax.Array, DecodeState], forced: jax.Array | None) -> tuple[tuple, tuple]:
             cache, state = carry
             drafts, draft_load = jnp.zeros((len(state.batch.positions), 0), jnp.int32), None
             if num_drafts:
@@ -136,9 +125,11 @@ def decode(
             sampled = _sample(logits, state, drafts, forced)
             state, token_ids = _settle(state, drafts, sampled, output.hidden)
             load = output.slot_load if draft_load is None else jnp.concatenate([output.slot_load, draft_load])
-            best = None if num_logprobs is None else logprobs(logits, sampled.reshape(-1), num_logprobs)
-            shape, extras = sampled.shape, (logits if with_logits else None, best)
-            rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), extras)
+            best = None
+            if extras.num_logprobs is not None:
+                best = logprobs(logits, sampled.reshape(-1), extras.num_logprobs)
+            shape, found = sampled.shape, (logits if extras.logits else None, best)
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), found)
             return (output.cache, state), (token_ids.T, load, *rows)
 
         (cache, state), out = lax.scan(step, (cache[0], state), forced, length=num_steps)
@@ -146,8 +137,9 @@ def decode(
         token_ids, logits, best = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (token_ids, logits, best))
         return DecodeOutput(cache[None], state, token_ids, loads.sum(0), logits, best)
 
-    in_specs = (param_specs(params, EP_AXIS), _MAPS, _BY_RANK, _BY_RANK, _BY_STEP)
-    out_specs = DecodeOutput(_BY_RANK, _BY_RANK, _BY_STEP, _MAPS, _BY_STEP, _BY_STEP)
+    in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, BY_RANK, SECOND_BY_RANK)
+    by_step = dict.fromkeys(("token_ids", "slot_load", "logits", "logprobs"), SECOND_BY_RANK)
+    out_specs = specs_of(DecodeOutput, **by_step)
     return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, state, forced_token_ids)
 
 
@@ -215,12 +207,12 @@ def _sample(logits: jax.Array, state: DecodeState, drafts: jax.Array, forced: ja
     return sampled if forced is None else jnp.where(forced[:, None] >= 0, forced[:, None], sampled)
 
 
-def _appended(history: jax.Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
+def _appended(history: Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
     """`history[requests, longest]` with the first `counts` of `token_ids[requests, some]` after what it holds."""
     index = jnp.arange(token_ids.shape[1])
     end = (history >= 0).sum(1, keepdims=True)
     target = jnp.where(index < counts[:, None], end + index, history.shape[1])
-    return history.at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
+    return jnp.asarray(history).at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
 
 
 def _settle(

@@ -5,7 +5,6 @@ call, or on whether it was guessed before. One set of noise serves a draft and t
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
@@ -14,6 +13,9 @@ import numpy as np
 from jax import lax
 
 from cmjax.schedule import NOT_FINITE, SamplingRows
+
+# On the host, or in a step.
+Array = np.ndarray | jax.Array
 
 
 @flax.struct.dataclass
@@ -30,16 +32,16 @@ class SamplingState:
         stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    presence_penalty: Any
-    frequency_penalty: Any
-    seed: Any
-    bias_ids: Any
-    bias_values: Any
-    stop_ids: Any
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    seed: Array
+    bias_ids: Array
+    bias_values: Array
+    stop_ids: Array
 
     @classmethod
     def empty(cls, rows: int, num_bias: int = 0, num_stop: int = 0) -> "SamplingState":
@@ -95,10 +97,10 @@ class Logprobs:
         top_ids, top: `int32[rows, n]`, `float32[rows, n]`, the n best, best first.
     """
 
-    chosen: Any
-    rank: Any
-    top_ids: Any
-    top: Any
+    chosen: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
 
 
 def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
@@ -135,9 +137,7 @@ def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
     return (token_ids[..., None] == state.stop_ids[:, None]).any(-1) & (token_ids >= 0)
 
 
-def sample(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, history: jax.Array | None = None
-) -> jax.Array:
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None = None) -> jax.Array:
     """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not.
 
     In vLLM's order: biases, penalties, then the best token or (temperature, min-p, top-k, top-p) a draw. Of equal
@@ -161,7 +161,7 @@ def sample(
     return _finite_only(lax.cond(is_random.any(), draw, lambda: best), logits)
 
 
-def _adjusted(logits: jax.Array, state: SamplingState, history: jax.Array | None) -> jax.Array:
+def _adjusted(logits: jax.Array, state: SamplingState, history: Array | None) -> jax.Array:
     rows = jnp.arange(logits.shape[0])[:, None]
     vocabulary = logits.shape[1]
     if state.bias_ids.shape[1]:
@@ -198,11 +198,11 @@ def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
     return lax.cond(has_rank, by_rank, lambda: x)
 
 
-def _noise(seed: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
+def _noise(seed: Array, positions: jax.Array, vocabulary: int) -> jax.Array:
     """Gumbel noise, `float32[rows, vocabulary]`: the largest of logits plus it is a draw from their softmax."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32)
 
-    return jax.vmap(row)(seed, positions)
+    return jax.vmap(row)(jnp.asarray(seed), positions)

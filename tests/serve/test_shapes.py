@@ -1,9 +1,9 @@
-"""The shapes of an executor's steps: host code alone."""
+"""The shapes of steps: host code alone."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.serve.instances.executor import bucket
+from cmjax.serve.steps.shapes import bucket
 
 
 @given(value=st.integers(1, 5000), multiple=st.integers(1, 320))

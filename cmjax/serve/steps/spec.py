@@ -1,0 +1,90 @@
+"""What all steps share: the mesh they run on, how their arrays are cut, and the cache they work on.
+
+A step is one `shard_map` over an instance's one-axis mesh. Params, expert placement, cache and batch are arguments,
+`StepSpec` alone is static: an instance can switch models of one shape and rebalance without recompiling. The steps see
+the cache only through block tables and slot mappings.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from cmjax.mesh import EP_AXIS, fabric
+from cmjax.model import RankSpec
+
+T = TypeVar("T")
+
+EVERYWHERE = PartitionSpec()
+BY_RANK = PartitionSpec(EP_AXIS)
+# Such as `expert_to_slot[moe layers, source rank, logical]`, or `token_ids[steps, requests]`.
+SECOND_BY_RANK = PartitionSpec(None, EP_AXIS)
+
+
+def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
+    """An output that holds how each field is cut in the field's place: by rank, but for `others`."""
+    fields = dataclasses.fields(output)  # type: ignore[arg-type]  # always a dataclass
+    return output(**{field.name: others.get(field.name, BY_RANK) for field in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What is static about an instance's steps: the rank's pass, and the mesh it runs on."""
+
+    rank: RankSpec
+    mesh: Mesh
+
+    def on_ranks(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Wrap a per-rank function for the instance's mesh."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def by_rank(self) -> NamedSharding:
+        """The sharding of arrays whose leading axis is cut by rank."""
+        return NamedSharding(self.mesh, BY_RANK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a step returns besides, where asked for.
+
+    Attributes:
+        num_logprobs: log probabilities of the sampled tokens, and of so many of the best at each place.
+        num_prompt_logprobs: the same for the prompts of a prefill step.
+        logits: of every token of a prefill step, of every step of a decode call.
+    """
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    logits: bool = False
+
+
+NO_EXTRAS = Extras()
+
+
+def new_cache(spec: StepSpec, num_blocks: int, dtype: DTypeLike) -> jax.Array:
+    """Return an instance's cache, `[R, cache layers, num_blocks * block_size, latent width]`; nothing is cleared."""
+    config = spec.rank.config
+    shape = (1, config.num_cache_layers, num_blocks * spec.rank.block_size, config.latent_width)
+    return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), BY_RANK))()
+
+
+# Logits of this many tokens at a time: those of a whole step would be its largest array by far.
+_ROWS = 512
+
+
+def by_rows(function: Callable[..., T], *arrays: jax.Array) -> T:
+    """Apply `function` to `arrays[tokens, ...]`, a few hundred rows at a time."""
+    tokens = arrays[0].shape[0]
+    rows = min(_ROWS, tokens)
+    pad = -tokens % rows
+
+    def cut(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, pad), *(((0, 0),) * (a.ndim - 1)))).reshape(-1, rows, *a.shape[1:])
+
+    out = lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], out)
