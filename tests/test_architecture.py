@@ -15,13 +15,13 @@ SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # From the lowest up: a room imports itself and those before it, never one after it, not even for a type.
-ROOMS = ("errors", "schedule", "loops", "mesh", "quant", "moe", "model", "training", "checkpoint")
+ROOMS = ("errors", "options", "schedule", "loops", "mesh", "quant", "moe", "model", "training", "checkpoint")
 ROOMS += ("serve", "perf", "bench", "cli")
 # The package's front door hands out names of `model` lazily, and `__main__` starts `cli`.
 ABOVE_ALL = ("__init__", "__main__")
 
 # Decisions and descriptions that the scheduler, the simulator and the tests share: no arrays, no JAX.
-WITHOUT_JAX = ("errors.py", "mesh/planes.py", "mesh/topology.py", "moe/placement.py", "moe/eplb.py")
+WITHOUT_JAX = ("errors.py", "options.py", "mesh/planes.py", "mesh/topology.py", "moe/placement.py", "moe/eplb.py")
 WITHOUT_JAX += tuple(f"schedule/{path.name}" for path in (ROOT / "cmjax" / "schedule").glob("*.py"))
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 

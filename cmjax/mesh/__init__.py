@@ -3,7 +3,7 @@
 `fabric` is a module of its own: `from cmjax.mesh import fabric`.
 """
 
-from cmjax.mesh.devices import EP_AXIS, Instance, Pools, bring_up, carve, describe, virtual_devices
+from cmjax.mesh.devices import EP_AXIS, Instance, InstanceLayout, Pools, bring_up, carve, describe, virtual_devices
 from cmjax.mesh.planes import PLANE_NAMES, LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
@@ -11,6 +11,7 @@ __all__ = [
     "EP_AXIS",
     "PLANE_NAMES",
     "Instance",
+    "InstanceLayout",
     "InstanceSpec",
     "LinkFigures",
     "Location",

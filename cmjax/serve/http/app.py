@@ -24,9 +24,10 @@ from cmjax.serve.http.protocol import (
     TokenizeRequest,
 )
 from cmjax.serve.http.run import Run
-from cmjax.serve.http.state import ServerSettings, ServerState, refuse_unsupported
+from cmjax.serve.http.state import ServerState, refuse_unsupported
 from cmjax.serve.http.status import status_routes
 from cmjax.serve.http.text import ChatTemplate
+from cmjax.serve.settings import ServerSettings
 
 _GUARDED = ("/v1", "/tokenize", "/detokenize")
 

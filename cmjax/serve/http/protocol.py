@@ -4,13 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmjax.schedule import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from cmjax.options import options_of
+from cmjax.schedule import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
+
+
+def _sampled(name: str, **more: Any) -> Any:
+    """A field that need not be given, with the bounds that `SamplingParams` has for it."""
+    option, kind = options_of(SamplingParams)[name]
+    finite = {"allow_inf_nan": False} if kind is float else {}
+    return Field(None, **option.limits, **finite, **more)
 
 
 class _Body(BaseModel):
@@ -33,12 +41,12 @@ class Sampled(_Body):
     stream_options: StreamOptions | None = None
     stop: Stop | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    temperature: float | None = _sampled("temperature")
+    top_p: float | None = _sampled("top_p")
+    top_k: int | None = _sampled("top_k", lt=2**31)
+    min_p: float | None = _sampled("min_p")
+    presence_penalty: float | None = _sampled("presence_penalty")
+    frequency_penalty: float | None = _sampled("frequency_penalty")
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     ignore_eos: bool = False
@@ -56,8 +64,8 @@ class CompletionRequest(Sampled):
 
     prompt: str | list[Id] | list[str] | list[list[Id]]
     max_tokens: int | None = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = _sampled("logprobs")
+    prompt_logprobs: int | None = _sampled("prompt_logprobs")
     echo: bool = False
     best_of: int | None = None
     suffix: str | None = None
@@ -93,7 +101,7 @@ class ChatRequest(Sampled):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = _sampled("logprobs")
     tools: list[Any] | None = None
     tool_choice: Any = None
     response_format: ResponseFormat | None = None
