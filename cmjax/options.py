@@ -60,7 +60,7 @@ class Option:
         named = {"gt" if self.is_open else "ge": self.minimum, "le": self.maximum}
         return {name: limit for name, limit in named.items() if limit is not None}
 
-    def problem(self, value: float) -> str | None:
+    def problem(self, value: Any) -> str | None:
         """What is wrong with a number, to follow its name; None where nothing is. NaN is wrong wherever there are
         bounds, and infinity unless it is the maximum."""
         low, high = self.minimum, self.maximum
@@ -97,7 +97,7 @@ def _without_none(hint: Any) -> Any:
     return functools.reduce(lambda one, other: one | other, [a for a in typing.get_args(hint) if a is not type(None)])
 
 
-def check_bounds(settings: Any) -> None:
+def check_bounds(settings: object) -> None:
     """Refuse numbers out of bounds, what is no number, and what is none of the choices; for `__post_init__`.
 
     Raises:

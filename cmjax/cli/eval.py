@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -96,7 +97,13 @@ def evaluate_command(
         reports = evaluate.evaluate_together(
             models, tokenizer, files, pools.decode[0], **windows, settings=engine, progress=progress
         )
-    report = {"model": folder, "data": str(data), "ep_size": ep, "dtype": formats.dtype, "quant": model.quant}
+    report: dict[str, Any] = {
+        "model": folder,
+        "data": str(data),
+        "ep_size": ep,
+        "dtype": formats.dtype,
+        "quant": model.quant,
+    }
     report |= windows | {"seconds": time.perf_counter() - begin} | next(iter(reports.values()))
     if len(reports) > 1:
         report |= {"comparison": bench_ablation.compare(reports), "models": reports}

@@ -116,7 +116,7 @@ def _options(
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def command(*args: Any, **parsed: Any) -> Any:
-            found = {option.field: parsed.pop(option.name) for option in options if option.name is not None}
+            found = {option.field: parsed.pop(f"{name}__{option.field}") for option in options}
             values = {field: _value(kind, field, value) for field, value in found.items() if value is not None}
             return function(*args, **{name: finish(Given(kind, values))}, **parsed)
 

@@ -83,7 +83,8 @@ def _own_options(name: str, command: click.Command) -> str:
     rows = []
     for param in command.params:
         if isinstance(param, click.Option) and not isinstance(param, SettingOption) and not param.hidden:
-            default = f"`{param.default}`" if param.show_default else ""
+            shown = param.default if isinstance(param.default, tuple) else (param.default,)
+            default = ", ".join(f"`{one}`" for one in shown) if param.show_default else ""
             rows.append((", ".join(f"`{one}`" for one in param.opts), default, param.help or ""))
     return f"## `{name}`\n\n{_table(('option', 'default', 'what it is'), rows)}" if rows else ""
 

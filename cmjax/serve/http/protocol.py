@@ -17,8 +17,8 @@ Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 def _sampled(name: str, **more: Any) -> Any:
     """A field that need not be given, with the bounds that `SamplingParams` has for it."""
     option, kind = options_of(SamplingParams)[name]
-    finite = {"allow_inf_nan": False} if kind is float else {}
-    return Field(None, **option.limits, **finite, **more)
+    bounds: dict[str, Any] = option.limits | more | ({"allow_inf_nan": False} if kind is float else {})
+    return Field(None, **bounds)
 
 
 class _Body(BaseModel):
