@@ -87,7 +87,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
 def options_of(settings: type) -> dict[str, tuple[Option, Any]]:
     """Field -> its option, and its type without None, of the fields that `option` made."""
     hints = typing.get_type_hints(settings)
-    fields = dataclasses.fields(settings)  # type: ignore[arg-type]  # `type` cannot say that it is a dataclass
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]  # no type says dataclass
     return {f.name: (f.metadata[_KEY], _without_none(hints[f.name])) for f in fields if _KEY in f.metadata}
 
 
@@ -103,7 +103,8 @@ def check_bounds(settings: object) -> None:
     Raises:
         UserError: one line that names the field and what it may be.
     """
-    for name, (one, kind) in options_of(type(settings)).items():
+    own_class: Any = type(settings)  # mypy takes type[object] for unhashable
+    for name, (one, kind) in options_of(own_class).items():
         value = getattr(settings, name)
         if value is None:
             continue

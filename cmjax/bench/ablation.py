@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cmjax.bench.outliers import FACTORS, plant_outliers
 from cmjax.bench.tables import new_table, number
-from cmjax.checkpoint import Techniques, load, quantize_folder, save_hf
+from cmjax.checkpoint import CalibrationSettings, Techniques, load, quantize_folder, save_hf
 from cmjax.errors import UserError
 from cmjax.model import Model
 from cmjax.options import check_bounds, option
@@ -32,7 +32,10 @@ class AblationSettings:
         choices=("all", *FACTORS),
     )
     calibration_sequences: int = option(
-        128, "With --ablation: sequences to calibrate on.", flag="--calibration-sequences", minimum=1
+        CalibrationSettings.sequences,
+        "With --ablation: sequences to calibrate on.",
+        flag="--calibration-sequences",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:

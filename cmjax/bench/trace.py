@@ -40,7 +40,12 @@ class TraceSettings:
     speed: float = option(1.0, "Play it so many times as fast.", flag="--trace-speed", minimum=0, is_open=True)
     num_prompts: int = option(100, "Requests to draw.", flag="--num-prompts", minimum=1)
     request_rate: float = option(
-        math.inf, "A second; inf: at once.", flag="--request-rate", minimum=0, is_open=True, maximum=math.inf
+        math.inf,
+        "Requests a second; inf: all at once.",
+        flag="--request-rate",
+        minimum=0,
+        is_open=True,
+        maximum=math.inf,
     )
     burstiness: float = option(1.0, "1 is Poisson, less comes in bursts.", flag="--burstiness", minimum=0, is_open=True)
     input_len: str = option("16:96", "Tokens of a prompt: 128, 16:256 or lognormal:200,0.8.", flag="--input-len")

@@ -4,11 +4,12 @@ from cmjax.checkpoint.load import ModelFormats, load
 from cmjax.checkpoint.orbax import restore, save
 from cmjax.checkpoint.quantize import Techniques
 from cmjax.checkpoint.quantize_folder import quantize_folder
-from cmjax.checkpoint.texts import TextFile, calibration_ids, read_texts
+from cmjax.checkpoint.texts import CalibrationSettings, TextFile, calibration_ids, read_texts
 from cmjax.checkpoint.tokenizer import Tokenizer
 from cmjax.checkpoint.weights import TensorSource, load_checkpoint, load_params, save_hf
 
 __all__ = [
+    "CalibrationSettings",
     "ModelFormats",
     "Techniques",
     "TensorSource",

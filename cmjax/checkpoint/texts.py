@@ -8,6 +8,18 @@ import numpy as np
 
 from cmjax.checkpoint.tokenizer import Tokenizer
 from cmjax.errors import UserError
+from cmjax.options import check_bounds, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """How much text a model is calibrated on."""
+
+    sequences: int = option(128, "Sequences to calibrate on.", flag="--sequences", minimum=1)
+    length: int = option(256, "Tokens of each.", flag="--length", minimum=3)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from cmjax.bench import ablation as bench_ablation
 from cmjax.bench import evaluate
 from cmjax.bench.ablation import AblationSettings
 from cmjax.bench.evaluate import TextSettings
-from cmjax.checkpoint import ModelFormats, Tokenizer, calibration_ids, read_texts
+from cmjax.checkpoint import CalibrationSettings, ModelFormats, Tokenizer, calibration_ids, read_texts
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import CALIBRATION, CALIBRATION_LENGTH, HELDOUT, find_model, json_option, model_option
+from cmjax.cli.options import CALIBRATION, HELDOUT, find_model, json_option, model_option
 from cmjax.cli.running import load_in
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
@@ -132,7 +132,7 @@ def _models(path: Path, others: tuple[str, ...], formats: ModelFormats, rows: in
 
 def _ablation(path: Path, formats: ModelFormats, asked: AblationSettings, console: Console) -> dict[str, Model]:
     with tempfile.TemporaryDirectory(prefix="cmjax-eval-") as work, console.status("quantizing"):
-        ids = calibration_ids(path, CALIBRATION, asked.calibration_sequences, CALIBRATION_LENGTH, 0)
+        ids = calibration_ids(path, CALIBRATION, asked.calibration_sequences, CalibrationSettings.length, 0)
         return bench_ablation.make_models(
             path, Path(work), ids, dtype=formats.dtype, kinds=asked.kinds, alone=asked.alone
         )

@@ -123,7 +123,7 @@ def _options(
         # As `click.option` does; the last one comes first in the help.
         params: list[click.Parameter] = command.__dict__.setdefault("__click_params__", [])
         params.extend(reversed(options))
-        return command  # type: ignore[return-value]  # it takes what the options gave in place of `name`
+        return command  # type: ignore[return-value]  # its signature is click's business
 
     return decorate
 

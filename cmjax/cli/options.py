@@ -15,7 +15,6 @@ _MODELS = Path(__file__).resolve().parents[2] / "models"
 BUNDLED_MODEL = _MODELS / "demo"
 HELDOUT = _MODELS / "data" / "heldout.jsonl"
 CALIBRATION = _MODELS / "data" / "calibration.jsonl"
-CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 128, 256
 
 
 def model_option(function: Function) -> Function:

@@ -15,8 +15,8 @@ from cmjax.options import Option, options_of
 INTRODUCTION = """# Options
 
 A setting is a field of a dataclass, which holds its default, its bounds, its help and its flag; the command's options
-and this page are made of them. In the YAML file that `cmjax serve --config` reads, an option has its name without the
-dashes.
+and this page are made of them. In the YAML file that `--config` of `cmjax serve` reads, an option has its name without
+the dashes.
 
 ```sh
 python -m cmjax.cli.options_page > docs/options.md   # after a change of settings
@@ -53,9 +53,11 @@ def _settings(kind: type, users: dict[str, dict[str, SettingOption]]) -> str:
     """A section: the fields of a settings class, and what differs in some of the commands."""
     rows = []
     for field, (option, _) in options_of(kind).items():
-        theirs = {name: options[field].default_text for name, options in users.items() if field in options}
-        differing = [f"{text} in `{name}`" for name, text in theirs.items() if text]
-        default = "; ".join([_default(option), *differing])
+        differing: dict[str, list[str]] = {}  # default -> the commands that have it
+        for name, options in users.items():
+            if field in options and (text := options[field].default_text):
+                differing.setdefault(text, []).append(f"`{name}`")
+        default = "; ".join([_default(option), *(f"{text} in {', '.join(ours)}" for text, ours in differing.items())])
         rows.append((f"`{field}`", f"`{option.flag}`" if option.flag else "", default, _may_be(option), option.help))
     summary = (kind.__doc__ or "").splitlines()[0]
     listed = ", ".join(f"`{name}`" for name in users)

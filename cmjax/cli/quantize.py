@@ -7,11 +7,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmjax.checkpoint import Techniques, calibration_ids, quantize_folder
-from cmjax.cli.options import CALIBRATION, CALIBRATION_LENGTH, CALIBRATION_SEQUENCES, find_model
+from cmjax.bench.ablation import TECHNIQUES
+from cmjax.checkpoint import CalibrationSettings, Techniques, calibration_ids, quantize_folder
+from cmjax.cli.flags import options_for
+from cmjax.cli.options import CALIBRATION, find_model
 from cmjax.errors import UserError
-
-TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
 
 
 @click.command(
@@ -34,16 +34,7 @@ TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
     metavar="FILE",
     help="Calibration text, JSON lines with path, area and text.  [default: Python source, beside the bundled model]",
 )
-@click.option(
-    "--sequences",
-    type=click.IntRange(min=1),
-    default=CALIBRATION_SEQUENCES,
-    show_default=True,
-    help="Sequences to calibrate on.",
-)
-@click.option(
-    "--length", type=click.IntRange(min=3), default=CALIBRATION_LENGTH, show_default=True, help="Tokens of each."
-)
+@options_for("text", CalibrationSettings)
 @click.option(
     "--techniques",
     "chosen",
@@ -53,11 +44,11 @@ TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
     help="Which of them, separated by commas; none: rounded to the nearest.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sequences chosen and of rotations.")
-def quantize(source: Path, out: Path, data: Path, sequences: int, length: int, chosen: str, seed: int) -> None:
+def quantize(source: Path, out: Path, data: Path, text: CalibrationSettings, chosen: str, seed: int) -> None:
     """Quantize the checkpoint in folder IN (bfloat16, float32, float16 or FP8 blocks) into the new folder OUT."""
     techniques = parse_techniques(chosen, seed)
     find_model(str(source))
-    ids = calibration_ids(source, data, sequences, length, seed) if chosen != "none" else _no_text()
+    ids = calibration_ids(source, data, text.sequences, text.length, seed) if chosen != "none" else _no_text()
     console = Console(stderr=True)
     with _bar(console) as bars:
         task = bars.add_task("quantizing", total=None)

@@ -134,7 +134,7 @@ class ServerSettings:
         dataclasses.MISSING, "What clients call the model.", flag="--served-model-name", unset="the folder's name"
     )
     api_keys: tuple[str, ...] = option(
-        (), "Ask for it; several: a tenant each, served in turns.", flag="--api-key", unset="anybody may"
+        (), "Clients must send it; several: a tenant each, served in turns.", flag="--api-key", unset="anybody may"
     )
     max_body_bytes: int = option(
         16_000_000, "Largest body of a request; the option is in MB.", flag="--max-body-mb", minimum=1, scale=1e6
