@@ -14,7 +14,7 @@ from cmjax.checkpoint import ModelFormats, load
 from cmjax.cli.bench_serve import serve
 from cmjax.cli.command import Commands
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import find_model, json_option, model_option
+from cmjax.cli.options import count_option, find_model, json_option, model_option
 from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
 from cmjax.mesh import bring_up
@@ -22,9 +22,7 @@ from cmjax.mesh import bring_up
 ALL = ("fabric", "decode", "pipeline", "engine", "peer", "training", "quant")
 EXIT_DIFFERENT = 1
 
-rounds_option = click.option(
-    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each; medians count."
-)
+rounds_option = count_option("--rounds", 7, "Timed runs of each; medians count.")
 
 
 @click.group(
@@ -60,7 +58,7 @@ def bench_fabric(rounds: int, as_json: bool) -> None:
       cmjax bench decode --mtp 1 --ep 1 --seqs-per-rank 1 --seqs-per-rank 8""",
 )
 @model_option
-@click.option("--ep", type=click.IntRange(min=1), default=320, show_default=True, help="Devices of the instance.")
+@count_option("--ep", 320, "Devices of the instance.")
 @click.option(
     "--seqs-per-rank",
     type=click.IntRange(min=1),
@@ -69,7 +67,7 @@ def bench_fabric(rounds: int, as_json: bool) -> None:
     show_default=True,
     help="Sequences of a rank; with --mtp several times.",
 )
-@click.option("--cache", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens cached of each.")
+@count_option("--cache", 128, "Tokens cached of each.")
 @click.option("--steps", type=click.IntRange(min=2), help="Decode steps a call.  [default: 4, with --mtp 16]")
 @click.option("--mtp", type=click.IntRange(min=1), help="Compare with so many drafts a step of the MTP module.")
 @options_for("formats", ModelFormats, only=("quant",))
@@ -111,9 +109,9 @@ def bench_decode(
     "pipeline", epilog="\b\nExamples:\n  cmjax bench pipeline\n  cmjax bench pipeline --ep 320 --plot timeline.png"
 )
 @click.option("--model", "folder", metavar="DIR", help="Another model.  [default: random weights, a long cache]")
-@click.option("--ep", type=click.IntRange(min=1), default=8, show_default=True, help="Devices of the instance.")
-@click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences of a rank.")
-@click.option("--cache", type=click.IntRange(min=1), default=8000, show_default=True, help="Tokens cached of each.")
+@count_option("--ep", 8, "Devices of the instance.")
+@count_option("--seqs-per-rank", 8, "Sequences of a rank.")
+@count_option("--cache", 8000, "Tokens cached of each.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw what a device did, as PNG or SVG.")
 @rounds_option
 @json_option
@@ -137,14 +135,10 @@ def bench_pipeline(
       cmjax bench engine --ep 64 --seqs-per-rank 4 --json""",
 )
 @model_option
-@click.option(
-    "--ep", type=click.IntRange(min=1), default=320, show_default=True, help="Devices of the decode instance."
-)
-@click.option("--seqs-per-rank", type=click.IntRange(min=1), default=8, show_default=True, help="Places of a rank.")
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Of the long prompt."
-)
-@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Decode steps in a call.")
+@count_option("--ep", 320, "Devices of the decode instance.")
+@count_option("--seqs-per-rank", 8, "Places of a rank.")
+@count_option("--prompt-tokens", 4096, "Of the long prompt.", least=2)
+@count_option("--steps", 8, "Decode steps in a call.")
 @click.option("--rounds", type=int, hidden=True, expose_value=False, help="Taken, for `bench all`, and not used.")
 @json_option
 def bench_engine(folder: str, ep: int, seqs_per_rank: int, prompt_tokens: int, steps: int, as_json: bool) -> None:
@@ -186,7 +180,7 @@ def bench_peer(context: click.Context, dtype: str | None, peer_python: str | Non
 
 
 @bench.command("training", epilog="\b\nExamples:\n  cmjax bench training\n  cmjax bench training --tokens 4096 --json")
-@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a step.")
+@count_option("--tokens", 1024, "Tokens of a step.")
 @rounds_option
 @json_option
 def bench_training(tokens: int, rounds: int, as_json: bool) -> None:
@@ -196,7 +190,7 @@ def bench_training(tokens: int, rounds: int, as_json: bool) -> None:
 
 
 @bench.command("quant", epilog="\b\nExamples:\n  cmjax bench quant\n  cmjax bench quant --tokens 4096 --json")
-@click.option("--tokens", type=click.IntRange(min=256), default=2048, show_default=True, help="Tokens of the prefill.")
+@count_option("--tokens", 2048, "Tokens of the prefill.", least=256)
 @rounds_option
 @json_option
 def bench_quant(tokens: int, rounds: int, as_json: bool) -> None:

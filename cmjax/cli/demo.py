@@ -15,7 +15,7 @@ from rich.text import Text
 from cmjax.bench.reference import Reference, compare, compare_to_one_device
 from cmjax.checkpoint import ModelFormats
 from cmjax.cli.flags import Given, options_for
-from cmjax.cli.options import find_model, json_option, model_option
+from cmjax.cli.options import count_option, find_model, json_option, model_option
 from cmjax.cli.report import machine_report, placed_instances, run_report
 from cmjax.cli.running import (
     carve,
@@ -50,21 +50,8 @@ EXIT_DIFFERENT = 1
     Ends with status 1 where the tokens are not those that they are compared with."""
 )
 @model_option
-@click.option(
-    "--prompts",
-    "num_prompts",
-    type=click.IntRange(min=1),
-    default=320,
-    show_default=True,
-    help="How many; beyond those of the reference, they come again.",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Tokens to generate for each, at most those of the reference.",
-)
+@count_option("--prompts", 320, "How many; beyond those of the reference, they come again.")
+@count_option("--max-tokens", 32, "Tokens to generate for each, at most those of the reference.")
 @click.option("--out", "out", type=Path, default=Path("out"), show_default=True, help="Folder for the picture.")
 @options_for("layout", InstanceLayout)
 @options_for("formats", ModelFormats)
@@ -74,7 +61,7 @@ EXIT_DIFFERENT = 1
 def demo(
     context: click.Context,
     folder: str,
-    num_prompts: int,
+    prompts: int,
     max_tokens: int,
     out: Path,
     layout: InstanceLayout,
@@ -91,19 +78,19 @@ def demo(
     reference = Reference.read(path)
     tokenizer = find_tokenizer(path)
     pools = carve(layout)
-    model = load_in(path, formats, seqs_per_rank(engine, num_prompts, pools))
+    model = load_in(path, formats, seqs_per_rank(engine, prompts, pools))
     reference.check_vocabulary(model.config.vocab_size)
-    expected = reference.take(num_prompts, max_tokens)
-    prompts = [one.prompt_ids for one in expected]
+    expected = reference.take(prompts, max_tokens)
+    prompt_ids = [one.prompt_ids for one in expected]
     sampling = [SamplingParams(max_tokens=len(one.token_ids)) for one in expected]
-    settings = prompt_sized(engine, model.config, prompts, max(one.max_tokens for one in sampling), pools)
+    settings = prompt_sized(engine, model.config, prompt_ids, max(one.max_tokens for one in sampling), pools)
     load_s = time.perf_counter() - begin
     stdout, stderr = Console(file=sys.stdout), Console(stderr=True)
     with memory_errors(settings), progress_bar(stderr) as progress:
         running = Engine(model, pools, settings=settings)
         if not as_json:
             _show_machine(running, stdout)
-        result = running.generate(prompts, sampling, progress=progress)
+        result = running.generate(prompt_ids, sampling, progress=progress)
     traffic = fabric.traffic.snapshot()
     report = run_report(running, result, traffic, tokenizer)
     generated = [output.token_ids for output in result.outputs]
@@ -112,7 +99,7 @@ def demo(
         comparison = compare(expected, generated)
     else:
         source, unclear = f"the same model in {model.quant} on one device", "are close calls"
-        comparison = compare_to_one_device(model, prompts, generated)
+        comparison = compare_to_one_device(model, prompt_ids, generated)
     picture = draw(running, result, traffic, out)
     report["timings"] |= {"load_s": load_s, "total_s": time.perf_counter() - begin}
     report["reference"] = {"source": source, **dataclasses.asdict(comparison)}

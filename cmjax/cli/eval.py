@@ -19,7 +19,7 @@ from cmjax.bench.ablation import AblationSettings
 from cmjax.bench.evaluate import TextSettings
 from cmjax.checkpoint import CalibrationSettings, ModelFormats, Tokenizer, calibration_ids, read_texts
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import CALIBRATION, HELDOUT, find_model, json_option, model_option
+from cmjax.cli.options import CALIBRATION, HELDOUT, count_option, find_model, json_option, model_option
 from cmjax.cli.running import load_in
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
@@ -51,7 +51,7 @@ from cmjax.serve import EngineSettings
     metavar="FILE",
     help="JSON lines with path, area and text.  [default: held-out files of the Python standard library]",
 )
-@click.option("--ep", type=click.IntRange(min=1), default=1, show_default=True, help="Devices to spread the model on.")
+@count_option("--ep", 1, "Devices to spread the model on.")
 @options_for("formats", ModelFormats)
 @options_for(
     "engine",

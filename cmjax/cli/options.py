@@ -36,6 +36,11 @@ def find_model(folder: str) -> Path:
     return path
 
 
+def count_option(flag: str, default: int, help: str, *, least: int = 1) -> Callable[[Function], Function]:
+    """An option of a command's own that is a number of something."""
+    return click.option(flag, type=click.IntRange(min=least), default=default, show_default=True, help=help)
+
+
 def json_option(function: Function) -> Function:
     """`--json`: one JSON object on standard output, nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
