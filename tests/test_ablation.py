@@ -10,11 +10,10 @@ from multiprocessing import get_context
 import pytest
 
 from cmjax.bench.ablation import REFERENCE, ROUNDED, compare, make_models
-from cmjax.bench.evaluate import evaluate_together, read_heldout
+from cmjax.bench.evaluate import evaluate_together
 from cmjax.bench.outliers import REMEDIES, plant_outliers
-from cmjax.checkpoint import Tokenizer, load, quantize_folder, save_hf
+from cmjax.checkpoint import Tokenizer, calibration_ids, load, quantize_folder, read_texts, save_hf
 from cmjax.cli.options import BUNDLED_MODEL, CALIBRATION, HELDOUT
-from cmjax.cli.quantize import calibration_ids
 from cmjax.mesh import Supernode, carve
 from cmjax.serve import EngineSettings
 
@@ -33,7 +32,7 @@ def process():
 def measure(models, num_files, num_characters):
     """The rows of `compare`, by model; `num_files` of each of the 16 areas, so many characters of each."""
     files, seen = [], {}
-    for file in read_heldout(HELDOUT):
+    for file in read_texts(HELDOUT):
         seen[file.area] = seen.get(file.area, 0) + 1
         if seen[file.area] <= num_files:
             files.append(dataclasses.replace(file, text=file.text[:num_characters]))

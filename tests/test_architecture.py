@@ -16,7 +16,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # From the lowest up: a room imports itself and those before it, never one after it, not even for a type. A folder that
 # has a line of its own is a room, the rest of the folder it is in another one.
-ROOMS = ("errors", "schedule", "loops", "mesh", "quant", "moe", "model", "training", "checkpoint")
+ROOMS = ("errors", "options", "schedule", "loops", "mesh", "quant", "moe", "model", "training", "checkpoint")
 ROOMS += ("serve.settings", "serve.steps", "serve.transfer", "serve.instances", "serve", "serve.http")
 ROOMS += ("perf", "bench", "cli")
 # The package's own front door, which imports lazily, counts as the highest room it imports; `__main__` starts `cli`.
@@ -24,7 +24,7 @@ FRONT_DOOR = "cmjax"
 START = "cmjax.__main__"
 
 # Decisions and descriptions that the scheduler, the simulator and the tests share: no arrays, no JAX.
-WITHOUT_JAX = ("errors.py", "mesh/planes.py", "mesh/topology.py", "moe/placement.py", "moe/eplb.py")
+WITHOUT_JAX = ("errors.py", "options.py", "mesh/planes.py", "mesh/topology.py", "moe/placement.py", "moe/eplb.py")
 WITHOUT_JAX += tuple(f"schedule/{path.name}" for path in (ROOT / "cmjax" / "schedule").glob("*.py"))
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from cmjax.bench.reference import Comparison, Completion, Reference, compare, compare_to_one_device
 from cmjax.checkpoint import Tokenizer, load
 from cmjax.cli import main
 from cmjax.cli import options as cli_options
-from cmjax.cli.demo import Comparison, Completion, Reference, compare, compare_to_one_device, completion_lines
+from cmjax.cli.demo import completion_lines
 from cmjax.cli.options import BUNDLED_MODEL
 from tests.parity import FOLDER, load_case
 

@@ -9,9 +9,9 @@ import shlex
 import click
 import pytest
 
+from cmjax.bench.reference import Reference
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.command import command_group
-from cmjax.cli.demo import Reference
 from cmjax.cli.options import BUNDLED_MODEL
 from tests.conftest import ROOT
 from tests.test_architecture import ROOMS

@@ -6,13 +6,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
-from cmjax.bench.outliers import plant_outliers
-from cmjax.checkpoint import Techniques, load, quantize_folder, save_hf
+from cmjax.bench.outliers import FACTORS, plant_outliers
+from cmjax.bench.tables import new_table, number
+from cmjax.checkpoint import CalibrationSettings, Techniques, load, quantize_folder, save_hf
+from cmjax.errors import UserError
 from cmjax.model import Model
+from cmjax.options import check_bounds, option
 
 TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
 REFERENCE, ROUNDED = "floats", "int8"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """Which models are made of one and compared, if any."""
+
+    is_asked: bool = option(False, "Compare --model with itself in int8, techniques added in turn.", flag="--ablation")
+    alone: bool = option(False, "With --ablation: each technique alone.", flag="--alone")
+    planted: str | None = option(
+        None,
+        "With --ablation: what is quantized computes the same, but has outliers.",
+        flag="--planted",
+        choices=("all", *FACTORS),
+    )
+    calibration_sequences: int = option(
+        CalibrationSettings.sequences,
+        "With --ablation: sequences to calibrate on.",
+        flag="--calibration-sequences",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if (self.alone or self.planted) and not self.is_asked:
+            raise UserError(f"{'--alone' if self.alone else '--planted'} goes with --ablation")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The outliers to plant."""
+        if self.planted is None:
+            return ()
+        return tuple(FACTORS) if self.planted == "all" else (self.planted,)
 
 
 def make_models(
@@ -81,3 +117,26 @@ def compare(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """A row for each model, and its top-1 by area."""
+    columns = ("model", "bits/byte", "change %", "top-1 %", "points", "worst area", "points", "KL", "MTP %")
+    table = new_table(f"Means of {len(report['areas'])} areas, context {report['context']}", *columns, numbers_from=1)
+    for row in report["comparison"]:
+        table.add_row(
+            row["model"],
+            number(row["bits_per_byte"], "{:.4f}"),
+            number(row["bits_per_byte_change"], "{:+.2f}", 100),
+            number(row["top1"], "{:.2f}", 100),
+            number(row["top1_change"], "{:+.2f}"),
+            row["worst_area"],
+            number(row["worst_area_change"], "{:+.2f}"),
+            number(row["kl_divergence"], "{:.5f}"),
+            number(row["mtp_agreement"], "{:.2f}", 100),
+        )
+    areas = new_table("Top-1 by area, %", "area", *report["models"], numbers_from=1)
+    for area in report["areas"]:
+        cells = (number(one["areas"][area]["top1"], "{:.2f}", 100) for one in report["models"].values())
+        areas.add_row(area, *cells)
+    return [table, areas]

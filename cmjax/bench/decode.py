@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from rich.table import Table
 
 from cmjax.bench.report import in_turn, machine
+from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model
@@ -215,3 +217,28 @@ def _zero_after(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bit = lax.bitcast_convert_type(x.reshape(-1)[0], unsigned) & 1
     return jnp.minimum(bit.astype(jnp.int32), 0)
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Step times and shares of `cmjax bench decode`."""
+    settings, one = report["settings"], report["one_device"]
+    title = (
+        f"A decode step of {settings['num_sequences']:,} sequences, {settings['cache_tokens']} tokens cached of each; "
+        f"median of {settings['rounds']} calls of {settings['num_steps']} steps"
+    )
+    columns = ("devices", "wire", "ms a step", "tokens/s", "launch", "exchange", "math", "x one device")
+    table = new_table(title, *columns, numbers_from=2)
+    for row in report["results"]:
+        shares = (f"{row['shares'][part]:.0%}" for part in ("launch", "exchange", "math"))
+        figures = (f"{row['step_s'] * 1e3:.1f}", f"{row['tokens_per_s']:,.0f}", *shares)
+        table.add_row(str(settings["ep_size"]), row["wire"], *figures, f"{row['times_one_device']:.2f}")
+    figures = (f"{one['step_s'] * 1e3:.1f}", f"{one['tokens_per_s']:,.0f}", "", "", "")
+    table.add_row("1", "", *figures, "1.00")
+    notes = {
+        f"first tokens, {row['wire']}": f"{row['first_tokens_equal_to_one_device']:,} of "
+        f"{settings['num_sequences']:,} are those of one device"
+        for row in report["results"]
+    }
+    notes["x one device"] = f"the bound is {report['bound']:g}"
+    notes["load"] = f"the busiest expert had {report['busiest_expert_over_mean']:.1f} times the mean"
+    return [define(table, report["definitions"] | notes)]

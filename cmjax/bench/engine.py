@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from cmjax.bench import bookkeeping
 from cmjax.bench.report import machine
+from cmjax.bench.tables import define, new_table
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model
 from cmjax.schedule import Call
@@ -127,3 +129,30 @@ def _gaps(engine: Engine, ep_size: int, prompt_tokens: int, num_steps: int) -> t
     during = [call for call in calls if call.end >= times.scheduled and call.begin <= times.prefilled]
     ends = [call.end for call in calls if call.end < times.scheduled][-1:] + [call.end for call in during]
     return np.diff(ends).tolist(), during
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The report as a table."""
+    settings, results, bounds = report["settings"], report["results"], report["bounds"]
+    title = (
+        f"EP{settings['ep_size']}, {settings['seqs_per_rank']} places a rank, {settings['num_steps']} steps a call, "
+        f"{settings['prefill_instances']} prefill instances"
+    )
+    found = new_table(title, "measure", "ms", "of", "ratio", "bound", numbers_from=1)
+    step, gap = report["step_s"], report["gap_s"]
+    rows = (
+        ("full step", step["full"], f"{step['one'] * 1e3:.0f} for one request", "full_over_one"),
+        (
+            f"longest gap, prefill of {settings['prompt_tokens']:,} tokens",
+            gap["longest"],
+            f"{gap['median'] * 1e3:.0f} median of {gap['calls']}",
+            "longest_gap_over_median",
+        ),
+    )
+    for name, seconds, of, key in rows:
+        found.add_row(name, f"{seconds * 1e3:.0f}", of, f"{results[key]:.2f}", f"{bounds[key]:g}")
+    costs = report["bookkeeping_ms"]
+    parts = ", ".join(f"{part} {costs[part]:.1f}" for part in ("plan", "pickle", "unpickle", "commit"))
+    name = f"bookkeeping of a call, {costs['rows']:,} rows"
+    found.add_row(name, f"{costs['total']:.1f}", parts, "", f"{bounds['bookkeeping_ms']:g} ms")
+    return [define(found, report["definitions"])]

@@ -1,54 +1,66 @@
 """Held-out text: bits per byte beside a compressor's, next-token accuracy, MTP agreement, balance of the experts, KL
 divergence from another model."""
 
+import collections
 import dataclasses
-import json
 import lzma
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
-from cmjax.checkpoint import Tokenizer
+from cmjax.bench.tables import new_table, number
+from cmjax.checkpoint import TextFile, Tokenizer
 from cmjax.errors import UserError
 from cmjax.mesh import Instance
-from cmjax.model import Model, placed_layer_names
+from cmjax.model import Model, ModelConfig, placed_layer_names
+from cmjax.options import check_bounds, option
 from cmjax.serve import EngineSettings, Scorer, TextScores, score_together
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.
 MIN_COMPARED_BYTES = 4096
 MAX_COMPARED_BYTES = 65536
+MAX_DEFAULT_CONTEXT = 2048
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldoutFile:
-    """A text that the model has not been trained on, and its subject area."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How much of a text is scored, and in which windows."""
 
-    path: str
-    area: str
-    text: str
+    context: int | None = option(
+        None,
+        "Most tokens to look at together.",
+        flag="--context",
+        minimum=2,
+        unset=f"the model's max_position_embeddings, at most {MAX_DEFAULT_CONTEXT}",
+    )
+    stride: int | None = option(
+        None, "Tokens between the windows of a long text.", flag="--stride", minimum=1, unset="context / 2"
+    )
+    max_characters: int | None = option(
+        None, "Only so many characters of each file.", flag="--characters", minimum=1, unset="all"
+    )
+    max_files: int | None = option(None, "Only so many files of each area.", flag="--files", minimum=1, unset="all")
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
-def read_heldout(path: Path) -> list[HeldoutFile]:
-    """Read JSON lines with `path`, `area` and `text`; a UserError names the line that is something else."""
-    files = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            files.append(HeldoutFile(**{name: str(values[name]) for name in ("path", "area", "text")}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: line {number} is no JSON object with path, area and text") from error
-    if not files:
-        raise UserError(f"{path}: holds no text")
-    return files
+    def cut(self, files: Sequence[TextFile]) -> list[TextFile]:
+        """The files that are wanted, and of each what is wanted."""
+        taken: collections.Counter[str] = collections.Counter()
+        chosen = []
+        for file in files:
+            if self.max_files is None or taken[file.area] < self.max_files:
+                chosen.append(dataclasses.replace(file, text=file.text[: self.max_characters]))
+            taken[file.area] += 1
+        return chosen
+
+    def windows(self, config: ModelConfig) -> dict[str, int]:
+        """`context` and `stride` for a model of this kind."""
+        context = self.context or min(config.max_position_embeddings, MAX_DEFAULT_CONTEXT)
+        return {"context": context, "stride": self.stride or max(1, context // 2)}
 
 
 def lzma_bytes(data: bytes) -> int:
@@ -142,34 +154,10 @@ def _tally(text: str, ends: Sequence[int], scores: TextScores, has_drafts: bool)
     )
 
 
-def evaluate(
-    model: Model,
-    tokenizer: Tokenizer,
-    files: Sequence[HeldoutFile],
-    instance: Instance,
-    *,
-    context: int,
-    stride: int,
-    settings: EngineSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Score held-out files with one model: `evaluate_together` of it alone."""
-    return evaluate_together(
-        {"": model},
-        tokenizer,
-        files,
-        instance,
-        context=context,
-        stride=stride,
-        settings=settings,
-        progress=progress,
-    )[""]
-
-
 def evaluate_together(
     models: Mapping[str, Model],
     tokenizer: Tokenizer,
-    files: Sequence[HeldoutFile],
+    files: Sequence[TextFile],
     instance: Instance,
     *,
     context: int,
@@ -226,7 +214,7 @@ def evaluate_together(
 
 def _report(
     model: Model,
-    files: Sequence[HeldoutFile],
+    files: Sequence[TextFile],
     ends: Sequence[Sequence[int]],
     scores: Sequence[TextScores],
     load: np.ndarray,
@@ -263,3 +251,23 @@ def _mean(values: Sequence[float | int | None]) -> float | None:
 def _balance(load: np.ndarray, model: Model) -> dict[str, float]:
     names = placed_layer_names(model.config)
     return {name: float(rows.max() / max(rows.mean(), 1e-9)) for name, rows in zip(names, load, strict=True)}
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The figures of one model by area; `report` also says `context` and `ep_size`."""
+    columns = ("area", "KB", "bits/byte", "top-1 %", "MTP %", "compared", "LZMA", "ratio")
+    table = new_table(f"Held-out text, context {report['context']}, EP{report['ep_size']}", *columns, numbers_from=1)
+    for name, row in [*report["areas"].items(), ("mean of areas", report["area_mean"]), ("all", report["all"])]:
+        if name == "mean of areas":
+            table.add_section()
+        table.add_row(
+            name,
+            number(row.get("bytes"), "{:,.0f}", 1e-3),
+            number(row["bits_per_byte"], "{:.3f}"),
+            number(row["top1"], "{:.1f}", 100),
+            number(row["mtp_agreement"], "{:.1f}", 100),
+            number(row["compared_bits_per_byte"], "{:.3f}"),
+            number(row["lzma_bits_per_byte"], "{:.3f}"),
+            number(row["ratio_to_lzma"], "{:.3f}"),
+        )
+    return [table]

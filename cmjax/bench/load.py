@@ -8,7 +8,28 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from cmjax.bench.trace import TraceRequest
+from cmjax.errors import UserError
+from cmjax.options import check_bounds, option
 from cmjax.serve import Engine, SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """Where requests are sent, and how."""
+
+    url: str | None = option(None, "A server.", flag="--url", unset="an engine in this process, with the options below")
+    api_key: str | None = option(None, "For the server.", flag="--api-key")
+    model: str | None = option(None, "The model's name there.", flag="--served-model-name", unset="the first it names")
+    whole: bool = option(False, "Ask the server for whole answers in place of streams.", flag="--whole")
+    compare: bool = option(False, "The same load on the engine, and over HTTP, whole and streamed.", flag="--compare")
+    max_concurrency: int | None = option(
+        None, "Requests under way, at most.", flag="--max-concurrency", minimum=1, unset="all"
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.url and self.compare:
+            raise UserError("--compare brings up a server of its own: leave out --url")
 
 
 @dataclasses.dataclass

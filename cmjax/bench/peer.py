@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.table import Table
 
 from cmjax.bench.report import in_turn, machine
+from cmjax.bench.tables import define, new_table
 from cmjax.checkpoint import load, save_hf
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
@@ -274,3 +276,29 @@ class Peer:
 def _logit_diff(model: Model, peer: Any, rng: np.random.Generator) -> float:
     ids = rng.integers(0, model.config.vocab_size, (2, 64))
     return float(np.abs(np.asarray(model.logits(ids)) - peer.logits(ids)).max())
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Both sides of `cmjax bench peer`, or ours alone."""
+    settings = report["settings"]
+    title = (
+        f"{settings['num_parameters'] / 1e6:.0f} M parameters on one device, {settings['length']} tokens; "
+        f"median of {settings['rounds']}"
+    )
+    columns = ("job", "batch", "dtype", "cmjax ms", "tokens/s", "transformers ms", "tokens/s", "its experts", "speedup")
+    table = new_table(title, *columns, numbers_from=3)
+    for row in report["results"]:
+        cells = [row["job"], str(row["batch"]), row["dtype"]]
+        for side in ("cmjax", "transformers"):
+            has_side = f"{side}_s" in row
+            cells += (
+                [f"{row[f'{side}_s'] * 1e3:.1f}", f"{row[f'{side}_tokens_per_s']:,.0f}"] if has_side else ["-", "-"]
+            )
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else "-"
+        table.add_row(*cells, row["peer_experts"] or "-", speedup)
+    notes = {}
+    if report["peer"] is None:
+        notes["the peer is absent"] = "install torch and transformers in this environment, or give --peer-python"
+    for dtype, diff in report["logits_max_abs_diff"].items():
+        notes[f"logits, {dtype}"] = f"the two differ by at most {diff:.2g}"
+    return [define(table, report["definitions"] | notes)]

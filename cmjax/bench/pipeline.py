@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.table import Table
 
 from cmjax.bench.decode import Filled, prefilled_prompts
 from cmjax.bench.report import in_turn, machine
+from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
 from cmjax.mesh import bring_up, fabric
 from cmjax.model import Model, ModelConfig, init_params, params_digest
@@ -252,3 +254,21 @@ def draw(path: Path, spans: list[Span], title: str) -> None:
     axes.set_xlabel("milliseconds")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Step times of `cmjax bench pipeline`."""
+    settings, step_s = report["settings"], report["step_s"]
+    title = (
+        f"A decode step, {settings['ep_size']} devices, {settings['seqs_per_rank']} sequences a rank, "
+        f"{settings['cache_tokens']:,} tokens cached of each; median of {settings['rounds']} calls of "
+        f"{settings['num_steps']} steps"
+    )
+    table = new_table(title, "exchanges", "one, ms", "two, ms", "ratio", "bound", numbers_from=1)
+    for name, suffix, key in (("as they are", "", "without_delay"), ("delayed", " delayed", "with_delay")):
+        times = (f"{step_s[form + suffix] * 1e3:.1f}" for form in ("plain", "two"))
+        table.add_row(name, *times, f"{report['results'][key]:.2f}", f"{report['bounds'][key]:g}")
+    exposed = f"{report['exposed']['plain']:.0%} with one, {report['exposed']['two']:.0%} with two"
+    notes = {"equal": f"{report['definitions']['equal']}: {report['equal']:.2%}"}
+    notes["exposed"] = f"{report['definitions']['exposed']}: {exposed}"
+    return [define(table, report["definitions"] | notes)]

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
 from cmjax.bench.peer import prefill_call
 from cmjax.bench.report import in_turn, machine
+from cmjax.bench.tables import define, new_table
 from cmjax.mesh import bring_up
 from cmjax.model import Model, ModelConfig, Params, convert_params, init_params, num_bytes, num_params, params_digest
 from cmjax.quant import linear, quantize
@@ -177,3 +179,30 @@ def prefill_products(config: ModelConfig, tokens: int) -> dict[tuple[int, int, i
         block = min(rows, 128)
         add_mlp(c.moe_intermediate_size, block, sparse * c.num_routed_experts * -(-rows // block))
     return found
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Products by shape and rows, the prefill, and the bounds."""
+    columns = ("out x in", "rows", *(f"{name} ms" for name in FORMATS), "int8 speedup", "faster")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        times = [f"{row['seconds'][name] * 1e3:.3f}" for name in FORMATS]
+        fastest = min(row["seconds"], key=lambda name: row["seconds"][name])
+        return [*times, f"{row['speedup']:.2f}", fastest]
+
+    rounds = report["settings"]["rounds"]
+    products = new_table(f"One product, activations quantized within it; median of {rounds}", *columns, numbers_from=1)
+    for row in report["products"]:
+        products.add_row(f"{row['out']} x {row['in']}", str(row["rows"]), *cells(row))
+    settings, results, bounds = report["settings"], report["results"], report["bounds"]
+    title = f"A model of {settings['num_parameters'] / 1e6:.0f} M parameters, {settings['tokens']:,} tokens"
+    whole = new_table(title, "", *columns[2:], numbers_from=1)
+    whole.add_row("prefill", *cells(report["prefill"]))
+    alone = report["prefill_products"]
+    whole.add_row("its products alone", *cells({"seconds": alone["seconds"], "speedup": alone["advantage"]}))
+    notes = {
+        "prefill": f"{results['prefill_speedup']:.2f} times the best float, the bound is {bounds['prefill_speedup']:g}",
+        "kept": f"{results['kept']:.0%} of the products' advantage, the bound is {bounds['kept']:.0%}",
+        "memory": f"{results['memory']:.3f} of float32, the bound is {bounds['memory']:g}",
+    }
+    return [products, define(whole, report["definitions"] | {f"measured, {k}": v for k, v in notes.items()})]

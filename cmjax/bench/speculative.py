@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from cmjax.bench.report import machine
+from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
 from cmjax.mesh import Pools, Supernode, carve
 from cmjax.model import Model
@@ -182,3 +184,38 @@ def _agreement(model: Model, prompts: list[list[int]], token_ids: list[list[int]
         is_after = np.arange(len(guesses)) >= len(prompt) - 1
         same, total = same + int((chosen == guesses)[is_after].sum()), total + int(is_after.sum())
     return same / total
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Both forms of `cmjax bench decode --mtp`."""
+    settings = report["settings"]
+    title = (
+        f"{settings['num_drafts']} drafts a step, {settings['ep_size']} devices; "
+        f"medians of {settings['rounds']} rounds of {settings['num_calls']} calls of {settings['num_steps']} steps"
+    )
+    columns = (
+        "a rank",
+        "ms a step",
+        "with",
+        "tokens/s",
+        "with",
+        "tokens a step",
+        "kept",
+        "forced",
+        "speedup",
+        "bound",
+    )
+    table = new_table(title, *columns, numbers_from=0)
+    for row in report["results"]:
+        forms = ("plain", "drafting")
+        table.add_row(
+            str(row["seqs_per_rank"]),
+            *(f"{row['step_s'][form] * 1e3:.2f}" for form in forms),
+            *(f"{row['tokens_per_s'][form]:,.0f}" for form in forms),
+            f"{row['tokens_a_step']:.2f}",
+            *(f"{row[name]:.0%}" for name in ("kept", "teacher_forced")),
+            *(f"{row[name]:.2f}" for name in ("speedup", "bound")),
+        )
+    notes = {"equal": "the tokens of each form are the same in as many of the sequences: "}
+    notes["equal"] += ", ".join(f"{row['equal_sequences']} of {row['num_sequences']}" for row in report["results"])
+    return [define(table, report["definitions"] | notes)]

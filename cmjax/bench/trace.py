@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from cmjax.checkpoint import Tokenizer
 from cmjax.errors import UserError
+from cmjax.options import check_bounds, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,30 @@ class TraceRequest:
     max_tokens: int
     priority: int = 0
     tenant: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """The requests of a load: from a file, or drawn."""
+
+    file: Path | None = option(None, "JSON lines: see docs/serving.md.", flag="--trace", metavar="FILE")
+    speed: float = option(1.0, "Play it so many times as fast.", flag="--trace-speed", minimum=0, is_open=True)
+    num_prompts: int = option(100, "Requests to draw.", flag="--num-prompts", minimum=1)
+    request_rate: float = option(
+        math.inf,
+        "Requests a second; inf: all at once.",
+        flag="--request-rate",
+        minimum=0,
+        is_open=True,
+        maximum=math.inf,
+    )
+    burstiness: float = option(1.0, "1 is Poisson, less comes in bursts.", flag="--burstiness", minimum=0, is_open=True)
+    input_len: str = option("16:96", "Tokens of a prompt: 128, 16:256 or lognormal:200,0.8.", flag="--input-len")
+    output_len: str = option("32", "Tokens to generate, in the same words.", flag="--output-len")
+    seed: int = option(0, "Of what is drawn.", flag="--seed")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +115,26 @@ class Prompts:
             return [int(token) for token in self._rng.integers(0, self._vocab_size, length)]
         begin = int(self._rng.integers(0, len(self._ids) - length))
         return [int(token) for token in self._ids[begin : begin + length]]
+
+
+def make_trace(
+    settings: TraceSettings, tokenizer: Tokenizer | None, texts: Path, *, vocab_size: int, max_model_len: int
+) -> list[TraceRequest]:
+    """The trace that the settings say, of prompts cut from `texts` (see `Prompts`)."""
+    rng = np.random.default_rng(settings.seed)
+    prompts = Prompts(rng, vocab_size, tokenizer, texts)
+    if settings.file is not None:
+        return read_trace(settings.file, prompts, tokenizer, max_model_len=max_model_len, speed=settings.speed)
+    lengths = (Lengths.parse(settings.input_len), Lengths.parse(settings.output_len))
+    return poisson_trace(
+        settings.num_prompts,
+        settings.request_rate,
+        *lengths,
+        prompts,
+        rng,
+        max_model_len=max_model_len,
+        burstiness=settings.burstiness,
+    )
 
 
 def poisson_trace(

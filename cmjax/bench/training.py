@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from rich.table import Table
 
 from cmjax.bench.report import in_turn, machine
+from cmjax.bench.tables import new_table
 from cmjax.moe import MlpParams, RouterConfig, route
 from cmjax.training import block_layout, expert_ffn_blocks
 
@@ -113,3 +115,15 @@ def run(
         "rounds": rounds,
         "results": [{"form": name, "seconds": s, "times_best": s / best} for name, s in medians.items()],
     }
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The forms with their times."""
+    shape = report["shape"]
+    title = (
+        f"{shape['tokens']:,} tokens, {shape['num_experts']} experts of width {shape['width']}, forward and backward"
+    )
+    table = new_table(title, "form", "ms", "times the fastest", numbers_from=1)
+    for row in report["results"]:
+        table.add_row(row["form"], f"{row['seconds'] * 1e3:.0f}", f"{row['times_best']:.2f}")
+    return [table]

@@ -1,5 +1,6 @@
 """A model from a folder, whatever lies in it."""
 
+import dataclasses
 import os
 
 import jax.numpy as jnp
@@ -8,9 +9,30 @@ from numpy.typing import DTypeLike
 from cmjax.checkpoint.weights import Quant, load_checkpoint
 from cmjax.errors import UserError
 from cmjax.model import Model
+from cmjax.options import check_bounds, option
 from cmjax.quant import QUANT_MODES
 
 QUANT_CHOICES: tuple[Quant, ...] = (*QUANT_MODES, "none", "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFormats:
+    """The number formats of a model: what `load` is told."""
+
+    dtype: str = option(
+        "float32", "Of weights and activations.", flag="--dtype", choices=("float32", "bfloat16", "float16")
+    )
+    quant: Quant | None = option(
+        None,
+        "The large products of attention and FFN: int8, the same values as floats (fake), floats (none), or int8 where "
+        "it is measured to be faster (auto).",
+        flag="--quant",
+        choices=QUANT_CHOICES,
+        unset="what is stored",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def load(

@@ -13,15 +13,35 @@ import click
 import cmjax
 from cmjax.errors import UserError
 
-# name -> (module, attribute)
+# name -> (module, attribute, what it does: here too, so that the list of commands needs no JAX)
 COMMANDS = {
-    "bench": ("cmjax.cli.bench", "bench"),
-    "demo": ("cmjax.cli.demo", "demo"),
-    "eval": ("cmjax.cli.eval", "evaluate_command"),
-    "generate": ("cmjax.cli.generate", "generate"),
-    "info": ("cmjax.cli.info", "info"),
-    "quantize": ("cmjax.cli.quantize", "quantize"),
-    "serve": ("cmjax.cli.serve", "serve"),
+    "bench": ("cmjax.cli.bench", "bench", "Measure; every figure comes with its machine, its versions and its commit."),
+    "demo": (
+        "cmjax.cli.demo",
+        "demo",
+        "Let a small DeepSeek-V3 write Python on a virtual supernode, and compare its tokens with a reference.",
+    ),
+    "eval": ("cmjax.cli.eval", "evaluate_command", "Measure a model on held-out text, teacher-forced."),
+    "generate": (
+        "cmjax.cli.generate",
+        "generate",
+        "Continue prompts, through prefill instances and an expert-parallel decode instance.",
+    ),
+    "info": (
+        "cmjax.cli.info",
+        "info",
+        "Show devices, instances, planes, and which collectives are in use and why.",
+    ),
+    "quantize": (
+        "cmjax.cli.quantize",
+        "quantize",
+        "Quantize the checkpoint in folder IN (bfloat16, float32, float16 or FP8 blocks) into the new folder OUT.",
+    ),
+    "serve": (
+        "cmjax.cli.serve",
+        "serve",
+        "Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics.",
+    ),
 }
 
 EXIT_USER_ERROR = 2
@@ -56,9 +76,13 @@ class LazyCommands(Commands):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[cmd_name]
+        module, attribute, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
 
 @click.command(

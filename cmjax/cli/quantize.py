@@ -1,21 +1,17 @@
 """`cmjax quantize`: a checkpoint into int8, calibrated on text."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmjax.cli.options import CALIBRATION, CALIBRATION_LENGTH, CALIBRATION_SEQUENCES, find_model
+from cmjax.bench.ablation import TECHNIQUES
+from cmjax.checkpoint import CalibrationSettings, Techniques, calibration_ids, quantize_folder
+from cmjax.cli.flags import options_for
+from cmjax.cli.options import CALIBRATION, find_model
 from cmjax.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from cmjax.checkpoint import Techniques
-
-TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
 
 
 @click.command(
@@ -38,16 +34,7 @@ TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
     metavar="FILE",
     help="Calibration text, JSON lines with path, area and text.  [default: Python source, beside the bundled model]",
 )
-@click.option(
-    "--sequences",
-    type=click.IntRange(min=1),
-    default=CALIBRATION_SEQUENCES,
-    show_default=True,
-    help="Sequences to calibrate on.",
-)
-@click.option(
-    "--length", type=click.IntRange(min=3), default=CALIBRATION_LENGTH, show_default=True, help="Tokens of each."
-)
+@options_for("text", CalibrationSettings)
 @click.option(
     "--techniques",
     "chosen",
@@ -57,15 +44,11 @@ TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
     help="Which of them, separated by commas; none: rounded to the nearest.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sequences chosen and of rotations.")
-def quantize(source: Path, out: Path, data: Path, sequences: int, length: int, chosen: str, seed: int) -> None:
+def quantize(source: Path, out: Path, data: Path, text: CalibrationSettings, chosen: str, seed: int) -> None:
     """Quantize the checkpoint in folder IN (bfloat16, float32, float16 or FP8 blocks) into the new folder OUT."""
     techniques = parse_techniques(chosen, seed)
-    from rich.console import Console
-
-    from cmjax.checkpoint import quantize_folder
-
     find_model(str(source))
-    ids = calibration_ids(source, data, sequences, length, seed) if chosen != "none" else _no_text()
+    ids = calibration_ids(source, data, text.sequences, text.length, seed) if chosen != "none" else _no_text()
     console = Console(stderr=True)
     with _bar(console) as bars:
         task = bars.add_task("quantizing", total=None)
@@ -76,10 +59,8 @@ def quantize(source: Path, out: Path, data: Path, sequences: int, length: int, c
     click.echo(f"{out}: {sizes[1] / 1e6:,.1f} MB, from {sizes[0] / 1e6:,.1f} MB.")
 
 
-def parse_techniques(chosen: str, seed: int) -> "Techniques":
+def parse_techniques(chosen: str, seed: int) -> Techniques:
     """The techniques that a list names."""
-    from cmjax.checkpoint import Techniques
-
     names = [] if chosen == "none" else [name.strip() for name in chosen.split(",")]
     for name in names:
         if name not in TECHNIQUES:
@@ -87,31 +68,11 @@ def parse_techniques(chosen: str, seed: int) -> "Techniques":
     return Techniques(**{name: name in names for name in TECHNIQUES}, seed=seed)
 
 
-def calibration_ids(folder: Path, data: Path, sequences: int, length: int, seed: int) -> "np.ndarray":
-    """`int32[sequences, length]` (fewer of a short text): its tokens end to end, cut, in random order."""
-    import numpy as np
-
-    from cmjax.bench.evaluate import read_heldout
-    from cmjax.checkpoint import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(folder)
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    stream = [token for file in read_heldout(data) for token in [*begin, *tokenizer.encode(file.text)]]
-    if len(stream) < length:
-        raise UserError(f"{data}: the text has {len(stream)} tokens, a sequence needs {length}: lower --length")
-    rows = np.array(stream[: len(stream) // length * length], np.int32).reshape(-1, length)
-    return rows[np.random.default_rng(seed).permutation(len(rows))[:sequences]]
-
-
-def _no_text() -> "np.ndarray":
+def _no_text() -> np.ndarray:
     """What layers are run on where nothing is learnt from it."""
-    import numpy as np
-
     return np.zeros((1, 3), np.int32)
 
 
-def _bar(console: "Console") -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)

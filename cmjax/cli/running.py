@@ -8,46 +8,50 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
+from cmjax.checkpoint import ModelFormats, Tokenizer, load
+from cmjax.cli.flags import Given, given_options_for
 from cmjax.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from cmjax.checkpoint import Tokenizer
-    from cmjax.mesh import Pools
-    from cmjax.model import Model, ModelConfig
-    from cmjax.serve import EngineSettings
-    from cmjax.serve.engine import Progress
+from cmjax.mesh import InstanceLayout, Pools, fabric
+from cmjax.model import Model, ModelConfig
+from cmjax.serve import Engine, EngineSettings
+from cmjax.serve.engine import Progress
 
 MAX_DEFAULT_SEQS = 8
+DEFAULT_MODEL_LEN = 2048
+
+# Engines whose sizes follow from the prompts, and those that wait for requests.
+prompt_sized_options = given_options_for(
+    "engine",
+    EngineSettings,
+    {
+        "max_model_len": "what the prompts need",
+        "max_num_seqs_per_rank": f"what the prompts need, at most {MAX_DEFAULT_SEQS}",
+    },
+)
+serving_options = given_options_for(
+    "engine", EngineSettings, {"max_model_len": f"the model's own, at most {DEFAULT_MODEL_LEN}"}
+)
 PHASES = {"compile": "compiling", "prefill": "prefill", "decode": "decode"}
 
 
-def find_tokenizer(folder: Path, must_exist: bool = False) -> "Tokenizer | None":
+def find_tokenizer(folder: Path, must_exist: bool = False) -> Tokenizer | None:
     """The tokenizer of a model folder; None where there is none, or a UserError if it `must_exist`."""
-    from cmjax.checkpoint import Tokenizer
-
     if not must_exist and not (folder / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_folder(folder)
 
 
-def carve_from(options: dict[str, Any]) -> "Pools":
-    """The instances that `instance_options` ask for; brings up the devices."""
-    from cmjax.mesh import Supernode, carve
-
+def carve(layout: InstanceLayout) -> Pools:
+    """The instances asked for, on devices that are brought up; what is compiled for them is kept on disk."""
     use_compilation_cache()
-    return carve(
-        Supernode.preset(options["supernode"]),
-        ep_size=options["ep"],
-        prefill_ep_size=options["prefill_ep"],
-        num_prefill_instances=options["prefill_instances"],
-        num_decode_instances=options["decode_instances"],
-    )
+    return layout.carve()
 
 
 def ease_collector() -> None:
@@ -61,8 +65,6 @@ def ease_collector() -> None:
 def use_compilation_cache() -> None:
     """Keep compiled steps on disk, so that a command's second start is quick; JAX's own settings and variables
     (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`) come first."""
-    import jax
-
     if jax.config.jax_compilation_cache_dir is not None:
         return
     # Programs are compiled for the very instructions that a processor has.
@@ -73,62 +75,58 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / f"jax-{jax.__version__}-{processor}"))
 
 
-def seqs_per_rank(options: dict[str, Any], num_prompts: int, pools: "Pools") -> int:
+def seqs_per_rank(engine: Given[EngineSettings], num_prompts: int, pools: Pools) -> int:
     """Requests that a decode rank runs together: what `--max-num-seqs` says, or what so many prompts need."""
     share = -(-num_prompts // sum(one.ep_size for one in pools.decode))
-    share += share % 2 * (options["microbatches"] == "2")
-    return options["max_num_seqs"] or min(share, MAX_DEFAULT_SEQS)
+    share += share % 2 * (engine.get("microbatches") == 2)
+    return engine.get("max_num_seqs_per_rank") or min(share, MAX_DEFAULT_SEQS)
 
 
-def load_from(path: Path, options: dict[str, Any], rows: int) -> "Model":
-    """The model in the formats that `format_options` say; what `--quant auto` chose for `rows` rows is told."""
-    from cmjax.checkpoint import load
-
-    model = load(path, dtype=options["dtype"], quant=options["quant"], rows=rows)
-    if options["quant"] == "auto":
+def load_in(path: Path, formats: ModelFormats, rows: int) -> Model:
+    """The model in these formats; what "auto" chose for `rows` rows is told."""
+    model = load(path, dtype=formats.dtype, quant=formats.quant, rows=rows)
+    if formats.quant == "auto":
         kinds = sorted({name.rsplit(".", 1)[-1] for name in model.quantized})
-        click.echo(f"--quant auto: {', '.join(kinds) or 'nothing'} in int8, the rest in {options['dtype']}", err=True)
+        click.echo(f"--quant auto: {', '.join(kinds) or 'nothing'} in int8, the rest in {formats.dtype}", err=True)
     return model
 
 
-def settings_from(
-    options: dict[str, Any],
-    config: "ModelConfig",
+def prompt_sized(
+    engine: Given[EngineSettings],
+    config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    pools: "Pools",
-) -> "EngineSettings":
-    """What `engine_options` say, and for sizes left open what the prompts need."""
-    from cmjax.serve import EngineSettings
-
-    block_size, longest = options["block_size"], config.max_position_embeddings
+    pools: Pools,
+) -> EngineSettings:
+    """The settings given, and for sizes left open what the prompts need."""
+    block_size, longest = engine.get("block_size"), config.max_position_embeddings
     needed = max(len(prompt) for prompt in prompts) + max_tokens
-    if options["max_model_len"] is None and needed > longest:
+    if engine.get("max_model_len") is None and needed > longest:
         raise UserError(
             f"a prompt of {needed - max_tokens} tokens and --max-tokens {max_tokens} exceed the model's "
             f"max_position_embeddings {longest}"
         )
-    rounded = min(-(-needed // block_size) * block_size, longest)
-    return EngineSettings(
-        max_model_len=options["max_model_len"] or rounded,
-        max_num_seqs_per_rank=seqs_per_rank(options, len(prompts), pools),
-        block_size=block_size,
-        max_num_batched_tokens=options["max_num_batched_tokens"],
-        steps_per_call=options["steps_per_call"],
-        num_speculative_tokens=options["mtp"],
-        microbatches="auto" if options["microbatches"] == "auto" else int(options["microbatches"]),
-        dispatch_dtype=options["dispatch_dtype"],
-        combine_dtype=options["combine_dtype"],
-        num_redundant_experts=options["redundant_experts"],
-        num_shared_replicas=options["shared_replicas"],
+    return engine.make(
+        max_model_len=min(-(-needed // block_size) * block_size, longest),
+        max_num_seqs_per_rank=seqs_per_rank(engine, len(prompts), pools),
     )
 
 
-@contextmanager
-def memory_errors(settings: "EngineSettings") -> Iterator[None]:
-    """Turn XLA's out-of-memory error into one that names the settings."""
-    import jax
+def start_engine(path: Path, layout: InstanceLayout, formats: ModelFormats, engine: Given[EngineSettings]) -> Engine:
+    """An engine for the model in a folder, compiled and started; its sizes do not follow from prompts."""
+    pools = carve(layout)
+    model = load_in(path, formats, engine.get("max_num_seqs_per_rank"))
+    settings = engine.make(max_model_len=min(DEFAULT_MODEL_LEN, model.config.max_position_embeddings))
+    with memory_errors(settings):
+        started = Engine(model, pools, settings=settings)
+        started.start(lambda what: click.echo(f"compiling {what}", err=True))
+    ease_collector()
+    return started
 
+
+@contextmanager
+def memory_errors(settings: EngineSettings) -> Iterator[None]:
+    """Turn XLA's out-of-memory error into one that names the settings."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -142,15 +140,11 @@ def memory_errors(settings: "EngineSettings") -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: "Console") -> Iterator["Progress"]:
+def progress_bar(console: Console) -> Iterator[Progress]:
     """A callback for `Engine.generate` that draws a bar on a terminal, and starts counting traffic anew once the
     steps are compiled: compiling runs each of them once, on padding."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from cmjax.mesh import fabric
-
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+    bars = Bars(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
     task = bars.add_task("loading", total=None)
     phases_seen: list[str] = []
 

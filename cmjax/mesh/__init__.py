@@ -3,13 +3,14 @@
 `fabric` is a module of its own: `from cmjax.mesh import fabric`.
 """
 
-from cmjax.mesh.devices import EP_AXIS, Instance, Pools, bring_up, carve, describe, virtual_devices
+from cmjax.mesh.devices import EP_AXIS, Instance, InstanceLayout, Pools, bring_up, carve, describe, virtual_devices
 from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
 __all__ = [
     "EP_AXIS",
     "Instance",
+    "InstanceLayout",
     "InstanceSpec",
     "LinkFigures",
     "Location",

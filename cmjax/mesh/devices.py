@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cmjax.errors import UserError
-from cmjax.mesh.topology import InstanceSpec, Role, Supernode, plan_instances
+from cmjax.mesh.topology import PRESETS, InstanceSpec, Role, Supernode, plan_instances
+from cmjax.options import option
 
 EP_AXIS = "ep"
 
@@ -69,6 +70,41 @@ class Pools:
     def is_shared(self) -> bool:
         """Whether prefill runs on devices of a decode instance, the machine being too small for both."""
         return len(self.devices) < sum(one.ep_size for one in self.instances)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceLayout:
+    """A machine, and how it is divided into instances: what `carve` is told. It also says what does not fit."""
+
+    supernode: str = option(
+        next(iter(PRESETS)),
+        "Machine to stand in for; with -dies, a device is one die of an NPU.",
+        flag="--supernode",
+        choices=tuple(PRESETS),
+    )
+    ep_size: int | None = option(
+        None, "Devices of a decode instance.", flag="--ep", unset="320, or an equal share of all"
+    )
+    prefill_ep_size: int | None = option(
+        None, "Devices of a prefill instance.", flag="--prefill-ep", unset="min(ep, 32)"
+    )
+    num_prefill_instances: int | None = option(
+        None,
+        "Prefill instances; 0 lets prefill share decode's devices.",
+        flag="--prefill-instances",
+        unset="what fits, at most 2",
+    )
+    num_decode_instances: int = option(1, "Decode instances.", flag="--decode-instances")
+
+    def carve(self) -> Pools:
+        """The instances, on devices that are brought up for them."""
+        return carve(
+            Supernode.preset(self.supernode),
+            ep_size=self.ep_size,
+            prefill_ep_size=self.prefill_ep_size,
+            num_prefill_instances=self.num_prefill_instances,
+            num_decode_instances=self.num_decode_instances,
+        )
 
 
 def virtual_devices(num_devices: int) -> list[jax.Device]:

@@ -47,7 +47,6 @@ from cmjax.schedule.sampling import (
     SamplingRows,
     SamplingShape,
     TokenLogprobs,
-    range_of,
 )
 from cmjax.schedule.scheduler import MAX_FAILURES, Scheduler
 from cmjax.schedule.slo import SloController
@@ -119,6 +118,5 @@ __all__ = [
     "choose_rank",
     "make_segments",
     "plan_rounds",
-    "range_of",
     "slot_mapping",
 ]

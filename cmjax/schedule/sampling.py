@@ -1,13 +1,12 @@
 """How a request is sampled: what its client may ask for, and as rows of arrays what a step needs of it."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.options import check_bounds, option
 from cmjax.schedule.blocks import Ragged
 
 NOT_FINITE = -2  # in place of a token id, where the logits hold NaN or infinity
@@ -23,19 +22,6 @@ MAX_STEP_STOPS = 8
 _LEAST_TEMPERATURE = 1e-5  # below it the best token is taken, as vLLM does
 _MOST_TEMPERATURE = 1e30  # all are alike long before; float32 has no inverse of 1e38, and 0 * -inf is NaN
 _MOST_TOP_K = np.iinfo(np.int32).max
-# Field -> (least, most, whether the least itself is allowed), as OpenAI and vLLM have them.
-_RANGES = {
-    "temperature": (0.0, float("inf"), True),
-    "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, True),
-    "presence_penalty": (-2.0, 2.0, True),
-    "frequency_penalty": (-2.0, 2.0, True),
-}
-
-
-def range_of(name: str) -> tuple[float, float, bool]:
-    """Least and most value of a field of `SamplingParams`, and whether the least itself is allowed."""
-    return _RANGES[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,51 +29,68 @@ class SamplingParams:
     """How to continue a prompt. The defaults take the best token each time.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1.
-        stop_token_ids: a generated token among these ends the request, and is its last. The model's own
-            `eos_token_id` stops nothing unless it is listed here.
-        temperature: what logits are divided by before a token is drawn; 0 takes the best.
-        top_k: draw from so many of the best only; 0 or -1 for all.
-        top_p: draw from the best whose probabilities together reach it.
-        min_p: draw from those at least so probable, as a share of the best one's probability.
-        presence_penalty, frequency_penalty: subtracted from the logits of tokens generated before, once and for each
-            time.
+        stop_token_ids: the model's own `eos_token_id` stops nothing unless it is listed here.
         logit_bias: token id -> what is added to its logit, -100 to 100; at most `MAX_LOGIT_BIAS` tokens.
-        seed: equal seeds give equal tokens, whatever else runs; None: another one each time.
-        logprobs: None, or how many of the best tokens' log probabilities to return beside the generated one's.
-        prompt_logprobs: the same for the prompt's tokens.
     """
 
-    max_tokens: int = 16
-    stop_token_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    max_tokens: int = option(16, "Tokens to generate.", flag="--max-tokens", minimum=1)
+    stop_token_ids: tuple[int, ...] = option(
+        (), "A generated token among these ends the request, and is its last.", flag="--stop-token-ids"
+    )
+    temperature: float = option(
+        0.0, "What logits are divided by before a token is drawn; 0 takes the best.", flag="--temperature", minimum=0
+    )
+    top_k: int = option(
+        0,
+        "Draw from so many of the best; 0 for all.",
+        flag="--top-k",
+        minimum=-1,
+        must_be="positive, or 0 or -1 for all tokens",
+    )
+    top_p: float = option(
+        1.0,
+        "Draw from the best whose probabilities together reach it.",
+        flag="--top-p",
+        minimum=0,
+        is_open=True,
+        maximum=1,
+    )
+    min_p: float = option(
+        0.0, "Draw from those at least so probable, as a share of the best.", flag="--min-p", minimum=0, maximum=1
+    )
+    presence_penalty: float = option(
+        0.0, "Taken from the logits of tokens generated before, once.", flag="--presence-penalty", minimum=-2, maximum=2
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Taken from the logits of tokens generated before, for each time.",
+        flag="--frequency-penalty",
+        minimum=-2,
+        maximum=2,
+    )
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    seed: int | None = option(
+        None,
+        "Equal seeds give equal tokens, whatever else runs.",
+        flag="--seed",
+        minimum=0,
+        maximum=2**64 - 1,
+        must_be="from 0 to 2^64 - 1",
+        unset="another one each time",
+    )
+    logprobs: int | None = option(
+        None,
+        "Log probabilities of so many of the best tokens, beside the generated one's.",
+        flag="--logprobs",
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+    )
+    prompt_logprobs: int | None = option(
+        None, "The same for the prompt's tokens.", flag="--prompt-logprobs", minimum=0, maximum=MAX_LOGPROBS
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-                raise UserError(f"{name} {value!r} is no integer")
-        for name in _RANGES:
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), numbers.Real):
-                raise UserError(f"{name} {getattr(self, name)!r} is no number")
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens {self.max_tokens} is not positive")
-        for name, (least, most, is_closed) in _RANGES.items():
-            value = getattr(self, name)
-            if not (least <= value <= most) or (value == least and not is_closed) or math.isinf(value):
-                interval = f"{'from' if is_closed else 'above'} {least:g}" + (f" to {most:g}" if most < 1e9 else "")
-                raise UserError(f"{name} {value} is out of range: it must be {interval}")
-        if self.top_k < -1:
-            raise UserError(f"top_k {self.top_k} is out of range: it must be positive, or 0 or -1 for all tokens")
+        check_bounds(self)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise UserError(f"logit_bias of {len(self.logit_bias)} tokens: at most {MAX_LOGIT_BIAS} are supported")
         for token, value in self.logit_bias.items():
@@ -95,12 +98,6 @@ class SamplingParams:
                 raise UserError(
                     f"logit_bias of token {token} is {value}: it must be from -{MOST_LOGIT_BIAS} to {MOST_LOGIT_BIAS}"
                 )
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise UserError(f"seed {self.seed} is out of range: it must be from 0 to 2^64 - 1")
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            if count is not None and not 0 <= count <= MAX_LOGPROBS:
-                raise UserError(f"{name} {count} is out of range: it must be from 0 to {MAX_LOGPROBS}")
 
     @property
     def has_penalties(self) -> bool:

@@ -1,8 +1,8 @@
-"""The engine's settings, and the memory they ask for."""
+"""The settings of an engine and of a server, and the memory that an engine's ask for."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
@@ -10,63 +10,96 @@ import psutil
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
 from cmjax.moe import Exchange, ExpertPlacement, FabricExchange, WireDtype, buffer_bytes, message_bytes
+from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
+
+_MICROBATCHES = (1, 2, "auto")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Sizes and formats of an engine.
+    """Sizes and formats of an engine."""
 
-    Attributes:
-        max_model_len: most tokens of one request, prompt and output together.
-        max_num_seqs_per_rank: requests that one decode rank runs together.
-        block_size: tokens a cache block.
-        max_num_batched_tokens: tokens of one prefill step over all the ranks of an instance; longer prompts are
-            prefilled in several steps.
-        steps_per_call: decode steps in one call of the compiled program.
-        num_speculative_tokens: tokens that the model's MTP module guesses ahead in each step, and the step verifies.
-        microbatches: 1, or 2 that take turns in a step, so that exchanges hide behind work; "auto" tries both in the
-            first steps and stays with the faster.
-        dispatch_dtype: what a row is on its way to the experts: a float dtype, or "int8"; None: "int8" where the model
-            is quantized, else as it is.
-        combine_dtype: what a row is on its way back: a float dtype; None: bfloat16 where the model is quantized, else
-            as it is.
-        num_redundant_experts, num_shared_replicas: of the decode instance; None: see `ExpertPlacement.plan`.
-        exchange: replaces dispatch and combine (`cmjax.moe.Exchange`).
-        num_kv_blocks: cache blocks of a decode rank; None: for `max_num_seqs_per_rank` requests of `max_model_len`.
-            With fewer, sequences get theirs as they grow, and the least urgent make room where there are none left.
-        handoff_timeout_s: seconds after which a hand-off that has not arrived is sent again.
-        tpot_slo_ms: target for the time per output token, which decides how many sequences of a rank run together;
-            None: all.
-    """
-
-    max_model_len: int = 1024
-    max_num_seqs_per_rank: int = 8
-    block_size: int = 16
-    max_num_batched_tokens: int = 2048
-    steps_per_call: int = 8
-    num_speculative_tokens: int = 0
-    microbatches: int | Literal["auto"] = 1
-    dispatch_dtype: WireDtype | None = None
-    combine_dtype: WireDtype | None = None
-    num_redundant_experts: int | None = None
-    num_shared_replicas: int | None = None
-    exchange: Callable[..., Exchange] = FabricExchange
-    num_kv_blocks: int | None = None
-    handoff_timeout_s: float = 60.0
-    tpot_slo_ms: float | None = None
+    max_model_len: int = option(
+        1024, "Most tokens of one request, prompt and output together.", flag="--max-model-len", minimum=1
+    )
+    max_num_seqs_per_rank: int = option(
+        8, "Requests that one decode rank runs together.", flag="--max-num-seqs", minimum=1
+    )
+    block_size: int = option(16, "Tokens of a cache block.", flag="--block-size", minimum=1)
+    max_num_batched_tokens: int = option(
+        2048,
+        "Tokens of one prefill step over all the ranks of an instance; longer prompts take several.",
+        flag="--max-num-batched-tokens",
+        minimum=1,
+    )
+    steps_per_call: int = option(
+        8, "Decode steps in one call of the compiled program.", flag="--steps-per-call", minimum=1
+    )
+    num_speculative_tokens: int = option(
+        0, "Tokens that the model's MTP module guesses ahead in each decode step.", flag="--mtp", minimum=0
+    )
+    microbatches: int | Literal["auto"] = option(
+        1,
+        "Two take turns in a step, one attending while the other's rows travel; auto tries both and stays with the "
+        "faster.",
+        flag="--microbatches",
+        choices=_MICROBATCHES,
+    )
+    dispatch_dtype: WireDtype | None = option(
+        None,
+        "What a row is on its way to the experts.",
+        flag="--dispatch-dtype",
+        choices=get_args(WireDtype),
+        unset="int8 for a model in int8, else as it is",
+    )
+    combine_dtype: WireDtype | None = option(
+        None,
+        "What a row is on its way back.",
+        flag="--combine-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        unset="bfloat16 for a model in int8, else as it is",
+    )
+    num_redundant_experts: int | None = option(
+        None,
+        "Second copies of routed experts in the decode instance.",
+        flag="--redundant-experts",
+        minimum=0,
+        unset="what fills the ranks",
+    )
+    num_shared_replicas: int | None = option(
+        None,
+        "Slots of the decode instance for the shared expert.",
+        flag="--shared-replicas",
+        minimum=0,
+        unset="one in ten where ranks are left over",
+    )
+    exchange: Callable[..., Exchange] = option(FabricExchange, "Does dispatch and combine: a `cmjax.moe.Exchange`.")
+    num_kv_blocks: int | None = option(
+        None,
+        "Cache blocks of a decode rank; with fewer than all, sequences get theirs as they grow, and the least urgent "
+        "make room where there are none left.",
+        flag="--num-kv-blocks",
+        minimum=1,
+        unset="for all requests at their longest",
+    )
+    handoff_timeout_s: float = option(
+        60.0, "Seconds after which a hand-off that has not arrived is sent again.", minimum=0, is_open=True
+    )
+    tpot_slo_ms: float | None = option(
+        None,
+        "Target for the time per output token, in milliseconds: as many sequences run together as keep to it.",
+        flag="--tpot-slo-ms",
+        minimum=0,
+        is_open=True,
+        unset="all there are",
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < (field.name != "num_speculative_tokens"):
-                raise UserError(f"{field.name} {value} is {'negative' if value < 0 else 'not positive'}")
-        for name in ("num_kv_blocks", "handoff_timeout_s", "tpot_slo_ms"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} {value} is not positive")
-        if self.microbatches not in (1, 2, "auto"):
-            raise UserError(f"microbatches {self.microbatches} are not supported; supported: 1, 2, auto")
+        if self.microbatches not in _MICROBATCHES:
+            listed = ", ".join(map(str, _MICROBATCHES))
+            raise UserError(f"microbatches {self.microbatches} are not supported; supported: {listed}")
+        check_bounds(self)
         if self.microbatches == 2 and self.max_num_seqs_per_rank % 2:
             raise UserError(
                 f"microbatches {self.microbatches} do not divide max_num_seqs_per_rank {self.max_num_seqs_per_rank}"
@@ -91,6 +124,54 @@ class EngineSettings:
     def num_prefill_blocks(self) -> int:
         """Blocks of a prefill instance: room for the longest prompt, and for two steps of short ones."""
         return self.max_blocks + 2 * blocks_for(self.max_num_batched_tokens, self.block_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a server offers, and its limits."""
+
+    model_name: str = option(
+        dataclasses.MISSING, "What clients call the model.", flag="--served-model-name", unset="the folder's name"
+    )
+    api_keys: tuple[str, ...] = option(
+        (), "Clients must send it; several: a tenant each, served in turns.", flag="--api-key", unset="anybody may"
+    )
+    max_body_bytes: int = option(
+        16_000_000, "Largest body of a request; the option is in MB.", flag="--max-body-mb", minimum=1, scale=1e6
+    )
+    max_concurrent_requests: int = option(
+        10_000,
+        "Prompts times choices that may be under way; more get a 429.",
+        flag="--max-concurrent-requests",
+        minimum=1,
+    )
+    metrics_prefix: str = option("vllm:", "Of the Prometheus names.", flag="--metrics-prefix")
+    # Priorities come before the tenants' turns, so a client that could go below everybody's would starve all others.
+    min_priority: int = option(0, "Most urgent priority that a client may ask for.", flag="--min-priority")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListenSettings:
+    """Where a server listens, and how it ends."""
+
+    host: str = option("127.0.0.1", "Address to listen on.", flag="--host")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.", flag="--port", minimum=0, maximum=65535)
+    uds: str | None = option(None, "Listen on this Unix socket instead.", flag="--uds")
+    drain_timeout_s: float = option(
+        30.0, "Seconds that what runs has to finish, once the server is told to end.", flag="--drain-timeout", minimum=0
+    )
+    log_level: str = option(
+        "warning",
+        "Of the server; debug logs every request.",
+        flag="--log-level",
+        choices=("critical", "error", "warning", "info", "debug"),
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: Any) -> int:

@@ -1,5 +1,6 @@
 """The command line: errors are one line and status 2, `--json` is one object, `info` tells the machine."""
 
+import ast
 import json
 
 import click
@@ -7,13 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 import cmjax
-from cmjax import cli
+from cmjax.cli import command as cli
 from cmjax.cli import main
 from cmjax.cli.command import COMMANDS, Commands
-from cmjax.cli.options import SUPERNODES
+from cmjax.cli.info import info
 from cmjax.errors import UserError
 from cmjax.mesh import Supernode
 from cmjax.mesh.topology import PRESETS
+from tests.conftest import ROOT
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -28,6 +30,13 @@ def test_version_and_help(capsys):
         status, out, err = run(capsys, *args)
         assert (status, err) == (0, "")
         assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+def test_the_list_of_commands_says_what_their_own_help_says():
+    context = click.Context(cli.command_group)
+    for name, (*_, summary) in COMMANDS.items():
+        help = cli.command_group.get_command(context, name).help
+        assert " ".join(help.split("\n\n")[0].split()) == summary
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -92,8 +101,17 @@ def test_interrupt_and_defects(monkeypatch, capsys):
         main(["info"])
 
 
+def test_no_command_imports_another():
+    modules = {module for module, *_ in COMMANDS.values()}
+    for module in modules:
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not named & (modules - {module})
+
+
 def test_supernodes_offered_are_the_presets():
-    assert set(SUPERNODES) == set(PRESETS)
+    (option,) = (one for one in info.params if "--supernode" in one.opts)
+    assert set(option.type.choices) == set(PRESETS)
 
 
 @pytest.mark.smoke

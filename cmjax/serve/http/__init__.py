@@ -2,6 +2,6 @@
 
 from cmjax.serve.http.app import create_app
 from cmjax.serve.http.server import run_server
-from cmjax.serve.http.state import ServerSettings
+from cmjax.serve.settings import ListenSettings, ServerSettings
 
-__all__ = ["ServerSettings", "create_app", "run_server"]
+__all__ = ["ListenSettings", "ServerSettings", "create_app", "run_server"]

@@ -20,9 +20,10 @@ from cmjax.serve.http.errors import ApiError, install_handlers
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cmjax.serve.http.protocol import Message as ChatMessage
 from cmjax.serve.http.run import Run
-from cmjax.serve.http.state import ServerSettings, ServerState, refuse_unsupported
+from cmjax.serve.http.state import ServerState, refuse_unsupported
 from cmjax.serve.http.status import status_routes
 from cmjax.serve.http.text import ChatTemplate
+from cmjax.serve.settings import ServerSettings
 
 _GUARDED = ("/v1", "/tokenize", "/detokenize")
 

@@ -1,11 +1,11 @@
 """What clients send: the fields of OpenAI's API, and those that vLLM's users know. Other fields are ignored."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmjax.schedule import MAX_LOGIT_BIAS, MAX_LOGPROBS, MOST_LOGIT_BIAS, range_of
+from cmjax.options import options_of
+from cmjax.schedule import MAX_LOGIT_BIAS, MOST_LOGIT_BIAS, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -14,16 +14,11 @@ Bias = Annotated[float, Field(ge=-MOST_LOGIT_BIAS, le=MOST_LOGIT_BIAS)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
 
-def _sampled(name: str) -> Any:
-    """A field that need not be given, with the range that `SamplingParams` has for it."""
-    least, most, is_closed = range_of(name)
-    return Field(
-        None,
-        ge=least if is_closed else None,
-        gt=None if is_closed else least,
-        le=most if math.isfinite(most) else None,
-        allow_inf_nan=False,
-    )
+def _sampled(name: str, **more: Any) -> Any:
+    """A field that need not be given, with the bounds that `SamplingParams` has for it."""
+    option, kind = options_of(SamplingParams)[name]
+    bounds: dict[str, Any] = option.limits | more | ({"allow_inf_nan": False} if kind is float else {})
+    return Field(None, **bounds)
 
 
 class _Body(BaseModel):
@@ -48,7 +43,7 @@ class Sampled(_Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     temperature: float | None = _sampled("temperature")
     top_p: float | None = _sampled("top_p")
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: int | None = _sampled("top_k", lt=2**31)
     min_p: float | None = _sampled("min_p")
     presence_penalty: float | None = _sampled("presence_penalty")
     frequency_penalty: float | None = _sampled("frequency_penalty")
@@ -69,8 +64,8 @@ class CompletionRequest(Sampled):
 
     prompt: str | list[Id] | list[str] | list[list[Id]]
     max_tokens: int | None = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = _sampled("logprobs")
+    prompt_logprobs: int | None = _sampled("prompt_logprobs")
     echo: bool = False
     best_of: int | None = None
     suffix: str | None = None
@@ -106,7 +101,7 @@ class ChatRequest(Sampled):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = _sampled("logprobs")
     tools: list[Any] | None = None
     tool_choice: Any = None
     response_format: ResponseFormat | None = None

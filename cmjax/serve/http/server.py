@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cmjax.serve.http.state import ServerState
+from cmjax.serve.settings import ListenSettings
 
 
 class _Server(uvicorn.Server):
@@ -20,34 +21,22 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_server(
-    app: FastAPI,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    uds: str | None = None,
-    drain_timeout_s: float = 30.0,
-    log_level: str = "warning",
-    on_ready: Callable[[str], None] | None = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what runs, for at most `drain_timeout_s` seconds; a second signal ends
-    at once.
+def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what runs, within the drain timeout; a second signal ends at once.
 
     Args:
         app: from `create_app`.
-        host, port: where to listen; port 0 takes a free one.
-        uds: a Unix socket instead.
-        log_level: of uvicorn.
+        listen: where, and for how long at the end.
         on_ready: called with the address once requests are taken.
     """
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
-        uds=uds,
-        log_level=log_level,
-        access_log=log_level in ("debug", "trace"),
-        timeout_graceful_shutdown=max(int(drain_timeout_s), 1),
+        host=listen.host,
+        port=listen.port,
+        uds=listen.uds,
+        log_level=listen.log_level,
+        access_log=listen.log_level == "debug",
+        timeout_graceful_shutdown=max(int(listen.drain_timeout_s), 1),
         lifespan="off",
     )
     server = _Server(config)
@@ -58,7 +47,7 @@ def run_server(
             await startup(sockets)
             if server.started:
                 listening = [s.getsockname() for one in server.servers for s in one.sockets]
-                on_ready(uds or f"http://{host}:{listening[0][1]}")
+                on_ready(listen.uds or f"http://{listen.host}:{listening[0][1]}")
 
         server.startup = start_and_tell  # type: ignore[method-assign]  # uvicorn has no hook for it
     # uvicorn raises the signal again when it is done, which would end the process before what comes after.

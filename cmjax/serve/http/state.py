@@ -1,6 +1,5 @@
 """What the handlers of a server share, and the checks that every request passes."""
 
-import dataclasses
 import secrets
 
 from cmjax.checkpoint import Tokenizer
@@ -10,28 +9,7 @@ from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
 from cmjax.serve.http.text import ChatTemplate
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What a server offers, and its limits.
-
-    Attributes:
-        model_name: what clients call the model.
-        api_keys: one of which `/v1` and the tokenizer's paths ask for; empty: anybody may.
-        max_body_bytes: of a request.
-        max_concurrent_requests: prompts times choices that may be under way; more are answered with 429.
-        metrics_prefix: of the Prometheus names.
-        min_priority: the most urgent priority that a client may ask for: priorities come before the tenants' turns, so
-            a client that could go below everybody's would starve all others.
-    """
-
-    model_name: str
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 16_000_000
-    max_concurrent_requests: int = 10_000
-    metrics_prefix: str = "vllm:"
-    min_priority: int = 0
+from cmjax.serve.settings import ServerSettings
 
 
 class ServerState:
