@@ -1,5 +1,6 @@
 """Folders of models: safetensors in every number format, orbax checkpoints, tokenizers, quantizing one offline."""
 
+from cmjax.checkpoint.detokenizer import Detokenizer, starts_in, token_starts
 from cmjax.checkpoint.load import load
 from cmjax.checkpoint.orbax import restore, save
 from cmjax.checkpoint.quantize import Techniques
@@ -8,6 +9,7 @@ from cmjax.checkpoint.tokenizer import Tokenizer
 from cmjax.checkpoint.weights import TensorSource, load_checkpoint, load_params, save_hf
 
 __all__ = [
+    "Detokenizer",
     "Techniques",
     "TensorSource",
     "Tokenizer",
@@ -18,4 +20,6 @@ __all__ = [
     "restore",
     "save",
     "save_hf",
+    "starts_in",
+    "token_starts",
 ]

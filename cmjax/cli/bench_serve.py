@@ -260,7 +260,7 @@ def _server(engine: "Engine", path: Path) -> Iterator[tuple[str, Callable[[], fl
     import uvicorn
 
     from cmjax.serve.http import ServerSettings, create_app
-    from cmjax.serve.http.text import ChatTemplate
+    from cmjax.serve.http.template import ChatTemplate
 
     tokenizer = find_tokenizer(path)
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer)
