@@ -46,12 +46,6 @@ RENDERED = {
         {},
         "True True False",
     ),
-    "null content": (
-        "{{ messages[0].content is none }} {{ messages[0]['name'] is defined }}",
-        [CALL],
-        {},
-        "True False",
-    ),
     "calls as they were sent": ("{{ messages[0].tool_calls[0].function.arguments }}", [CALL], {}, '{"x": 1}'),
     "parts that it looks for": (
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
@@ -69,6 +63,11 @@ def test_it_is_what_transformers_render(name):
     assert (
         ChatTemplate(source, TOKENIZER).render(messages, add_generation_prompt=False, variables=arguments) == expected
     )
+
+
+def test_null_content_is_none_as_it_was_sent():
+    template = ChatTemplate("{{ messages[0].content is none }} {{ messages[0].name is defined }}", TOKENIZER)
+    assert template.render([CALL], add_generation_prompt=False) == "True False"
 
 
 def test_of_parts_a_template_for_texts_gets_the_text():
