@@ -162,7 +162,7 @@ def _server(engine: Engine, path: Path, tokenizer: Tokenizer | None) -> Iterator
     import uvicorn
 
     from cmjax.serve.http import create_app
-    from cmjax.serve.http.text import ChatTemplate
+    from cmjax.serve.http.template import ChatTemplate
 
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer)
     app = create_app(engine, ServerSettings(model_name=path.name), tokenizer, template)

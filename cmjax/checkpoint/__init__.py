@@ -1,5 +1,6 @@
 """Folders of models: safetensors in every number format, orbax checkpoints, tokenizers, quantizing one offline."""
 
+from cmjax.checkpoint.detokenizer import Detokenizer, starts_in, token_starts
 from cmjax.checkpoint.formats import TensorSource
 from cmjax.checkpoint.load import ModelFormats, load
 from cmjax.checkpoint.orbax import restore, save
@@ -12,6 +13,7 @@ from cmjax.checkpoint.weights import load_checkpoint, load_params, save_hf
 
 __all__ = [
     "CalibrationSettings",
+    "Detokenizer",
     "ModelFormats",
     "SafetensorsFolder",
     "Techniques",
@@ -28,5 +30,7 @@ __all__ = [
     "restore",
     "save",
     "save_hf",
+    "starts_in",
+    "token_starts",
     "write_safetensors",
 ]

@@ -43,7 +43,7 @@ def serve(
     """Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics."""
     try:
         from cmjax.serve.http import create_app, run_server
-        from cmjax.serve.http.text import ChatTemplate
+        from cmjax.serve.http.template import ChatTemplate
     except ImportError as error:
         raise UserError(f"cmjax serve needs pip install 'cmjax[serve]' ({error})") from error
 

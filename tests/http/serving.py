@@ -16,7 +16,7 @@ from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve import Engine
 from cmjax.serve.http import ServerSettings, create_app
-from cmjax.serve.http.text import ChatTemplate
+from cmjax.serve.http.template import ChatTemplate
 from tests.conftest import ROOT
 
 

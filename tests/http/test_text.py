@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve.http.errors import ApiError
-from cmjax.serve.http.text import ChatTemplate, Detokenizer, StopStrings
+from cmjax.serve.http.stops import StopStrings
+from cmjax.serve.http.template import ChatTemplate
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 LETTERS = st.text("ab\n", max_size=30)
@@ -48,40 +49,19 @@ def test_what_could_become_a_stop_string_is_held_back_and_no_more():
     assert checker.feed("</end> more") == ("", "</end>")
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_characters_of_several_tokens_come_whole(text):
-    ids = TOKENIZER.encode_with_ends(text)[0]
-    detokenizer = Detokenizer(TOKENIZER)
-    pieces = [detokenizer.feed(token) for token in ids]
-    whole = TOKENIZER.decode(ids)
-    assert "".join(pieces) + detokenizer.flush() == whole
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
-def test_any_tokens_give_a_text_that_ends(ids):
-    detokenizer = Detokenizer(TOKENIZER)
-    text = "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
-    # Bytes that are no character become replacement characters, of which the whole text may have fewer in a row.
-    plain, whole = (one.replace("\ufffd", "") for one in (text, TOKENIZER.decode(ids)))
-    assert plain == whole
-
-
 def test_a_template_renders_as_the_model_wants_it():
     template = ChatTemplate.find(BUNDLED_MODEL, TOKENIZER)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert template.render(messages, add_generation_prompt=True) == "<|begin|><|user|>a<|assistant|>b<|assistant|>"
 
 
-def test_templates_use_what_they_use_elsewhere(tmp_path):
+def test_templates_use_what_they_use_elsewhere():
     source = """{%- for message in messages %}
     {%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}
     {%- if loop.index0 > 1 %}{% break %}{% endif %}
     {{- message | tojson }}
 {%- endfor %}"""
-    (tmp_path / "chat_template.jinja").write_text(source)
-    template = ChatTemplate.find(tmp_path, TOKENIZER)
+    template = ChatTemplate(source, TOKENIZER)
     assert (
         template.render([{"role": "user", "content": "é"}], add_generation_prompt=False)
         == '{"role": "user", "content": "é"}'

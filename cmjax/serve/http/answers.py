@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmjax.serve import TokenLogprobs
+from cmjax.serve.http.prompts import Prompt
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest
 from cmjax.serve.http.run import Piece, Run
 from cmjax.serve.http.state import ServerState
@@ -16,10 +17,9 @@ class Answer:
     """Builds the answer to one call, piece by piece."""
 
     def __init__(
-        self, state: ServerState, run: Run, body: CompletionRequest | ChatRequest, texts: Sequence[str]
+        self, state: ServerState, run: Run, body: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
     ) -> None:
-        """`texts`: what the prompts say, for echo."""
-        self.state, self.run, self.body, self.texts = state, run, body, texts
+        self.state, self.run, self.body, self.prompts = state, run, body, prompts
         self.is_chat = isinstance(body, ChatRequest)
         kind = "chat.completion" if self.is_chat else "text_completion"
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + (body.request_id or uuid.uuid4().hex)
@@ -32,7 +32,6 @@ class Answer:
         }
         # The same for every event: encoded once.
         self._prefix = json.dumps(self.head)[:-1] + ', "choices": ['
-        self._offsets: dict[int, int] = {}
         self._begun: set[int] = set()
 
     # -- whole --------------------------------------------------------------------------------------------------------
@@ -108,9 +107,9 @@ class Answer:
             part["logprobs"] = self._chat_logprobs(piece)
         else:
             prompt = piece.index // self.run.num_choices
-            echo = self.texts[prompt] if is_first and self._echoes else ""
+            echo = self.prompts[prompt].text if is_first and self._echoes else ""
             part["text"] = echo + piece.text
-            part["logprobs"] = self._completion_logprobs(piece, prompt, is_first)
+            part["logprobs"] = self._completion_logprobs(piece, self.prompts[prompt], is_first)
             if isinstance(self.body, CompletionRequest) and self.body.prompt_logprobs is not None and is_first:
                 part["prompt_logprobs"] = [self._by_id(one) for one in piece.prompt_logprobs or []]
         part |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
@@ -124,25 +123,23 @@ class Answer:
     def _echoes(self) -> bool:
         return isinstance(self.body, CompletionRequest) and self.body.echo
 
-    def _completion_logprobs(self, piece: Piece, prompt: int, is_first: bool) -> dict[str, Any] | None:
+    def _completion_logprobs(self, piece: Piece, prompt: Prompt, is_first: bool) -> dict[str, Any] | None:
         if not isinstance(self.body, CompletionRequest) or self.body.logprobs is None:
             return None
-        tokens: list[tuple[int, TokenLogprobs | None]] = []
+        tokens: list[tuple[int, int, TokenLogprobs | None]] = []
         if is_first and self._echoes:
-            tokens += zip(self.run.prompts[prompt], piece.prompt_logprobs or [], strict=False)
-        tokens += [(one.token_id, one) for one in piece.logprobs or [] if piece.token_ids]
+            tokens += zip(prompt.starts, prompt.token_ids, piece.prompt_logprobs or [], strict=False)
+        begin = len(prompt.text) if self._echoes else 0
+        own = zip(piece.starts, piece.logprobs or [], strict=False)
+        tokens += [(begin + start, one.token_id, one) for start, one in own]
         found: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        offset = self._offsets.get(piece.index, 0 if self._echoes else len(self.texts[prompt]))
-        for token_id, one in tokens:
-            text = self.state.token_text(token_id)
-            found["text_offset"].append(offset)
-            found["tokens"].append(text)
+        for start, token_id, one in tokens:
+            found["text_offset"].append(start)
+            found["tokens"].append(self.state.token_text(token_id))
             found["token_logprobs"].append(None if one is None else one.logprob)
             # The token itself is always among them.
             top = None if one is None else {self.state.token_text(i): p for i, p in (*one.top, (token_id, one.logprob))}
             found["top_logprobs"].append(top)
-            offset += len(text)
-        self._offsets[piece.index] = offset
         return found
 
     def _chat_logprobs(self, piece: Piece) -> dict[str, Any] | None:
@@ -150,8 +147,8 @@ class Answer:
             return None
 
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            text = self.state.token_text(token_id)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            of_token = list(self.state.text_tokenizer().token_bytes(token_id))
+            return {"token": self.state.token_text(token_id), "logprob": logprob, "bytes": of_token}
 
         content = [
             entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]}

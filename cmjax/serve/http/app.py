@@ -2,9 +2,10 @@
 
 import asyncio
 import hmac
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,13 +18,20 @@ from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError, install_handlers
-from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from cmjax.serve.http.protocol import Message as ChatMessage
+from cmjax.serve.http.prompts import chat_prompt, completion_prompts, conversation, encode
+from cmjax.serve.http.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from cmjax.serve.http.run import Run
 from cmjax.serve.http.state import ServerState, refuse_unsupported
 from cmjax.serve.http.status import status_routes
-from cmjax.serve.http.text import ChatTemplate
+from cmjax.serve.http.template import ChatTemplate
 from cmjax.serve.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 _GUARDED = ("/v1", "/tokenize", "/detokenize")
 
@@ -52,19 +60,18 @@ def _add_completions(app: FastAPI, state: ServerState) -> None:
         """Continue prompts: texts or token ids, one or several."""
         state.check_model(body.model)
         refuse_unsupported(body)
-        prompts, texts = _prompts(state, body)
-        run = Run(state, body, prompts, _tenant(request))
-        return await _respond(request, Answer(state, run, body, texts))
+        prompts = completion_prompts(state, body)
+        run = Run(state, body, [prompt.token_ids for prompt in prompts], _tenant(request))
+        return await _respond(request, Answer(state, run, body, prompts))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation, by the model's chat template."""
         state.check_model(body.model)
         refuse_unsupported(body)
-        text = _conversation(state, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-        prompt = _without_double_bos(state.text_tokenizer(), text)
-        run = Run(state, body, [prompt], _tenant(request))
-        return await _respond(request, Answer(state, run, body, [text]))
+        prompt = chat_prompt(state, body)
+        run = Run(state, body, [prompt.token_ids], _tenant(request))
+        return await _respond(request, Answer(state, run, body, [prompt]))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -89,9 +96,10 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = _without_double_bos(tokenizer, _conversation(state, body.messages, body.add_generation_prompt, None))
+            text = conversation(state, body.messages, add_generation_prompt=body.add_generation_prompt)
+            ids = encode(tokenizer, text, add_special_tokens=False)
         else:
-            ids = _encode(tokenizer, body.prompt or "", body.add_special_tokens)
+            ids = encode(tokenizer, body.prompt or "", body.add_special_tokens)
         strings = [tokenizer.backend.id_to_token(i) for i in ids] if body.return_token_strs else None
         return {
             "tokens": ids,
@@ -105,7 +113,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         """The text of token ids."""
         state.check_model(body.model)
         ids = check_token_ids(token_id_array(body.tokens, "tokens"), state.engine.model.config)
-        return {"prompt": state.text_tokenizer().backend.decode(ids.tolist(), skip_special_tokens=False)}
+        return {"prompt": state.text_tokenizer().decode(ids.tolist(), skip_special_tokens=False)}
 
 
 def _add_health(app: FastAPI, state: ServerState) -> None:
@@ -128,60 +136,6 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
     async def metrics() -> Response:
         """Prometheus."""
         return Response(state.metrics.render(), media_type=state.metrics.content_type)
-
-
-# -- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def _prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-    """Token ids of each prompt, and their texts where they are wanted again."""
-    given = body.prompt
-    if isinstance(given, str):
-        several: list[Any] = [given]
-    elif given and isinstance(given[0], int):
-        several = [given]
-    else:
-        several = list(given)
-    if not several:
-        raise ApiError(400, "prompt: it is empty", param="prompt")
-    state.check_number(len(several) * body.n)  # before any of them costs anything
-    are_wanted = (body.echo or body.logprobs is not None) and state.tokenizer is not None
-    prompts, texts = [], []
-    for one in several:
-        if isinstance(one, str):
-            prompts.append(_encode(state.text_tokenizer(), one, body.add_special_tokens))
-            texts.append(one)
-            continue
-        prompts.append(one)  # the engine says which id is none of the vocabulary
-        texts.append(state.text_tokenizer().backend.decode(one, skip_special_tokens=False) if are_wanted else "")
-    return prompts, texts
-
-
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer.encode(text) if add_special_tokens else tokenizer.encode_with_ends(text)[0]
-
-
-def _without_double_bos(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A template writes bos itself, where it wants it."""
-    return _encode(tokenizer, text, add_special_tokens=False)
-
-
-def _conversation(
-    state: ServerState, messages: Sequence[ChatMessage], add_generation_prompt: bool, variables: dict[str, Any] | None
-) -> str:
-    state.text_tokenizer()
-    if state.template is None:
-        raise ApiError(400, "messages: the model has no chat template; start the server with --chat-template")
-    plain = []
-    for message in messages:
-        fields = message.model_dump(exclude_none=True)
-        if not isinstance(message.content, str | None):
-            other = [part.type for part in message.content if part.type != "text"]
-            if other:
-                raise ApiError(400, f"messages: parts of type {other[0]!r} are not supported", param="messages")
-            fields["content"] = "".join(part.text or "" for part in message.content)
-        plain.append({"content": "", **fields})
-    return state.template.render(plain, add_generation_prompt=add_generation_prompt, **(variables or {}))
 
 
 def _tenant(request: Request) -> str:
@@ -213,6 +167,10 @@ async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
         pass
 
 
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + bytes(error.response().body) + b"\n\n"
+
+
 class EventStream(Response):
     """Server-sent events, until the answer is complete or the client has gone; either way its requests are closed."""
 
@@ -235,7 +193,11 @@ class EventStream(Response):
                 yield last
         except ApiError as error:
             # The status has been sent; the event says that what came before is no result.
-            yield b"data: " + bytes(error.response().body) + b"\n\n"
+            yield _error_event(error)
+        except Exception:
+            logger.exception("a stream ends with an error of the server's own")
+            answer.state.metrics.count_internal_error()
+            yield _error_event(ApiError(500, "the server failed while it made the answer; its log says why"))
         yield b"data: [DONE]\n\n"
 
     async def _send(self, send: Send) -> None:

@@ -84,7 +84,14 @@ class Metrics:
         )
         for reason in get_args(FinishReason):  # at 0 from the start, so that the first of each is a growth
             self._success.labels(*self._labels, reason)
+        self._internal_errors = Counter(
+            f"{prefix}internal_errors", "Answers that failed in the server itself.", _LABELS, registry=self._registry
+        ).labels(*self._labels)
         self._registry.register(_FromEngine(engine, self._labels, prefix))
+
+    def count_internal_error(self) -> None:
+        """Take note of an answer that the server failed to make."""
+        self._internal_errors.inc()
 
     def observe(self, handle: RequestHandle, *, max_tokens: int, n: int, success_reason: str) -> None:
         """Take note of a request that is over, once."""

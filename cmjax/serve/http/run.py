@@ -4,11 +4,12 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 
+from cmjax.checkpoint import Detokenizer
 from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogprobs
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.protocol import CompletionRequest, Sampled
 from cmjax.serve.http.state import ServerState, choice_seed
-from cmjax.serve.http.text import Detokenizer, StopStrings
+from cmjax.serve.http.stops import StopStrings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Piece:
         index: of the choice.
         text: what may be shown.
         token_ids, logprobs: that the update brought, up to where a stop string ends it.
+        starts: where each token begins in the choice's text, in characters.
         prompt_logprobs: with a choice's first piece, where asked for.
         finish_reason: "stop" or "length" with the last.
         stop_reason: the stop string or token that ended it; None for the model's own end.
@@ -27,6 +29,7 @@ class Piece:
     index: int
     text: str
     token_ids: list[int]
+    starts: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
@@ -45,11 +48,12 @@ class _Choice:
 
     def take(self, index: int, update: RequestUpdate, own_stops: Sequence[int], keeps_tokens: bool) -> Piece:
         """The piece that an update is; the choice may be done with it."""
-        text, used, found = "", 0, None
+        text, used, found, starts = "", 0, None, []
         ends_by_token = update.finish_reason == "stop"
         tokens = update.token_ids if keeps_tokens else []
         for place, token in enumerate(tokens):
             used = place + 1
+            starts.append(0 if self.detokenizer is None else self.detokenizer.num_characters)
             if ends_by_token and used == len(tokens):
                 break  # the token that ends a request is not part of its text
             if self.detokenizer is not None:
@@ -74,7 +78,7 @@ class _Choice:
         self.is_done = finish_reason is not None
         self.num_tokens += used
         logprobs = None if update.logprobs is None else update.logprobs[:used]
-        return Piece(index, text, tokens[:used], logprobs, update.prompt_logprobs, finish_reason, stop_reason)
+        return Piece(index, text, tokens[:used], starts, logprobs, update.prompt_logprobs, finish_reason, stop_reason)
 
 
 class Run:
@@ -115,7 +119,7 @@ class Run:
     def _submit(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> None:
         loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.tokenizer
         handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
-        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens)
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens, prompt)
         self._choices.append(_Choice(handle, sampling, detokenizer, StopStrings(self._stops)))
 
         def forward(update: RequestUpdate) -> None:

@@ -8,7 +8,7 @@ from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
-from cmjax.serve.http.text import ChatTemplate
+from cmjax.serve.http.template import ChatTemplate
 from cmjax.serve.settings import ServerSettings
 
 
@@ -75,10 +75,11 @@ class ServerState:
         """The text of one token; its entry in the vocabulary, where it is part of a character."""
         text = self._token_texts.get(token_id)
         if text is None:
-            backend = self.text_tokenizer().backend
-            text = backend.decode([token_id], skip_special_tokens=False)
-            if "\ufffd" in text or not text:
-                text = backend.id_to_token(token_id) or f"token_id:{token_id}"
+            try:
+                text = self.text_tokenizer().token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                text = ""
+            text = text or self.text_tokenizer().backend.id_to_token(token_id) or f"token_id:{token_id}"
             self._token_texts[token_id] = text
         return text
 
