@@ -173,7 +173,7 @@ class Tokenizer:
             if decoder["type"] == "ByteLevel":
                 found = [_BYTE_OF.get(character) for character in token]
                 if None not in found:
-                    return bytes(found)  # type: ignore[arg-type]  # no None is among them
+                    return bytes(found)  # type: ignore[arg-type]  # none of them is None
             elif decoder["type"] == "ByteFallback" and (byte := _BYTE_TOKEN.fullmatch(token)):
                 return bytes([int(byte[1], 16)])
             elif decoder["type"] == "Replace" and "String" in decoder["pattern"]:
