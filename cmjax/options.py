@@ -87,7 +87,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
 def options_of(settings: type) -> dict[str, tuple[Option, Any]]:
     """Field -> its option, and its type without None, of the fields that `option` made."""
     hints = typing.get_type_hints(settings)
-    fields = dataclasses.fields(settings)  # type: ignore[arg-type]  # dataclasses have no type
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]  # there is no type for these
     return {f.name: (f.metadata[_KEY], _without_none(hints[f.name])) for f in fields if _KEY in f.metadata}
 
 
