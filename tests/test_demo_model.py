@@ -46,7 +46,7 @@ def test_it_has_learnt_python(capsys, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_all_of_the_heldout_text_on_one_device_and_on_320(capsys):
     one = evaluate(capsys)
     many = evaluate(capsys, "--ep", 320, "--max-num-batched-tokens", 10240)

@@ -257,7 +257,7 @@ def test_more_than_may_be_under_way_are_asked_to_try_again(address, http, engine
     (decoding,) = engine.fleet.decode.values()
     run, is_refused = decoding.run, threading.Event()
     # No choice ends before the second request has been sent, however fast the machine is.
-    monkeypatch.setattr(decoding, "run", lambda plan: (is_refused.wait(4), run(plan))[1])
+    monkeypatch.setattr(decoding, "run", lambda plan: (is_refused.wait(30), run(plan))[1])
     body = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "n": 30, "stream": True}
     with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
         next(answer.iter_lines())
