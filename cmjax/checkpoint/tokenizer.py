@@ -201,7 +201,7 @@ def _templates(given: Any, where: Path) -> dict[str, str]:
         return {}
     if isinstance(given, str):
         return {"default": given}
-    named = given.items() if isinstance(given, dict) else None
+    named = list(given.items()) if isinstance(given, dict) else None
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
         named = [(one.get("name"), one.get("template")) for one in given]
     if named is None or not all(isinstance(name, str) and isinstance(text, str) for name, text in named):
@@ -233,12 +233,12 @@ def _byte_of_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of_characters()
-_CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEANED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m"}
+_CLEANED |= {f" '{end}": f"'{end}" for end in ("s", "ve", "re")}
 
 
 def _cleaned(text: str) -> str:
     """Without the spaces that word pieces leave before punctuation (`clean_up_tokenization_spaces`)."""
-    for found, better in _CLEANED:
+    for found, better in _CLEANED.items():
         text = text.replace(found, better)
     return text

@@ -186,7 +186,7 @@ def _until_mark(text: str, final: str) -> str:
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`, which marks what the model is trained to say: its body as it is."""
 
-    tags = frozenset({"generation"})
+    tags: set[str] = {"generation"}  # noqa: RUF012 # as the base class has it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
