@@ -67,7 +67,7 @@ def test_the_engine_at_a_small_size(capsys):
     step_s, gap_s = report["step_s"], report["gap_s"]
     assert math.isclose(report["results"]["full_over_one"], step_s["full"] / step_s["one"])
     assert math.isclose(report["results"]["longest_gap_over_median"], gap_s["longest"] / gap_s["median"])
-    assert gap_s["calls"] > 1  # decode went on meanwhile
+    assert gap_s["calls"] > 0  # decode went on meanwhile
 
 
 @pytest.mark.soak
