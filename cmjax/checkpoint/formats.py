@@ -345,7 +345,7 @@ def fill(view: Stored, stored: Stored, name: str) -> None:
         else:
             view[...] = stored
     # In its place: one check for what is stored, and for what is too large for another dtype.
-    place = view.scale if isinstance(view, QuantArray) else view
+    place = np.asarray(view.scale) if isinstance(view, QuantArray) else view
     if not is_finite(place):
         is_stored = isinstance(stored, np.ndarray) and not is_finite(stored)
         raise UserError(f"{name} holds {'NaN or infinity' if is_stored else f'values beyond {place.dtype.name}'}")

@@ -102,8 +102,10 @@ def load_checkpoint(
     hf = read_json(folder / "config.json")
     config = ModelConfig.from_hf(hf)
     stored = stored_format(hf)
-    mode, quantized = ("stored", None) if quant is None else _chosen(quant, config, target, rows)
-    config, params = load_params(SafetensorsFolder(folder), config, target, stored, quant=mode, quantized=quantized)
+    mode, quantized = _chosen(quant, config, target, rows)
+    config, params = load_params(
+        SafetensorsFolder(folder), config, target, stored, quant=mode if quant else "stored", quantized=quantized
+    )
     return config, params, params_digest(config, params)
 
 
@@ -162,7 +164,7 @@ def load_params(
     plan = build_params(config, target, lambda shape, _: np.broadcast_to(np.int32(next(numbers)), shape), **options)
     # A config that wants far more tensors than there are misses some of them whatever comes after.
     slots = itertools.islice(tensor_slots(config, plan, names), len(names) + _MOST_MISSING)
-    expected = {name: (view.shape, view.flat[0]) for name, view in slots}
+    expected = {name: (view.shape, view.flat[0]) for name, view in slots if isinstance(view, np.ndarray)}
     _check_names(source, config, names, expected.keys())
     for name, (shape, _) in expected.items():
         _check_shape(source, name, shape)
