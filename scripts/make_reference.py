@@ -15,6 +15,7 @@ a dependency of cmjax. Each case is a folder with `config.json`, the weights, an
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,31 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"attention_bias": True, "q_lora_rank": None, "qk_nope_head_dim": 8, "first_k_dense_replace": 0},
         {},
     ),
+    "kimi-k2": (
+        "deepseek_v3",
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+            "rope_parameters": YARN
+            | {"rope_theta": 50000.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        {"published": True, "fp8_blocks": (16, 24), "changes": {"model_type": "kimi_k2"}},
+    ),
+    "moonlight": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 2.446,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+        },
+        {"published": True, "dtype": torch.bfloat16, "changes": {"n_group": None, "topk_group": None}},
+    ),
 }
 
 
@@ -129,6 +155,37 @@ def build(model_type: str, values: dict[str, Any], dtype: torch.dtype) -> Any:
             if "inv_freq" not in name:
                 tensor.copy_(tensor.to(dtype))
     return model
+
+
+def store_fp8(model: Any, folder: Path, blocks: tuple[int, int]) -> None:
+    """Store the linear layers but the head in e4m3, a scale each block, and give the model what they stand for."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    parameters = dict(model.named_parameters())
+    for name in [name for name in tensors if name.endswith(("_proj.weight", "_with_mqa.weight"))]:
+        values = tensors[name]
+        spread = [torch.arange(size) // block for size, block in zip(values.shape, blocks, strict=True)]
+        place = spread[0][:, None] * (int(spread[1][-1]) + 1) + spread[1]
+        largest = torch.zeros(int(place.max()) + 1).scatter_reduce(0, place.flatten(), values.abs().flatten(), "amax")
+        scale = largest / 448
+        stored = (values / scale[place]).to(torch.float8_e4m3fn)
+        tensors[name] = stored
+        tensors[name + "_scale_inv"] = scale.reshape(int(spread[0][-1]) + 1, -1)
+        values.copy_(stored.float() * scale[place])
+        put(parameters, name, values)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def put(parameters: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
+    """Write one matrix of a checkpoint into the model, whose experts are stacked."""
+    expert = re.search(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight$", name)
+    if expert is None:
+        parameters[name].copy_(values)
+        return
+    is_down = expert[2] == "down"
+    stack = parameters[name[: expert.start()] + f".experts.{'down' if is_down else 'gate_up'}_proj"][int(expert[1])]
+    width = len(values)
+    (stack if is_down else stack[:width] if expert[2] == "gate" else stack[width:]).copy_(values)
 
 
 class MtpModule:
@@ -208,6 +265,13 @@ def make_case(folder: Path, name: str) -> None:
         save_file(load_file(file) | extra, file, {"format": "pt"})
         found["mtp_logits"] = module.logits(input_ids)
     finish_config(folder, values["num_hidden_layers"], stored.get("published", False))
+    changes = dict(stored.get("changes", {}))
+    if "fp8_blocks" in stored:
+        store_fp8(model, folder, stored["fp8_blocks"])
+        blocks = list(stored["fp8_blocks"])
+        changes |= {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": blocks}}
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
     tokens, margins = input_ids[:, :PROMPT], []
     for _ in range(GENERATED):

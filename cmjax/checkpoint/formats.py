@@ -1,7 +1,8 @@
 """How a checkpoint may store a matrix: as floats, FP8 in blocks with a scale each, or int8 with a scale a channel.
 
 The last is the `compressed-tensors` layout of a W8A8 model: `X.weight` int8[out, in], `X.weight_scale` [out, 1], and
-activations that are quantized per token at run time.
+activations that are quantized per token at run time. A tensor has the form that `config.json` declares (see
+`declared`), or it is an error that names it.
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping
@@ -11,14 +12,17 @@ from typing import Any, Protocol, TypeAlias, final
 import ml_dtypes
 import numpy as np
 
+from cmjax.checkpoint.declared import CompressedModules, Declared, Fp8Modules, ModuleNames
 from cmjax.errors import UserError
 from cmjax.quant import QuantArray, quantize
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
 _INT8 = np.dtype(np.int8)
-_FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)}
+_FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _METHODS = ("fp8", "compressed-tensors")
+# What a quantized matrix has beside it.
+_COMPANIONS = ("_scale", "_scale_inv", "_zero_point")
 
 Stored: TypeAlias = np.ndarray | QuantArray
 
@@ -41,7 +45,11 @@ class StoredFormat(Protocol):
     """How a checkpoint stores its matrices."""
 
     def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        """Raise UserError where a tensor is stored in another way than this."""
+        """Raise UserError where a tensor is stored in another way than this, or lacks what it needs."""
+
+    def is_int8(self, source: TensorSource, name: str) -> bool:
+        """Whether `read` gives a `QuantArray`."""
+        ...
 
     def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
         """The tensor as floats, or quantized as it is stored."""
@@ -51,85 +59,84 @@ class StoredFormat(Protocol):
 @final
 @dataclass(frozen=True)
 class Floats(StoredFormat):
-    """Weights as they are."""
+    """Weights as they are; `why` they are floats, for messages."""
+
+    why: str = "config.json has no quantization_config"
 
     def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
         dtype = source.dtype(name)
-        if dtype not in _FLOATS | {_FP8}:
-            raise UserError(f"{source.where}: tensor {name} has dtype {dtype.name}; weights must be floating-point")
-        if name + "_scale_inv" in names:
+        if dtype not in _FLOATS:
             raise UserError(
-                f"{source.where}: {name}_scale_inv needs quantization_config.weight_block_size in config.json"
+                f"{source.where}: tensor {name} has dtype {dtype.name}; weights must be floating-point here: {self.why}"
             )
-        if name + "_scale" in names:
-            raise UserError(
-                f"{source.where}: {name}_scale needs a quantization_config of compressed-tensors in config.json"
-            )
+        _check_companions(source, name, names, (), self.why)
+
+    def is_int8(self, source: TensorSource, name: str) -> bool:
+        return False
 
     def read(self, source: TensorSource, name: str, names: Container[str]) -> np.ndarray:
-        stored = source.read(name)
-        return stored.astype(np.float32) if stored.dtype.itemsize == 1 else stored
+        return source.read(name)
 
 
 @final
 @dataclass(frozen=True)
 class Fp8Blocks(StoredFormat):
-    """Some matrices in e4m3, a scale each `rows` x `columns` values (the published DeepSeek-V3 layout)."""
+    """The matrices of `modules` in e4m3, a scale each `rows` x `columns` values (the published DeepSeek-V3 layout)."""
 
-    rows: int = 128
-    columns: int = 128
+    rows: int
+    columns: int
+    modules: Fp8Modules
 
     def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        scale = f"{name}_scale_inv"
-        if scale not in names:
-            Floats().check(source, name, shape, names)
+        declared = self.modules.of(name)
+        if not _check_form(source, name, shape, names, declared, _FP8):
             return
-        dtype = source.dtype(name)
-        if dtype != _FP8 or len(shape) != 2:
-            raise UserError(
-                f"{source.where}: tensor {name} has a _scale_inv and must be an e4m3 matrix, found {dtype.name}"
-            )
+        scale = f"{name}_scale_inv"
+        _check_companions(source, name, names, ("_scale_inv",), declared.why)
+        if scale not in names:
+            raise UserError(f"{source.where}: tensor {name} is {_FP8.name}, but its {scale} is missing")
         blocks = [-(-size // block) for size, block in zip(shape, (self.rows, self.columns), strict=True)]
         if list(source.shape(scale)) != blocks:
             raise UserError(
                 f"{source.where}: tensor {scale} has shape {list(source.shape(scale))}; {list(shape)} in blocks of "
                 f"{[self.rows, self.columns]} wants {blocks}"
             )
-        if source.dtype(scale) not in _FLOATS | {_FP8, _FP8_SCALE}:
+        if source.dtype(scale) not in _FLOATS | {_FP8_SCALE}:
             raise UserError(
                 f"{source.where}: tensor {scale} has dtype {source.dtype(scale).name}; scales must be floats"
             )
 
+    def is_int8(self, source: TensorSource, name: str) -> bool:
+        return False
+
     def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
-        scale = f"{name}_scale_inv"
-        if scale not in names:
-            return Floats().read(source, name, names)
-        stored, factors = source.read(name), source.read(scale).astype(np.float32)
+        stored = source.read(name)
+        if stored.dtype != _FP8:
+            return stored
+        factors = _read_scale(source, f"{name}_scale_inv")
         # One row of blocks at a time; the last block of a row or a column may be partial.
         values = np.empty(stored.shape, np.float32)
         wide = np.repeat(factors, self.columns, axis=1)[:, : stored.shape[1]]
-        for block, factor in enumerate(wide):
-            part = slice(block * self.rows, (block + 1) * self.rows)
-            values[part] = stored[part].astype(np.float32) * factor
+        with np.errstate(over="ignore", invalid="ignore"):  # `fill` finds what is not finite
+            for block, factor in enumerate(wide):
+                part = slice(block * self.rows, (block + 1) * self.rows)
+                values[part] = stored[part].astype(np.float32) * factor
         return values
 
 
 @final
 @dataclass(frozen=True)
 class Int8Channels(StoredFormat):
-    """Some matrices in int8, a scale each output channel."""
+    """The matrices of `modules` in int8, a scale each output channel."""
+
+    modules: CompressedModules
 
     def check(self, source: TensorSource, name: str, shape: tuple[int, ...], names: Container[str]) -> None:
-        scale = f"{name}_scale"
-        if source.dtype(name) != _INT8:
-            if scale in names:
-                raise UserError(
-                    f"{source.where}: tensor {name} has a _scale and must be int8, found {source.dtype(name).name}"
-                )
-            Floats().check(source, name, shape, names)
+        declared = self.modules.of(name)
+        if not _check_form(source, name, shape, names, declared, _INT8):
             return
-        if len(shape) != 2:
-            raise UserError(f"{source.where}: tensor {name} is int8 and must be a matrix, found shape {list(shape)}")
+        scale = f"{name}_scale"
+        _check_companions(source, name, names, ("_scale", "_zero_point"), declared.why)
         if scale not in names:
             raise UserError(f"{source.where}: tensor {name} is int8, but its {scale} is missing")
         if source.shape(scale) not in ((shape[0], 1), (shape[0],)) or source.dtype(scale) not in _FLOATS:
@@ -138,14 +145,70 @@ class Int8Channels(StoredFormat):
                 f"channel wants floats of shape {[shape[0], 1]}"
             )
 
+    def is_int8(self, source: TensorSource, name: str) -> bool:
+        return source.dtype(name) == _INT8
+
     def read(self, source: TensorSource, name: str, names: Container[str]) -> Stored:
         stored = source.read(name)
         if stored.dtype != _INT8:
             return stored
-        scale = source.read(f"{name}_scale").astype(np.float32).reshape(-1)
-        if not np.isfinite(scale).all() or (scale < 0).any():
-            raise UserError(f"{source.where}: tensor {name}_scale holds scales that are not finite, or negative")
+        zero_point = f"{name}_zero_point"
+        if zero_point in names and np.any(source.read(zero_point)):
+            raise UserError(
+                f"{source.where}: tensor {zero_point} is not zero: only symmetric quantization is supported"
+            )
+        scale = _read_scale(source, f"{name}_scale").reshape(-1)
+        if (scale < 0).any():
+            raise UserError(f"{source.where}: tensor {name}_scale holds negative scales")
         return QuantArray(stored, scale)
+
+
+def _check_form(
+    source: TensorSource,
+    name: str,
+    shape: tuple[int, ...],
+    names: Container[str],
+    declared: Declared,
+    quantized: np.dtype,
+) -> bool:
+    """Whether a tensor is quantized (to the dtype `quantized`); UserError where that is not what is declared."""
+    dtype = source.dtype(name)
+    if declared.form == "float" or (declared.form == "either" and dtype != quantized):
+        Floats(declared.why).check(source, name, shape, names)
+        return False
+    if dtype != quantized:
+        raise UserError(
+            f"{source.where}: tensor {name} has dtype {dtype.name}, but must be {quantized.name}: {declared.why}"
+        )
+    if len(shape) != 2:
+        raise UserError(
+            f"{source.where}: tensor {name} is {quantized.name} and must be a matrix, found shape {list(shape)}"
+        )
+    return True
+
+
+def _check_companions(source: TensorSource, name: str, names: Container[str], known: Collection[str], why: str) -> None:
+    for suffix in _COMPANIONS:
+        if name + suffix in names and suffix not in known:
+            raise UserError(
+                f"{source.where}: tensor {name}{suffix} does not belong to a {source.dtype(name).name} tensor: {why}"
+            )
+
+
+def _read_scale(source: TensorSource, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        scale = source.read(name).astype(np.float32)
+    if not is_finite(scale):
+        raise UserError(f"{source.where}: tensor {name} holds NaN or infinity")
+    return scale
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether floats, of any size but 8 bits, hold neither NaN nor infinity. It takes no memory, and two passes."""
+    signed, unsigned = np.dtype(f"i{values.dtype.itemsize}"), np.dtype(f"u{values.dtype.itemsize}")
+    # As integers, infinity and NaN are the largest bits of either sign.
+    most, least = np.array(np.inf, values.dtype).view(signed), np.array(-np.inf, values.dtype).view(unsigned)
+    return not values.size or bool(values.view(signed).max() < most and values.view(unsigned).max() < least)
 
 
 def stored_format(hf: Mapping[str, Any]) -> StoredFormat:
@@ -158,38 +221,81 @@ def stored_format(hf: Mapping[str, Any]) -> StoredFormat:
         listed = ", ".join(_METHODS)
         raise UserError(f"config: quantization_config.quant_method {method!r} is not supported; supported: {listed}")
     if method == "compressed-tensors":
-        _check_compressed(quantization)
-        return Int8Channels()
+        return Int8Channels(_compressed_modules(quantization))
     block = quantization.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
         raise UserError(f"config: quantization_config.weight_block_size must be [rows, columns], got {block!r}")
-    return Fp8Blocks(rows=block[0], columns=block[1])
+    if quantization.get("fmt") not in (None, "e4m3"):
+        raise UserError(f"config: quantization_config.fmt {quantization['fmt']!r} is not supported; supported: 'e4m3'")
+    # Two tools' names for the same list.
+    fields = ("modules_to_not_convert", "ignored_layers")
+    skipped = [
+        ModuleNames.read(f"quantization_config.{field}", quantization.get(field), parts=True) for field in fields
+    ]
+    return Fp8Blocks(rows=block[0], columns=block[1], modules=Fp8Modules(tuple(skipped)))
 
 
-# What a group's `weights` and `input_activations` must say; a field that is absent has the first value.
-_WEIGHTS = {"num_bits": (8,), "type": ("int",), "symmetric": (True,), "strategy": ("channel",), "dynamic": (False,)}
-_ACTIVATIONS = _WEIGHTS | {"strategy": ("token",), "dynamic": (True,)}
+# What a group's `weights` and `input_activations` must say, and what an absent or null field means.
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+_ACTIVATIONS = _WEIGHTS | {"strategy": "token", "dynamic": True}
+_ABSENT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+# They change what the weights mean, or what is computed with them.
+_UNSUPPORTED = ("transform_config", "kv_cache_scheme")
 
 
-def _check_compressed(quantization: Mapping[str, Any]) -> None:
-    kind = quantization.get("format", "int-quantized")
-    if kind != "int-quantized":
-        raise UserError(f"config: quantization_config.format {kind!r} is not supported; supported: 'int-quantized'")
-    for field in ("transform_config", "kv_cache_scheme"):  # they change what the weights mean
+def _compressed_modules(quantization: Mapping[str, Any]) -> CompressedModules:
+    kind = _format(quantization, "quantization_config", "int-quantized")
+    for field in _UNSUPPORTED:
         if quantization.get(field):
             raise UserError(f"config: quantization_config.{field} is not supported; supported: none")
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format") not in (None, "dense")):
+        raise UserError("config: quantization_config.sparsity_config is not supported; supported: none, or dense")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise UserError("config: quantization_config.config_groups must be an object of groups")
+    targets: list[str] = []
     for name, group in groups.items():
-        for part, wanted in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
-            stated = group.get(part)
-            where = f"config: quantization_config.config_groups.{name}.{part}"
-            if not isinstance(stated, dict):
-                raise UserError(f"{where} is missing; supported: int8 weights with activations quantized per token")
-            for field, supported in wanted.items():
-                if stated.get(field, supported[0]) not in supported:
-                    raise UserError(f"{where}.{field} {stated[field]!r} is not supported; supported: {supported[0]!r}")
+        where = f"quantization_config.config_groups.{name}"
+        _check_group(group, where)
+        # Of mixed formats, each group has to name its own.
+        _format(group, where, None if kind == _MIXED else kind)
+        ModuleNames.read(f"{where}.targets", group.get("targets"))
+        if not group.get("targets"):
+            raise UserError(f"config: {where}.targets is missing")
+        targets += group["targets"]
+    return CompressedModules(
+        targets=ModuleNames.read("quantization_config.config_groups", targets),
+        ignore=ModuleNames.read("quantization_config.ignore", quantization.get("ignore")),
+    )
+
+
+_MIXED = "mixed-precision"
+
+
+def _format(stated: Mapping[str, Any], where: str, default: str | None) -> str:
+    """The format of a config, or of one group of it; null is `default`."""
+    kind = default if stated.get("format") is None else stated["format"]
+    is_known = kind == "int-quantized" or (kind == _MIXED and where == "quantization_config")
+    if not is_known:
+        raise UserError(f"config: {where}.format {kind!r} is not supported; supported: 'int-quantized'")
+    return str(kind)
+
+
+def _check_group(group: Mapping[str, Any], where: str) -> None:
+    for part, wanted in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
+        stated = group.get(part)
+        if not isinstance(stated, dict):
+            raise UserError(
+                f"config: {where}.{part} is missing; supported: int8 weights with activations quantized per token"
+            )
+        absent = _ABSENT | ({"strategy": "channel"} if stated.get("group_size") == -1 else {})
+        for field, supported in wanted.items():
+            value = absent[field] if stated.get(field) is None else stated[field]
+            if value != supported or type(value) is not type(supported):
+                raise UserError(f"config: {where}.{part}.{field} {value!r} is not supported; supported: {supported!r}")
+    if group.get("output_activations"):
+        raise UserError(f"config: {where}.output_activations is not supported; supported: none")
 
 
 def stored_tensors(name: str, values: Stored) -> dict[str, np.ndarray]:
@@ -223,14 +329,23 @@ def compressed_config(names: Collection[str]) -> dict[str, Any]:
 
 
 def fill(view: Stored, stored: Stored, name: str) -> None:
-    """Write a tensor into its place, in the place's format: floats are rounded to the nearest int8 where it is int8."""
-    if isinstance(view, QuantArray):
-        if not isinstance(stored, QuantArray):
-            if not np.isfinite(stored.astype(np.float32)).all():
-                raise UserError(f"{name}: holds NaN or infinite weights, which cannot be quantized")
-            stored = quantize(stored)
-        view.qvalue[...], view.scale[...] = stored.qvalue, stored.scale
-    elif isinstance(stored, QuantArray):
-        view[...] = stored.qvalue.astype(np.float32) * stored.scale[:, None]
-    else:
-        view[...] = stored
+    """Write a tensor into its place, in the place's format: floats are rounded to the nearest int8 where it is int8.
+
+    UserError, which begins with `name`, where a float that is stored is not finite, or not one in the place's dtype.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if isinstance(view, QuantArray):
+            if not isinstance(stored, QuantArray):
+                if not is_finite(stored):
+                    raise UserError(f"{name} holds NaN or infinity, which cannot be quantized")
+                stored = quantize(stored)
+            view.qvalue[...], view.scale[...] = stored.qvalue, stored.scale
+        elif isinstance(stored, QuantArray):
+            view[...] = stored.qvalue.astype(np.float32) * stored.scale[:, None]
+        else:
+            view[...] = stored
+    # In its place: one check for what is stored, and for what is too large for another dtype.
+    place = np.asarray(view.scale) if isinstance(view, QuantArray) else view
+    if not is_finite(place):
+        is_stored = isinstance(stored, np.ndarray) and not is_finite(stored)
+        raise UserError(f"{name} holds {'NaN or infinity' if is_stored else f'values beyond {place.dtype.name}'}")

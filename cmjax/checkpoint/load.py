@@ -45,9 +45,9 @@ def load(
         dtype: of weights and activations: float32 (the default, whatever the config names), bfloat16 or float16.
         quant: "int8" multiplies the large matrices of attention and FFN in int8, weights with a scale a channel and
             activations with one a token (paper section 4.5); "fake" the same values as floats; "none" as floats;
-            "auto" those in int8 that are measured to be faster so, here and now, at `rows` rows. By default a
-            checkpoint of int8 weights is multiplied in int8, any other in floats. Weights that are stored as floats are
-            rounded to the nearest; `cmjax quantize` does better.
+            "auto" those in int8 that are measured to be faster so, here and now, at `rows` rows; weights that are
+            stored as floats are rounded to the nearest (`cmjax quantize` does better). By default nothing is rounded:
+            an array whose matrices are all stored in int8 is multiplied in int8, any other in floats.
         rows: for "auto": rows of a step on one device, its sequences in decode, its tokens in prefill.
 
     Raises:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cmjax.checkpoint.formats import Int8Channels, compressed_config, fill, stored_format, stored_tensors
+from cmjax.checkpoint.formats import Int8Channels, compressed_config, fill, is_finite, stored_format, stored_tensors
 from cmjax.checkpoint.quantize import Techniques, input_gram, quantize_layer, round_matrix
 from cmjax.checkpoint.safetensors import INDEX_NAME, SafetensorsFolder, read_json, tensor_names, write_safetensors
 from cmjax.checkpoint.weights import layer_slots
@@ -152,7 +152,7 @@ class _Job:
         tensors |= stored_tensors(f"{prefix}eh_proj.weight", projection) | self._layer_tensors(prefix, quantized)
         for name in ("embed_tokens.weight", "shared_head.norm.weight", "shared_head.head.weight"):
             if prefix + name in self.names:
-                tensors[prefix + name] = self.tensors.read(prefix + name)
+                tensors[prefix + name] = self._read(prefix + name)
         self._write(weights, tensors)
 
     def _rest(self) -> None:
@@ -160,7 +160,7 @@ class _Job:
         names = [
             name for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if name in self.names
         ]
-        self._write(self._file(self.config.num_cache_layers), {name: self.tensors.read(name) for name in names})
+        self._write(self._file(self.config.num_cache_layers), {name: self._read(name) for name in names})
 
     def _finish(self) -> None:
         """Write index and config, and give the folder its name."""
@@ -192,7 +192,7 @@ class _Job:
         self.stored.check(self.tensors, name, self.tensors.shape(name), self.names)
         values = self.stored.read(self.tensors, name, self.names)
         assert isinstance(values, np.ndarray)  # int8 is refused at the start
-        if not np.isfinite(values.astype(np.float32)).all():
+        if not is_finite(values):
             raise UserError(f"{self.source}: tensor {name} holds NaN or infinity")
         return values
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Container, Iterator, Set
+from collections.abc import Container, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,12 +22,12 @@ from cmjax.checkpoint import orbax as checkpoint
 from cmjax.checkpoint.auto_quant import int8_leaves
 from cmjax.checkpoint.formats import (
     Floats,
-    Int8Channels,
     Stored,
     StoredFormat,
     TensorSource,
     compressed_config,
     fill,
+    is_finite,
     stored_format,
     stored_tensors,
 )
@@ -44,6 +44,8 @@ from cmjax.model import (
     aligned_empty,
     build_params,
     convert_params,
+    is_quantized,
+    named_leaves,
     num_params,
     params_digest,
     quant_mode,
@@ -60,7 +62,7 @@ Slots = Iterator[tuple[str, Stored]]  # (name in the checkpoint, numpy view of i
 _MOST_PARAMS = 2**50
 _MOST_MISSING = 100_000
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_SCALE = re.compile(r"_scale(_inv)?$")
+_SCALE = re.compile(r"_(scale|scale_inv|zero_point)$")
 # Rotary frequencies that old exports hold, which follow from the config.
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -74,9 +76,10 @@ def load_checkpoint(
     Norms and the router are float32, everything else has `dtype`: FP8 weights are multiplied by their block scales in
     float32 first. With `quant` "int8" or "fake" the large matrices are int8 (`QuantArray`), rounded to the nearest
     where they are stored as floats; with "none" they are floats, with "auto" (see `int8_leaves`) those are int8 that
-    it makes faster at `rows` rows a step; by default they are what is stored. The digest is `params_digest`: the same
-    values give the same one from either kind of folder. Raises UserError naming the file, the tensor or the field that
-    is missing, malformed or not supported.
+    it makes faster at `rows` rows a step; by default they are what is stored: nothing is rounded, and matrices of one
+    array that are stored partly in int8 are floats of the same values. The digest is `params_digest`: the same values
+    give the same one from either kind of folder. Raises UserError naming the file, the tensor or the field that is
+    missing, malformed, not finite, not what the config declares or not supported.
     """
     folder, target = Path(path), _target_dtype(dtype)
     try:
@@ -87,22 +90,29 @@ def load_checkpoint(
         raise UserError(f"{folder}: cannot read this folder: {error.strerror}") from error
     if not is_ours and not has_config:
         raise UserError(f"{folder}: config.json is missing: not a Hugging Face checkpoint, nor one that cmjax saved")
-    if is_ours and quant is None:
-        return checkpoint.restore(folder, dtype=target)
     if is_ours:
         # As stored: what is rounded is what was saved, whatever the dtype of the rest.
-        config, params, _ = checkpoint.restore(folder)
+        config, params, digest = checkpoint.restore(folder, dtype=target if quant is None else None)
+        _check_finite(params, folder)
+        if quant is None:
+            return config, params, digest
         mode, quantized = _chosen(quant, config, target, rows)
         params = convert_params(params, mode, target, quantized)
         return config, params, params_digest(config, params)
     hf = read_json(folder / "config.json")
     config = ModelConfig.from_hf(hf)
     stored = stored_format(hf)
-    if quant is None and isinstance(stored, Int8Channels):
-        quant = "int8"
     mode, quantized = _chosen(quant, config, target, rows)
-    config, params = load_params(SafetensorsFolder(folder), config, target, stored, quant=mode, quantized=quantized)
+    config, params = load_params(
+        SafetensorsFolder(folder), config, target, stored, quant=mode if quant else "stored", quantized=quantized
+    )
     return config, params, params_digest(config, params)
+
+
+def _check_finite(params: Params, folder: Path) -> None:
+    for name, leaf in named_leaves(params).items():
+        if not name.endswith(".qvalue") and not is_finite(leaf):
+            raise UserError(f"{folder}: {name} holds NaN or infinity")
 
 
 def _chosen(
@@ -121,14 +131,15 @@ def load_params(
     dtype: DTypeLike = np.float32,
     stored: StoredFormat | None = None,
     *,
-    quant: QuantMode | None = None,
+    quant: QuantMode | Literal["stored"] | None = None,
     quantized: Container[str] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """The parameters of `config` from `source`, and `config` as `source` bears it out; formats as in `build_params`.
 
+    With `quant` "stored", those arrays are int8 all of whose matrices are stored so.
     The MTP module is taken out of `config` where `source` has none of its tensors, and tying where it has another head;
     both are logged, as are layers beyond those of `config`, which are left out. Raises UserError, before any memory is
-    taken, where a tensor is missing, unknown, misshapen or of a wrong dtype.
+    taken, where a tensor is missing, unknown, misshapen or not in its declared form; and where one is not finite.
     """
     target, stored = _target_dtype(dtype), stored or Floats()
     names = frozenset(source.names())
@@ -139,27 +150,44 @@ def load_params(
     if config.tie_word_embeddings and _has_own_head(source, names):
         _log.warning("%s: tie_word_embeddings is true, but lm_head.weight differs: it is used", source.where)
         config = dataclasses.replace(config, tie_word_embeddings=False)
-    options: dict[str, Any] = {"quant": quant, "quantized": quantized}
-    options |= {"mtp_head": mtp + "shared_head.head.weight" in names, "mtp_embed": mtp + "embed_tokens.weight" in names}
+    options: dict[str, Any] = {
+        "mtp_head": mtp + "shared_head.head.weight" in names,
+        "mtp_embed": mtp + "embed_tokens.weight" in names,
+    }
 
     if num_params(build_params(config, target, jax.ShapeDtypeStruct, **options)) > _MOST_PARAMS:
         raise UserError(
             f"{source.where}: the config's sizes make more parameters than any model has ({_MOST_PARAMS:,})"
         )
-    # The plan has the real tree's views, over one zero: every check comes before the memory is taken.
-    plan = build_params(config, target, lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape), **options)
+    # The plan has the real tree's views, each leaf over its number: every check comes before the memory is taken.
+    numbers = itertools.count()
+    plan = build_params(config, target, lambda shape, _: np.broadcast_to(np.int32(next(numbers)), shape), **options)
     # A config that wants far more tensors than there are misses some of them whatever comes after.
     slots = itertools.islice(tensor_slots(config, plan, names), len(names) + _MOST_MISSING)
-    expected = {name: view.shape for name, view in slots}
+    expected = {name: (view.shape, view.flat[0]) for name, view in slots if isinstance(view, np.ndarray)}
     _check_names(source, config, names, expected.keys())
-    for name, shape in expected.items():
+    for name, (shape, _) in expected.items():
         _check_shape(source, name, shape)
         stored.check(source, name, shape, names)
 
-    params = build_params(config, target, aligned_empty, **options)
+    if quant == "stored":
+        leaves = {leaf.flat[0]: name for name, leaf in named_leaves(plan).items()}
+        is_int8 = {name: stored.is_int8(source, name) for name in expected}
+        quantized = _all_int8({name: leaves[number] for name, (_, number) in expected.items()}, is_int8, source.where)
+        quant = "int8" if quantized else None
+    params = build_params(config, target, aligned_empty, quant=quant, quantized=quantized, **options)
     for name, view in tensor_slots(config, params, names):
         fill(view, stored.read(source, name, names), f"{source.where}: tensor {name}")
     return config, params
+
+
+def _all_int8(leaf_of: Mapping[str, str], is_int8: Mapping[str, bool], where: str) -> set[str]:
+    """The leaves that may be int8 and have only tensors that are."""
+    wanted = {leaf for leaf in leaf_of.values() if is_quantized(leaf)}
+    floats = {leaf_of[name] for name, stored in is_int8.items() if not stored}
+    for leaf in sorted(wanted & floats & {leaf_of[name] for name, stored in is_int8.items() if stored}):
+        _log.warning("%s: %s is stored partly in int8, partly as floats: it is computed as floats", where, leaf)
+    return wanted - floats
 
 
 def _target_dtype(dtype: DTypeLike | None) -> np.dtype:

@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 LATENT_NORM_EPS = 1e-6
 
 _ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+# Model types of the same architecture, for configs that name no architecture.
+_SAME = {"kimi_k2": "deepseek_v3"}
 _SCORING: dict[str, Scoring] = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 _TOPK_METHODS: dict[str, tuple[TopkMethod, ...]] = {
     # The first of each is what an absent `topk_method` means.
@@ -294,6 +296,7 @@ def _from_hf(hf: _Fields) -> ModelConfig:
     if isinstance(eos, list) and any(type(token) is not int for token in eos):
         raise UserError(f"config: eos_token_id must be an integer or a list of them, got {eos!r}")
     theta, yarn = _rope(hf)
+    most = hf.integer("max_position_embeddings", _DEFAULTS[model_type]["max_position_embeddings"])
     required = "vocab_size hidden_size intermediate_size num_hidden_layers kv_lora_rank qk_nope_head_dim"
     required += " qk_rope_head_dim v_head_dim"
     if "q_lora_rank" not in hf.values:
@@ -309,7 +312,7 @@ def _from_hf(hf: _Fields) -> ModelConfig:
         rope_theta=theta,
         rope_interleave=hf.flag("rope_interleave", True),
         yarn=yarn,
-        max_position_embeddings=_max_positions(hf, model_type),
+        max_position_embeddings=most,
         attention_bias=hf.flag("attention_bias", False),
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
         bos_token_id=hf.integer("bos_token_id", None),
@@ -318,16 +321,18 @@ def _from_hf(hf: _Fields) -> ModelConfig:
 
 
 def _model_type(hf: _Fields) -> str:
-    """The family, from `model_type` and `architectures`, which must agree where both are there."""
+    """The family: the one of `architectures`, whatever another `model_type` calls it; without them, `model_type`'s."""
     names = hf.get("architectures", None, (list,), "a list of names")
     if names:
         _one_of("architectures", names[0], _ARCHITECTURES.values())
     implied = next((key for key, name in _ARCHITECTURES.items() if names and name == names[0]), None)
     model_type = hf.text("model_type", implied or _REQUIRED)
-    _one_of("model_type", model_type, _ARCHITECTURES)
-    if implied not in (None, model_type):
+    family = _SAME.get(model_type, model_type)
+    if implied is None:
+        _one_of("model_type", model_type, [*_ARCHITECTURES, *_SAME])
+    elif family in _ARCHITECTURES and family != implied:
         raise UserError(f"config: model_type {model_type!r} contradicts architectures {names!r}")
-    return model_type
+    return implied or family
 
 
 def _experts(hf: _Fields, model_type: str) -> dict[str, Any]:
@@ -352,7 +357,9 @@ def _experts(hf: _Fields, model_type: str) -> dict[str, Any]:
         _log.warning("config: norm_topk_prob true is ignored: DeepSeek-V2's router does not normalize its weights")
     if "n_shared_experts" not in hf.values:
         raise UserError("config: n_shared_experts is missing (null or 0 where there are none)")
-    grouped = method != "greedy"
+    # Null is no limit to groups; a config that says nothing of them is incomplete.
+    is_null = any(name in hf.values and hf.values[name] is None for name in ("n_group", "topk_group"))
+    grouped = method != "greedy" and not is_null
     return found | {
         "moe_intermediate_size": hf.integer("moe_intermediate_size"),
         "num_routed_experts": hf.integer("n_routed_experts"),
@@ -361,10 +368,6 @@ def _experts(hf: _Fields, model_type: str) -> dict[str, Any]:
         "num_expert_groups": hf.integer("n_group") if grouped else 1,
         "num_topk_groups": hf.integer("topk_group") if grouped else 1,
     }
-
-
-def _max_positions(hf: _Fields, model_type: str) -> int:
-    return hf.integer("max_position_embeddings", _DEFAULTS[model_type]["max_position_embeddings"])
 
 
 def _rope(hf: _Fields) -> tuple[float, YarnConfig | None]:

@@ -20,6 +20,7 @@ from tests.parity import FOLDER, load_case
 IDS = np.random.default_rng(7).integers(0, 97, (4, 12))
 NAME = "model.layers.2.mlp.experts.3.down_proj.weight"
 SCALE = NAME + "_scale"
+CASE = load_case("v3-odd")
 # What llm-compressor 0.6 writes for its W8A8 scheme.
 QUANTIZATION = {
     "config_groups": {
@@ -159,25 +160,50 @@ def test_every_case_loads_as_its_dequantized_weights(tmp_path):
         assert config.num_mtp_layers == (name == "v3-mtp")
 
 
-def test_only_some_matrices_in_int8(folder, tmp_path):
-    """Those stored as floats are rounded on loading; other tools may ignore any of them."""
+def test_only_some_matrices_in_int8(folder, tmp_path, caplog):
+    """Those that the config ignores stay the floats that they are."""
     original = Folder("v3-odd").tensors
     for name in [name for name in folder.tensors if name.endswith("_scale") and "self_attn" in name]:
         del folder.tensors[name]
         folder.tensors[name.removesuffix("_scale")] = original[name.removesuffix("_scale")]
+    first = "model.layers.0.self_attn.q_a_proj"
+    message = f"tensor {first}.weight has dtype float32, but must be int8: the targets of quantization_config"
+    expect(folder.write(tmp_path), message)
+    folder.config["quantization_config"]["ignore"].append("re:.*self_attn")
     _, params, _ = load_checkpoint(folder.write(tmp_path))
     np.testing.assert_array_equal(params.moe.mlp.experts.w2[0, 3].qvalue, folder.tensors[NAME])
-    rounded = load_checkpoint(FOLDER / "v3-odd", quant="int8")[1]
-    for stack, wanted in ((params.dense, rounded.dense), (params.moe, rounded.moe)):
+    for stack, wanted in ((params.dense, CASE.params.dense), (params.moe, CASE.params.moe)):
         jax.tree.map(np.testing.assert_array_equal, stack.attn, wanted.attn)
+    assert not caplog.records
+
+
+def test_a_stack_that_is_int8_in_part_is_floats(folder, tmp_path, caplog):
+    """One expert of all: its values are the stored ones, and so are the others'."""
+    folder.config["quantization_config"]["ignore"].append(NAME.removesuffix(".weight"))
+    folder.tensors[NAME] = Folder("v3-odd").tensors[NAME]
+    del folder.tensors[SCALE]
+    _, params, _ = load_checkpoint(folder.write(tmp_path))
+    w2, other = params.moe.mlp.experts.w2, NAME.replace("experts.3", "experts.4")
+    np.testing.assert_array_equal(w2[0, 3], CASE.params.moe.mlp.experts.w2[0, 3])
+    scale = folder.tensors[other + "_scale"].astype(np.float32)
+    np.testing.assert_array_equal(w2[0, 4], folder.tensors[other].astype(np.float32) * scale)
+    assert isinstance(params.moe.mlp.experts.w13, QuantArray)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "moe.mlp.experts.w2 is stored partly in int8" in caplog.text
 
 
 def test_settings_that_are_left_out_are_the_supported_ones(folder, tmp_path):
     digest = load_checkpoint(folder.write(tmp_path))[2]
     activations = {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True, "type": "int"}
-    weights = {"num_bits": 8, "strategy": "channel"}
+    weights = {"num_bits": 8, "strategy": "channel", "type": None, "symmetric": None, "dynamic": None}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
-    folder.config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": groups}
+    stated = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": None}
+    for kinds in ({}, {"format": None}, {"format": "mixed-precision"}):
+        groups["group_0"]["format"] = "int-quantized" if kinds.get("format") else None
+        folder.config["quantization_config"] = stated | kinds
+        assert load_checkpoint(folder.write(tmp_path))[2] == digest
+    del weights["strategy"]
+    weights["group_size"] = -1
     assert load_checkpoint(folder.write(tmp_path))[2] == digest
 
 
@@ -204,9 +230,9 @@ def expect(path: Path, *messages: str, **options: str) -> None:
         (lambda scale: scale[0], f"tensor {SCALE} is bfloat16[1]"),
         (lambda scale: np.repeat(scale, 13, axis=1), f"tensor {SCALE} is bfloat16[40, 13]"),
         (lambda scale: np.ones(scale.shape, np.int32), f"tensor {SCALE} is int32[40, 1]"),
-        (lambda scale: scale * np.nan, f"tensor {SCALE} holds scales that are not finite, or negative"),
-        (lambda scale: scale / 0, f"tensor {SCALE} holds scales that are not finite, or negative"),
-        (lambda scale: -scale, f"tensor {SCALE} holds scales that are not finite, or negative"),
+        (lambda scale: scale * np.nan, f"tensor {SCALE} holds NaN or infinity"),
+        (lambda scale: scale / 0, f"tensor {SCALE} holds NaN or infinity"),
+        (lambda scale: -scale, f"tensor {SCALE} holds negative scales"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero")
@@ -220,12 +246,12 @@ def test_bad_scales(folder, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.ones((40, 13), np.float32), f"tensor {NAME} has a _scale and must be int8, found float32"),
+        (np.ones((40, 13), np.float32), f"tensor {NAME} has dtype float32, but must be int8: the targets"),
         (
             np.ones((40, 13), ml_dtypes.float8_e4m3fn),
-            f"tensor {NAME} has a _scale and must be int8, found float8_e4m3fn",
+            f"tensor {NAME} has dtype float8_e4m3fn, but must be int8: the targets",
         ),
-        (np.ones((40, 13), np.uint8), f"tensor {NAME} has a _scale and must be int8, found uint8"),
+        (np.ones((40, 13), np.uint8), f"tensor {NAME} has dtype uint8, but must be int8: the targets"),
         (np.ones((40, 12), np.int8), f"tensor {NAME} has shape [40, 12]; the config wants [40, 13]"),
     ],
 )
@@ -237,29 +263,46 @@ def test_bad_weights(folder, tmp_path, values, message):
 def test_int8_is_only_for_matrices(folder, tmp_path):
     name = "model.layers.2.input_layernorm.weight"
     folder.tensors |= {name: np.ones(40, np.int8), name + "_scale": np.ones((40, 1), np.float32)}
-    expect(folder.write(tmp_path), f"tensor {name} is int8 and must be a matrix, found shape [40]")
+    expect(folder.write(tmp_path), f"tensor {name} has dtype int8; weights must be floating-point here: only matrices")
 
 
-def test_zero_points_are_not_known(folder, tmp_path):
-    folder.tensors[NAME + "_zero_point"] = np.zeros((40, 1), np.int8)
-    expect(folder.write(tmp_path), f"the config does not account for tensor {NAME}_zero_point")
+def test_zero_points(folder, tmp_path):
+    digest = load_checkpoint(folder.write(tmp_path))[2]
+    for shape in ((40, 1), (40,)):
+        folder.tensors[NAME + "_zero_point"] = np.zeros(shape, np.int8)
+        assert load_checkpoint(folder.write(tmp_path))[2] == digest
+    folder.tensors[NAME + "_zero_point"][7] = 1
+    expect(folder.write(tmp_path), f"tensor {NAME}_zero_point is not zero: only symmetric quantization is supported")
+    del folder.tensors[NAME + "_zero_point"]
+    folder.tensors["lm_head.weight_zero_point"] = np.zeros((97, 1), np.int8)
+    expect(folder.write(tmp_path), "tensor lm_head.weight_zero_point does not belong to a float32 tensor")
 
 
-@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8", "weight_block_size": [24, 40]}])
-def test_int8_needs_a_config_that_says_so(folder, tmp_path, quantization):
-    folder.config["quantization_config"] = quantization
+FP8 = {"quant_method": "fp8", "weight_block_size": [24, 40]}
+
+
+def test_int8_needs_a_config_that_says_so(folder, tmp_path):
     first = "model.layers.0.self_attn.q_a_proj.weight"
-    expect(folder.write(tmp_path), f"tensor {first} has dtype int8; weights must be floating-point")
-    expect(tmp_path, f"tensor {first} has dtype int8", quant="int8")
+    for quantization, message in (
+        (None, "has dtype int8; weights must be floating-point here: config.json has no quantization_config"),
+        (FP8, "has dtype int8, but must be float8_e4m3fn: quantization_config does not list"),
+        (FP8 | {"ignored_layers": ["self_attn"]}, "has dtype int8; weights must be floating-point here"),
+    ):
+        folder.config["quantization_config"] = quantization
+        expect(folder.write(tmp_path), f"tensor {first} {message}")
+        expect(tmp_path, f"tensor {first} has dtype int8", quant="int8")
 
 
-@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.float8_e4m3fn])
-@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8", "weight_block_size": [24, 40]}])
-def test_a_scale_that_the_config_does_not_explain_is_not_ignored(tmp_path, dtype, quantization):
+@pytest.mark.parametrize("quantization", [None, FP8 | {"modules_to_not_convert": ["model"]}])
+@pytest.mark.parametrize("suffix", ["_scale", "_scale_inv", "_zero_point"])
+@pytest.mark.parametrize("name", [NAME, "lm_head.weight", "model.layers.2.self_attn.kv_a_layernorm.weight"])
+def test_a_scale_that_the_config_does_not_explain_is_not_ignored(tmp_path, quantization, suffix, name):
     folder = Folder("v3-odd")
     folder.config["quantization_config"] = quantization
-    folder.tensors |= {NAME: folder.tensors[NAME].astype(dtype), SCALE: np.ones((40, 1), np.float32)}
-    expect(folder.write(tmp_path), f"{SCALE} needs a quantization_config of compressed-tensors in config.json")
+    folder.tensors[name + suffix] = np.ones((40, 1), np.float32)
+    expect(folder.write(tmp_path), f"tensor {name}{suffix} does not belong to a float32 tensor")
+    del folder.tensors[name]
+    expect(folder.write(tmp_path), f"missing tensor {name}")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +313,16 @@ def test_a_scale_that_the_config_does_not_explain_is_not_ignored(tmp_path, dtype
         (None, "format", "float-quantized", "format 'float-quantized' is not supported; supported: 'int-quantized'"),
         (None, "transform_config", {"config_groups": {"R1": {}}}, "transform_config is not supported"),
         (None, "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is not supported"),
+        (None, "sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config is not supported"),
+        (None, "ignore", "lm_head", "ignore must be a list of module names, got 'lm_head'"),
+        (None, "ignore", ["re:("], "ignore: 're:(' is not a valid pattern"),
+        (None, "format", "mixed-precision", "group_0.format None is not supported; supported: 'int-quantized'"),
+        ("format", None, "pack-quantized", "group_0.format 'pack-quantized' is not supported"),
+        ("targets", None, None, "group_0.targets is missing"),
+        ("targets", None, [3], "group_0.targets must be a list of module names, got [3]"),
+        ("output_activations", None, {"num_bits": 8}, "group_0.output_activations is not supported"),
+        ("weights", "strategy", None, "group_0.weights.strategy 'tensor' is not supported; supported: 'channel'"),
+        ("input_activations", "dynamic", None, "group_0.input_activations.dynamic False is not supported"),
         (None, "config_groups", {}, "config_groups must be an object of groups"),
         (None, "config_groups", ["W8A8"], "config_groups must be an object of groups"),
         (None, "config_groups", {"group_0": "W8A8"}, "config_groups must be an object of groups"),
@@ -293,7 +346,7 @@ def test_unsupported_schemes(folder, tmp_path, part, field, value, message):
         group[part] = value
     else:
         (quantization if part is None else group[part])[field] = value
-    expect(folder.write(tmp_path), "config: quantization_config." + ("config_groups." if part else ""), message)
+    expect(folder.write(tmp_path), "config: quantization_config.", message)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -303,10 +356,13 @@ def test_weights_that_are_not_finite_cannot_be_rounded(tmp_path, dtype, bad):
     folder.tensors[NAME] = folder.tensors[NAME].astype(dtype)
     folder.tensors[NAME][5, 6] = bad
     path = folder.write(tmp_path / "hf")
-    expect(path, f"tensor {NAME}: holds NaN or infinite weights, which cannot be quantized", quant="int8")
-    config, params, _ = load_checkpoint(path)
-    save(tmp_path / "orbax", config, params)
-    expect(tmp_path / "orbax", "moe.mlp.experts.w2: holds NaN or infinite weights", quant="int8")
+    expect(path, f"tensor {NAME} holds NaN or infinity")
+    expect(path, f"tensor {NAME} holds NaN or infinity, which cannot be quantized", quant="int8")
+    params = jax.tree.map(np.copy, CASE.params)
+    params.moe.mlp.experts.w2[0, 3, 5, 6] = bad
+    save(tmp_path / "orbax", CASE.config, params)
+    for quant in (None, "int8", "none"):
+        expect(tmp_path / "orbax", "orbax: moe.mlp.experts.w2 holds NaN or infinity", quant=quant)
 
 
 # Values

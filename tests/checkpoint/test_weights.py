@@ -123,11 +123,42 @@ def test_fp8_blocks_are_multiplied_in_float32():
     np.testing.assert_array_equal(in_bfloat16, expected.astype(ml_dtypes.bfloat16))
 
 
-def test_fp8_without_a_scale_is_used_as_stored(v3_odd, tmp_path):
-    rounded = v3_odd.tensors["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
-    v3_odd.tensors["lm_head.weight"] = rounded
-    for dtype in ("float32", "bfloat16"):
-        np.testing.assert_array_equal(load_checkpoint(v3_odd.write(tmp_path), dtype)[1].head, rounded.astype(dtype))
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "int8", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.gate.weight"])
+def test_nothing_is_read_raw_that_the_config_does_not_declare(v3_odd, tmp_path, name, kind):
+    v3_odd.tensors[name] = v3_odd.tensors[name].astype(kind)
+    expect(v3_odd.write(tmp_path), f"tensor {name} has dtype {kind}; weights must be floating-point here", "no quantiz")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.2.mlp.gate.weight",
+        "model.layers.2.mlp.gate.e_score_correction_bias",
+        "model.layers.0.self_attn.kv_b_proj.weight",
+        "model.layers.3.mlp.experts.15.up_proj.weight",
+    ],
+)
+def test_what_is_not_finite_is_found_at_load(v3_odd, tmp_path, name, bad):
+    v3_odd.tensors[name].flat[-1] = bad
+    expect(v3_odd.write(tmp_path), f"tensor {name} holds NaN or infinity")
+
+
+def test_what_another_dtype_cannot_hold_is_found_at_load(v3_odd, tmp_path):
+    v3_odd.tensors["lm_head.weight"][3, 4] = -7e4
+    load_checkpoint(v3_odd.write(tmp_path), "bfloat16")
+    with pytest.raises(UserError, match=r"tensor lm_head.weight holds values beyond float16"):
+        load_checkpoint(tmp_path, "float16")
+    name = "model.layers.0.mlp.up_proj.weight"
+    v3_odd.tensors[name] = v3_odd.tensors[name].astype(np.float64)
+    v3_odd.tensors[name][0, 0] = 1e300
+    for quant in (None, "int8"):
+        with pytest.raises(UserError, match=f"tensor {name} holds values beyond float32"):
+            load_checkpoint(v3_odd.write(tmp_path), quant=quant)
 
 
 def test_shards_give_what_one_file_gives(v3_odd, tmp_path):
@@ -432,7 +463,11 @@ def test_a_tensor_in_two_files(v3_odd, tmp_path):
             {"quant_method": "fp8", "weight_block_size": [24, 16]},
             "_scale_inv has shape [2, 2]; [32, 64] in blocks of [24, 16] wants [2, 4]",
         ),
-        (None, "_scale_inv needs quantization_config.weight_block_size"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [24, 40], "fmt": "e5m2"},
+            "fmt 'e5m2' is not supported; supported: 'e4m3'",
+        ),
+        (None, "has dtype float8_e4m3fn; weights must be floating-point here: config.json has no quantization_config"),
     ],
 )
 def test_bad_fp8_config(tmp_path, quantization, message):
@@ -445,12 +480,21 @@ def test_bad_fp8_tensors(tmp_path):
     stored, name = Checkpoint("v3-fp8"), "model.layers.0.mlp.up_proj.weight"
     good, scale = stored.tensors[name], stored.tensors[name + "_scale_inv"]
     stored.tensors[name] = good.astype(np.float32)
-    expect(stored.write(tmp_path), f"tensor {name} has a _scale_inv and must be an e4m3 matrix, found float32")
+    expect(stored.write(tmp_path), f"tensor {name} has dtype float32, but must be float8_e4m3fn: quantization_config")
     stored.tensors |= {name: good, name + "_scale_inv": scale.T}
     expect(stored.write(tmp_path), f"tensor {name}_scale_inv has shape [2, 6]", "wants [6, 2]")
     stored.tensors[name + "_scale_inv"] = scale.astype(np.int32)
     expect(stored.write(tmp_path), f"tensor {name}_scale_inv has dtype int32")
+    for bad in (np.nan, np.inf):
+        stored.tensors[name + "_scale_inv"] = np.where(np.arange(6)[:, None] == 2, bad, scale).astype(np.float32)
+        expect(stored.write(tmp_path), f"tensor {name}_scale_inv holds NaN or infinity")
+    del stored.tensors[name + "_scale_inv"]
+    expect(stored.write(tmp_path), f"tensor {name} is float8_e4m3fn, but its {name}_scale_inv is missing")
     stored.tensors[name + "_scale_inv"] = scale
+    stored.tensors[name] = good.copy()
+    stored.tensors[name].flat[5] = np.nan
+    expect(stored.write(tmp_path), f"tensor {name} holds NaN or infinity")
+    stored.tensors[name] = good
     stored.tensors["model.layers.9.x_scale_inv"] = scale
     stored.tensors["odd_scale_inv"] = scale
     expect(stored.write(tmp_path), "the config does not account for tensor odd_scale_inv")

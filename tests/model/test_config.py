@@ -119,6 +119,23 @@ def test_the_architecture_alone_names_the_model_type(name, model_type):
     assert read(hf, architectures=[f"Deepseek{name}ForCausalLM"]).model_type == model_type
 
 
+def test_other_makers_models_of_the_same_architecture():
+    for changes in (
+        {"model_type": "kimi_k2"},
+        {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]},
+        {"model_type": "someone_else", "architectures": ["DeepseekV3ForCausalLM"]},
+    ):
+        assert read(V3, **changes) == read(V3)
+    assert read(V3, model_type="someone_else", architectures=["DeepseekV2ForCausalLM"]) == read(V2)
+
+
+def test_null_groups_are_no_groups():
+    for groups in ((None, None), (None, 1), (None, 3), (8, None)):
+        assert read(V3, n_group=groups[0], topk_group=groups[1]) == read(V3, n_group=1, topk_group=1)
+    limited = V2 | {"topk_method": "group_limited_greedy"}
+    assert read(limited, n_group=None, topk_group=None) == read(limited, n_group=1, topk_group=1)
+
+
 def test_greedy_has_one_group_whatever_the_file_says():
     assert read(V2, n_group=7, topk_group=9, topk_method="greedy") == read(V2, n_group=None, topk_group=None)
 
@@ -245,7 +262,8 @@ def test_yarn_takes_the_original_length_from_where_it_is():
         (V3, {"topk_group": 2}, "num_experts_per_tok (7) is more than the 6 experts of the 2 kept groups"),
         (V2, {"num_experts_per_tok": 25}, "num_experts_per_tok (25) is more than the 24 experts"),
         (V3, {"n_group": 24, "topk_group": 24}, "leaves one a group"),
-        (V2, {"topk_method": "group_limited_greedy", "n_group": None}, "n_group is missing"),
+        (V3, {"model_type": "kimi_k2", "architectures": ["KimiForCausalLM"]}, "architectures 'KimiForCausalLM' is not"),
+        (V3, {"model_type": "kimi_k2", "architectures": ["DeepseekV2ForCausalLM"]}, "model_type 'kimi_k2' contradicts"),
         (V3, {"n_group": 0}, "n_group must be at least 1, got 0"),
         (V3, {"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1, got 0"),
         (V3, {"n_routed_experts": -4}, "n_routed_experts must be at least 1, got -4"),
