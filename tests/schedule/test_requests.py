@@ -34,7 +34,7 @@ def test_a_request_ends_at_its_limit_or_its_stop_token():
 def test_stop_tokens_that_a_step_does_not_know_end_a_request_all_the_same():
     stops = tuple(range(100, 100 + MAX_STEP_STOPS + 3))
     request = make_request(0, [1], 20, stop_token_ids=stops)
-    rows = SamplingRows.of([request.sampling], [request.seed])
+    rows = SamplingRows.of([request.sampling], [request.seed], [request.prompt_ids])
     assert rows.stop_ids.values.tolist() == list(stops[:MAX_STEP_STOPS])
     assert request.append([1, 2, 3]) == 3
     assert request.append([4, stops[-1], 5]) == 2

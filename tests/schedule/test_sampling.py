@@ -97,7 +97,7 @@ def test_settings_as_rows():
         logit_bias={3: 2.0, 9: -100.0},
         stop_token_ids=(4, 5),
     )
-    rows = SamplingRows.of([first, SamplingParams(top_k=-1)], [(5 << 32) + 7, 2**64 - 1])
+    rows = SamplingRows.of([first, SamplingParams(top_k=-1)], [(5 << 32) + 7, 2**64 - 1], [(), ()])
     floats = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
     for name in floats:
         column = getattr(rows, name)
@@ -115,7 +115,7 @@ def test_settings_as_rows():
 
 
 def test_no_rows():
-    rows = SamplingRows.of([], [])
+    rows = SamplingRows.of([], [], [])
     assert rows.seed.shape == (0, 2)
     assert rows.temperature.shape == rows.top_k.shape == (0,)
     assert list(rows.stop_ids) == []
@@ -124,7 +124,7 @@ def test_no_rows():
 def test_settings_at_the_ends_of_their_ranges_stay_finite_numbers():
     """Next to no temperature is none, a huge one has an inverse, and a huge top_k fits 32 bits."""
     many = [SamplingParams(temperature=value, top_k=2**40) for value in (0.0, 1e-6, 1e-5, 1e300)]
-    rows = SamplingRows.of(many, [0] * 4)
+    rows = SamplingRows.of(many, [0] * 4, [()] * 4)
     assert rows.temperature.tolist() == [0.0, 0.0, float(np.float32(1e-5)), float(np.float32(1e30))]
     assert np.isfinite(1 / rows.temperature[2:]).all()
     assert rows.top_k.tolist() == [2**31 - 1] * 4
@@ -132,7 +132,7 @@ def test_settings_at_the_ends_of_their_ranges_stay_finite_numbers():
 
 def test_a_step_gets_as_many_stop_tokens_as_it_can_look_for():
     params = SamplingParams(stop_token_ids=tuple(range(MAX_STEP_STOPS + 5)))
-    rows = SamplingRows.of([params], [0])
+    rows = SamplingRows.of([params], [0], [()])
     assert rows.stop_ids.values.tolist() == list(range(MAX_STEP_STOPS))
     assert SamplingShape.for_all([params]).num_stop == MAX_STEP_STOPS
 
