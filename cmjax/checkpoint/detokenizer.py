@@ -32,20 +32,23 @@ class Detokenizer:
         self.num_characters = max(self.num_characters, self._num_given + len(new.rstrip("\ufffd")))
         if text.endswith("\ufffd") or self._ends_in_a_run():
             return ""
-        self._give(new)
+        self._give(new, text)
         return new
 
     def flush(self) -> str:
         """What is left when nothing more comes: replacement characters for bytes that never became one."""
-        new = _behind(self._known, self._decode())
-        self._give(new)
+        text = self._decode()
+        new = _behind(self._known, text)
+        self._give(new, text)
         return new
 
-    def _give(self, new: str) -> None:
+    def _give(self, new: str, text: str) -> None:
         self._num_given += len(new)
         self.num_characters = self._num_given
-        self._ids = self._window(self._ids)
-        self._known = self._decode()
+        self._known = text
+        if len(self._ids) > 3 * self._WINDOW:  # not each time: it is decoded once more
+            self._ids = self._window(self._ids)
+            self._known = self._decode()
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip)

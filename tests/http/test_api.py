@@ -1,7 +1,9 @@
 """The API as clients use it: the `openai` package and plain HTTP, against a real server over a real engine."""
 
 import asyncio
+import itertools
 import json
+import re
 import threading
 import time
 
@@ -9,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from cmjax.checkpoint import Tokenizer
+from cmjax.checkpoint import Detokenizer, Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.schedule import SendPlan
 from cmjax.serve import SamplingParams, decode, prefill
@@ -265,6 +267,55 @@ def test_more_than_may_be_under_way_are_asked_to_try_again(address, http, engine
         is_refused.set()
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_in_the_server_is_one_error_and_is_counted(http, engine, monkeypatch, stream, caplog):
+    """A tokenizer that fails, say: the client is told, the stream ends as streams do, nothing else is hurt."""
+
+    def count():
+        text = http.get("/metrics").text
+        return float(re.search(r"^vllm:internal_errors_total\{.*\} (\S+)$", text, re.M)[1])
+
+    before, fed, feed = count(), itertools.count(), Detokenizer.feed
+
+    def fail(self, token_id):
+        if next(fed) == 5:
+            raise RuntimeError("secret of the tokenizer")
+        return feed(self, token_id)
+
+    monkeypatch.setattr(Detokenizer, "feed", fail)
+    body = {"prompt": TEXTS[0], "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": stream}
+    answer = http.post("/v1/completions", json=body)
+    if stream:
+        *events, last, end = (line for line in answer.text.split("\n\n") if line)
+        assert (answer.status_code, end) == (200, "data: [DONE]")
+        assert all("choices" in json.loads(event.removeprefix("data: ")) for event in events)
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+    assert error["type"] == "server_error"
+    assert "secret" not in error["message"]
+    assert "secret of the tokenizer" in caplog.text or not stream  # uvicorn logs the other, which is off here
+    assert count() == before + 1
+    monkeypatch.undo()
+    wait_until_idle(engine)
+    assert http.post("/v1/completions", json={**body, "stream": False}).status_code == 200
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_are_places_in_the_text_that_is_returned(http, echo):
+    """A character of several tokens, a special token in front."""
+    body = {"prompt": "é 日本", "max_tokens": 12, "temperature": 0, "logprobs": 0, "echo": echo, "ignore_eos": True}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    text, found = choice["text"], choice["logprobs"]
+    assert text.startswith("é 日本") == echo
+    assert found["text_offset"] == sorted(found["text_offset"])
+    assert found["text_offset"][0] == 0
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if token.isascii() and not token.startswith("<|"):
+            assert text[offset:].startswith(token)
 
 
 def test_no_request_makes_a_server_compile(http, engine):

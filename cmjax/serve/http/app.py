@@ -17,7 +17,7 @@ from cmjax.checkpoint import Tokenizer
 from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
-from cmjax.serve.http.errors import ApiError, install_handlers
+from cmjax.serve.http.errors import FAILED, ApiError, install_handlers
 from cmjax.serve.http.prompts import chat_prompt, completion_prompts, conversation, encode
 from cmjax.serve.http.protocol import (
     ChatRequest,
@@ -197,7 +197,7 @@ class EventStream(Response):
         except Exception:
             logger.exception("a stream ends with an error of the server's own")
             answer.state.metrics.count_internal_error()
-            yield _error_event(ApiError(500, "the server failed while it made the answer; its log says why"))
+            yield _error_event(ApiError(500, FAILED))
         yield b"data: [DONE]\n\n"
 
     async def _send(self, send: Send) -> None:

@@ -16,6 +16,7 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+FAILED = "the server failed while it made the answer; its log says why"
 
 
 class ApiError(Exception):
@@ -68,8 +69,10 @@ def install_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    async def on_anything(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, f"{type(error).__name__}: {error}").response()
+    async def on_anything(request: Request, _: Exception) -> JSONResponse:
+        # The log has the error: it is raised again behind the answer.
+        request.app.state.server.metrics.count_internal_error()
+        return ApiError(500, FAILED).response()
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(UserError, on_user_error)
