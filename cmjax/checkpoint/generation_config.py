@@ -40,7 +40,7 @@ class GenerationConfig:
 
         Args:
             folder: the model's.
-            choice: "auto", all of the file; "vllm", what ends a text and no defaults; else another folder to read it of.
+            choice: "auto", all of the file; "vllm", what ends a text and no defaults; else another folder to read.
 
         Raises:
             UserError: the folder that is named has none, or what is there is malformed.
@@ -71,8 +71,9 @@ class GenerationConfig:
             value: Any = config.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
-                raise UserError(f"{path}: {name} must be {'an integer' if kind is int else 'a number'}, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1 != 0):
+                wanted = "an integer" if kind is int else "a number"
+                raise UserError(f"{path}: {name} must be {wanted}, found {value!r}")
             defaults["max_tokens" if name == "max_new_tokens" else name] = kind(value)
         return cls(None if ids is None else tuple(ids), defaults, str(path))
 

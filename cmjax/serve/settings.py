@@ -155,8 +155,8 @@ class ServerSettings:
     allow_credentials: bool = option(False, "Such scripts may send cookies.", flag="--allow-credentials")
     generation_config: str = option(
         "auto",
-        "Where defaults for what requests leave out come from: auto, the model's generation_config.json; vllm, nowhere; "
-        "or a folder with such a file.",
+        "Where defaults for what requests leave out come from: auto, the model's generation_config.json; vllm, "
+        "nowhere; or a folder with such a file.",
         flag="--generation-config",
     )
     max_body_bytes: int = option(
