@@ -148,10 +148,14 @@ class ServerSettings:
         flag="--open-pages",
     )
     allowed_origins: tuple[str, ...] = option(
-        ("*",), "Of web pages whose scripts may call the server.", flag="--allowed-origins"
+        ("*",), "Of web pages whose scripts may call the server.", flag="--allowed-origins", unset="all"
     )
-    allowed_methods: tuple[str, ...] = option(("*",), "That such scripts may use.", flag="--allowed-methods")
-    allowed_headers: tuple[str, ...] = option(("*",), "That such scripts may send.", flag="--allowed-headers")
+    allowed_methods: tuple[str, ...] = option(
+        ("*",), "That such scripts may use.", flag="--allowed-methods", unset="all"
+    )
+    allowed_headers: tuple[str, ...] = option(
+        ("*",), "That such scripts may send.", flag="--allowed-headers", unset="all"
+    )
     allow_credentials: bool = option(False, "Such scripts may send cookies.", flag="--allow-credentials")
     generation_config: str = option(
         "auto",

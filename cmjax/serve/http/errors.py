@@ -60,14 +60,18 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, str(error.detail)).response()
+        is_parsing = isinstance(error.__cause__, UnicodeDecodeError)
+        message = f"the body is not JSON in UTF-8: {error.__cause__}" if is_parsing else str(error.detail)
+        response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         return response
 
     async def on_anything(request: Request, _: Exception) -> JSONResponse:
         # The log has the error: it is raised again behind the answer.
         request.app.state.server.metrics.count_internal_error()
-        return ApiError(500, FAILED).response()
+        response = ApiError(500, FAILED).response()
+        response.headers["Connection"] = "close"  # which is what happens to it when the error is raised again
+        return response
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(UserError, on_user_error)

@@ -12,7 +12,7 @@ from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.state import ServerState
 
 _NEVER_GUARDED = ("/health", "/ping", "/metrics")
-_ALWAYS_GUARDED = ("/v1", "/tokenize", "/detokenize")
+_ALWAYS_GUARDED = ("/tokenize", "/detokenize")
 
 
 def listed(values: Iterable[str]) -> list[str]:
@@ -77,7 +77,7 @@ class Limits:
         scope["cmjax.tenant"] = known[0]
 
     def _is_guarded(self, path: str) -> bool:
-        if path.startswith(_ALWAYS_GUARDED):
+        if path in _ALWAYS_GUARDED or path.startswith("/v1"):
             return True
         return path not in _NEVER_GUARDED and not self.state.settings.open_pages
 

@@ -65,7 +65,7 @@ def bad_words(state: ServerState, body: Sampled) -> tuple[tuple[int, ...], ...]:
     another token, after a space."""
     found: list[tuple[int, ...]] = []
     for word in body.bad_words or ():
-        texts = (prefix + word.lstrip() for prefix in ("", " "))
+        texts = (prefix + word.lstrip() for prefix in ("", " ")) if word.strip() else (word, word)
         plain, spaced = (tuple(encode(state.text_tokenizer(), text, add_special_tokens=False)) for text in texts)
         if not plain:
             raise ApiError(400, f"bad_words: {word!r} has no tokens", param="bad_words")
