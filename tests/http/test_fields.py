@@ -121,7 +121,7 @@ def test_min_tokens_puts_off_every_end(http, ask):
 
 def test_repetition_penalty_counts_prompt_and_output(ask, engine):
     """By the log probabilities of an unpenalized step: the best token of the penalized logits, step by step."""
-    penalty, ids = 5.0, TOKENIZER.encode(TEXT)
+    penalty, ids = 3.0, TOKENIZER.encode("import os\n" * 6)
     found = ask(**{**GREEDY, "prompt": ids, "max_tokens": 8, "ignore_eos": True}, repetition_penalty=penalty)[
         "token_ids"
     ]

@@ -21,10 +21,19 @@ def _sampled(name: str, **more: Any) -> Any:
     return Field(None, **bounds)
 
 
+def _with_nulls(schema: dict[str, Any]) -> None:
+    """Say in a schema that a field with a default may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name in schema.get("required", ()) or {"type": "null"} in field.get("anyOf", ()):
+            continue
+        moved = {key: field.pop(key) for key in list(field) if key not in ("title", "default", "description")}
+        field["anyOf"] = [moved, {"type": "null"}]
+
+
 class _Body(BaseModel):
     """Where a field is null, its default holds; fields that are none of its own are in `model_extra`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_nulls)
 
     @model_validator(mode="before")
     @classmethod
