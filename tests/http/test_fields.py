@@ -1,5 +1,7 @@
 """Fields of requests: null is the default; what changes the answer is honoured or refused, wherever it stands."""
 
+import json
+
 import httpx
 import numpy as np
 import pytest
@@ -94,11 +96,16 @@ def test_it_is_refused_in_messages_and_template_arguments_too(http):
     assert param(tool_choice="required") == "tool_choice"
 
 
-def test_a_template_sees_tools_that_may_not_be_called(http, ask, engine):
+def test_a_template_sees_tools_that_may_not_be_called(engine):
+    template = "{{ tools | tojson if tools else 'none' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    body = {"messages": MESSAGES, "max_tokens": 3, "temperature": 0}
-    assert ask("/v1/chat/completions", **body, tools=[], tool_choice="none")["message"]
-    assert ask("/v1/chat/completions", **body, tools=tools, tool_choice="none")["message"]
+    with served(engine, template=template) as address, httpx.Client(base_url=address, timeout=60) as http:
+        for given, shown in ((tools, json.dumps(tools)), ([], "none"), (None, "none")):
+            body = {"messages": MESSAGES, "tools": given, "max_tokens": 1, "return_token_ids": True}
+            answer = http.post("/v1/chat/completions", json={**body, "tool_choice": "none"})
+            wanted = TOKENIZER.encode_with_ends(shown + MESSAGES[0]["content"])[0]
+            assert answer.json()["choices"][0]["prompt_token_ids"] == wanted
+            assert http.post("/tokenize", json={"messages": MESSAGES, "tools": given}).json()["tokens"] == wanted
 
 
 # -- fields that are honoured ------------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ def test_tokenizing_a_conversation_is_what_a_chat_does(http):
         (b"[1]", "application/json", "must be a JSON object"),
         (b'{"prompt": "a\\ud800"}', "application/json", "half of a surrogate pair, \\\\ud800"),
         (b'{"prompt": "a", "user": {"x": ["\\uDC00"]}}', "application/json", "half of a surrogate pair"),
+        (b'{"prompt": "a\xed\xa0\x80"}', "application/json", "not JSON in UTF-8: invalid continuation byte at byte 13"),
+        ('{"prompt": "a\\ud800"}'.encode("utf-16-le"), "application/json", "half of a surrogate pair"),
         (b'{"prompt": "a", "\\ud800": 1}', "application/json", "half of a surrogate pair"),
     ],
 )

@@ -60,9 +60,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        is_parsing = isinstance(error.__cause__, UnicodeDecodeError)
-        message = f"the body is not JSON in UTF-8: {error.__cause__}" if is_parsing else str(error.detail)
-        response = ApiError(error.status_code, message).response()
+        response = ApiError(error.status_code, str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response
 

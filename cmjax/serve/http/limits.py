@@ -110,8 +110,13 @@ class Limits:
 
 
 def _check_text(body: bytes) -> None:
-    """400 for half of a surrogate pair, which JSON can write and no text can have."""
-    if b"\\ud" not in body and b"\\uD" not in body:
+    """400 for what is no UTF-8, and for half of a surrogate pair, which JSON can write and no text can have."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8: {error.reason} at byte {error.start}") from error
+    # Zeros: `json` takes them for another encoding.
+    if not any(mark in body for mark in (b"\\ud", b"\\uD", b"\0")):
         return
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
