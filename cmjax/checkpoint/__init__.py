@@ -2,6 +2,7 @@
 
 from cmjax.checkpoint.detokenizer import Detokenizer, starts_in, token_starts
 from cmjax.checkpoint.formats import TensorSource
+from cmjax.checkpoint.generation_config import GenerationConfig
 from cmjax.checkpoint.load import ModelFormats, load
 from cmjax.checkpoint.orbax import restore, save
 from cmjax.checkpoint.quantize import Techniques
@@ -14,6 +15,7 @@ from cmjax.checkpoint.weights import load_checkpoint, load_params, save_hf
 __all__ = [
     "CalibrationSettings",
     "Detokenizer",
+    "GenerationConfig",
     "ModelFormats",
     "SafetensorsFolder",
     "Techniques",

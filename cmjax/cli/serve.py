@@ -1,8 +1,11 @@
 """`cmjax serve`: the engine behind an OpenAI-compatible API."""
 
+import dataclasses
+import os
+
 import click
 
-from cmjax.checkpoint import ModelFormats
+from cmjax.checkpoint import GenerationConfig, ModelFormats
 from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import config_option, find_model, model_option
 from cmjax.cli.running import find_tokenizer, serving_options, start_engine
@@ -42,7 +45,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics."""
     try:
-        from cmjax.serve.http import create_app, run_server
+        from cmjax.serve.http import create_app, known_keys, run_server
         from cmjax.serve.http.template import ChatTemplate
     except ImportError as error:
         raise UserError(f"cmjax serve needs pip install 'cmjax[serve]' ({error})") from error
@@ -50,14 +53,16 @@ def serve(
     path = find_model(folder)
     tokenizer = find_tokenizer(path)
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer, chat_template)
+    settings = server.make(model_name=path.resolve().name)
+    keys = known_keys(settings, os.environ)
+    generation = GenerationConfig.find(path, settings.generation_config)
     started = start_engine(path, layout, formats, engine)
-    pools, name = started.pools, path.resolve().name
+    pools = started.pools
     if max_prefill_instances is not None:
         prefill = Bounds(len(pools.prefill), max_prefill_instances)
         decode = Bounds(len(pools.decode), len(pools.decode))
         started.follow_load(RatioPolicy({"prefill": prefill, "decode": decode}))
-    settings = server.make(model_name=name)
-    app = create_app(started, settings, tokenizer, template)
+    app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
     try:
         run_server(app, listen, lambda address: click.echo(f"serving {settings.model_name} on {address}", err=True))
     finally:

@@ -35,12 +35,14 @@ from cmjax.schedule.request import (
     RequestUpdate,
 )
 from cmjax.schedule.sampling import (
+    MAX_BAD_WORD_TOKENS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STEP_STOPS,
     MOST_LOGIT_BIAS,
     NOT_FINITE,
     NOT_FINITE_MESSAGE,
+    NOTHING_ALLOWED,
     SERVING_SHAPES,
     LogprobArrays,
     SamplingParams,
@@ -54,11 +56,13 @@ from cmjax.schedule.stats import EngineStats, InstanceStats, Role, SlotLoad, Sta
 from cmjax.schedule.transfer import Part, Transfer, make_segments, plan_rounds
 
 __all__ = [
+    "MAX_BAD_WORD_TOKENS",
     "MAX_FAILURES",
     "MAX_LOGIT_BIAS",
     "MAX_LOGPROBS",
     "MAX_STEP_STOPS",
     "MOST_LOGIT_BIAS",
+    "NOTHING_ALLOWED",
     "NOT_FINITE",
     "NOT_FINITE_MESSAGE",
     "SERVING_SHAPES",

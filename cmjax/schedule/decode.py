@@ -23,7 +23,7 @@ from cmjax.schedule.plans import (
     Result,
 )
 from cmjax.schedule.request import Attempt, Request
-from cmjax.schedule.sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SamplingRows, SamplingShape
+from cmjax.schedule.sampling import SamplingRows, SamplingShape, token_problem
 from cmjax.schedule.slo import SloController
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import empty_receive
@@ -241,7 +241,11 @@ class DecodePlanner(Planner):
             positions=self._places.num_cached[places].astype(np.int32),
             last_positions=self._places.last_positions(places),
             blocks=Ragged.of([attempt.decode.blocks.ids for attempt in attempts if attempt.decode is not None]),
-            sampling=SamplingRows.of([one.sampling for one in requests], [one.seed for one in requests]),
+            sampling=SamplingRows.of(
+                [one.sampling for one in requests],
+                [one.seed for one in requests],
+                [one.prompt_ids for one in requests],
+            ),
             history=Ragged.of([one.token_ids if one.sampling.has_penalties else () for one in requests]),
         )
 
@@ -327,8 +331,8 @@ class DecodePlanner(Planner):
                 continue
             request = attempt.request
             if has_gaps:
-                if NOT_FINITE in column:
-                    self.owner.refuse(request, f"{request.request_id}: {NOT_FINITE_MESSAGE}")
+                if problem := next(filter(None, map(token_problem, column)), None):
+                    self.owner.refuse(request, f"{request.request_id}: {problem}")
                     continue
                 column = [token for token in column if token >= 0]
             counts[row] = count = request.append(column)

@@ -12,7 +12,7 @@ from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
 from cmjax.schedule.request import Attempt, PrefillHold
-from cmjax.schedule.sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SamplingRows, SamplingShape
+from cmjax.schedule.sampling import SamplingRows, SamplingShape, token_problem
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import Transfer
 
@@ -170,7 +170,11 @@ class PrefillPlanner(Planner):
             joins=np.array(begins, np.int32),
             blocks=Ragged.of([_held(chunks[row].attempt).blocks.ids for row in begins]),
             sampling=(
-                SamplingRows.of([one.sampling for one in requests], [one.seed for one in requests])
+                SamplingRows.of(
+                    [one.sampling for one in requests],
+                    [one.seed for one in requests],
+                    [one.prompt_ids for one in requests],
+                )
                 if variant.sampling.is_sampled
                 else None
             ),
@@ -228,8 +232,8 @@ class PrefillPlanner(Planner):
     def _take_first_token(self, attempt: Attempt, token_id: int, now: float) -> bool:
         """Give a request the token that its prefill has made; whether it goes on to decode."""
         request = attempt.request
-        if token_id == NOT_FINITE:
-            self.owner.refuse(request, f"{request.request_id}: {NOT_FINITE_MESSAGE}")
+        if problem := token_problem(token_id):
+            self.owner.refuse(request, f"{request.request_id}: {problem}")
             return False
         if not request.is_resumed:
             request.times.prefilled = now

@@ -153,8 +153,11 @@ class Request:
         room = self.sampling.max_tokens - len(self.token_ids)
         taken = token_ids[:room] if len(token_ids) > room else token_ids
         if self._stop_ids and not self._stop_ids.isdisjoint(taken):
-            end = next(index for index, token in enumerate(taken) if token in self._stop_ids)
-            taken, self.finish_reason = taken[: end + 1], "stop"
+            first = self.sampling.min_tokens - len(self.token_ids)  # those before end nothing
+            ends = (index for index, token in enumerate(taken) if token in self._stop_ids and index >= first)
+            end = next(ends, None)
+            if end is not None:
+                taken, self.finish_reason = taken[: end + 1], "stop"
         self.token_ids += taken
         if self.finish_reason is None and len(self.token_ids) == self.sampling.max_tokens:
             self.finish_reason = "length"

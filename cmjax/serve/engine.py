@@ -4,7 +4,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -202,12 +202,14 @@ class Engine:
         ids = check_token_ids(token_id_array(prompt, name), config)
         if ids.ndim != 1 or not ids.size:
             raise UserError(f"{name} is {'empty' if ids.ndim == 1 else 'no list of token ids'}")
-        if len(ids) + sampling.max_tokens > limit:
+        # A prompt that is only scored may fill the cache: the one token after it is never put there.
+        is_scored = sampling.prompt_logprobs is not None and sampling.max_tokens == 1
+        if len(ids) + sampling.max_tokens > limit + is_scored:
             raise UserError(
                 f"{name} of {len(ids)} tokens with max_tokens {sampling.max_tokens} exceeds max_model_len {limit}"
             )
-        for field in ("logit_bias", "stop_token_ids"):
-            outside = [token for token in getattr(sampling, field) if not 0 <= token < config.vocab_size]
+        for field, tokens in _named_tokens(sampling).items():
+            outside = [token for token in tokens if not 0 <= token < config.vocab_size]
             if outside:
                 last = config.vocab_size - 1
                 raise UserError(f"{name}: {field} of token {outside[0]}, outside the vocabulary (0 to {last})")
@@ -299,3 +301,13 @@ class Engine:
                 num_accepted_tokens_per_pos=accepted,
                 plane_bytes=traffic,
             )
+
+
+def _named_tokens(sampling: SamplingParams) -> dict[str, Iterable[int]]:
+    """The fields that name token ids, and which they name."""
+    return {
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+        "bad_words": (token for word in sampling.bad_words for token in word),
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+    }

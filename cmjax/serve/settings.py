@@ -134,7 +134,34 @@ class ServerSettings:
         dataclasses.MISSING, "What clients call the model.", flag="--served-model-name", unset="the folder's name"
     )
     api_keys: tuple[str, ...] = option(
-        (), "Clients must send it; several: a tenant each, served in turns.", flag="--api-key", unset="anybody may"
+        (),
+        "Clients must send it; several: a tenant each, served in turns. Where none is given, CMJAX_API_KEY or "
+        "VLLM_API_KEY of the environment.",
+        flag="--api-key",
+        unset="anybody may",
+    )
+    api_key_file: str | None = option(None, "File with more keys, one a line.", flag="--api-key-file")
+    open_pages: bool = option(
+        False,
+        "Ask for a key under /v1 and for /tokenize and /detokenize alone, not for the status page, /docs, /version and "
+        "the like.",
+        flag="--open-pages",
+    )
+    allowed_origins: tuple[str, ...] = option(
+        ("*",), "Of web pages whose scripts may call the server.", flag="--allowed-origins", unset="all"
+    )
+    allowed_methods: tuple[str, ...] = option(
+        ("*",), "That such scripts may use.", flag="--allowed-methods", unset="all"
+    )
+    allowed_headers: tuple[str, ...] = option(
+        ("*",), "That such scripts may send.", flag="--allowed-headers", unset="all"
+    )
+    allow_credentials: bool = option(False, "Such scripts may send cookies.", flag="--allow-credentials")
+    generation_config: str = option(
+        "auto",
+        "Where defaults for what requests leave out come from: auto, the model's generation_config.json; vllm, "
+        "nowhere; or a folder with such a file.",
+        flag="--generation-config",
     )
     max_body_bytes: int = option(
         16_000_000, "Largest body of a request; the option is in MB.", flag="--max-body-mb", minimum=1, scale=1e6

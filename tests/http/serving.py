@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from cmjax.checkpoint import Tokenizer
+from cmjax.checkpoint import GenerationConfig, Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve import Engine
 from cmjax.serve.http import ServerSettings, create_app
@@ -21,11 +21,15 @@ from tests.conftest import ROOT
 
 
 @contextlib.contextmanager
-def served(engine: Engine, **settings: Any) -> Iterator[str]:
+def served(
+    engine: Engine, generation: GenerationConfig | None = None, template: str | None = None, **settings: Any
+) -> Iterator[str]:
     """The address of a server for the demonstration model; the engine has been started."""
     tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
     server_settings = ServerSettings(**{"model_name": "demo", **settings})
-    app = create_app(engine, server_settings, tokenizer, ChatTemplate.find(BUNDLED_MODEL, tokenizer))
+    app = create_app(
+        engine, server_settings, tokenizer, ChatTemplate.find(BUNDLED_MODEL, tokenizer, template), generation
+    )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

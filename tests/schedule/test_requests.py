@@ -34,7 +34,7 @@ def test_a_request_ends_at_its_limit_or_its_stop_token():
 def test_stop_tokens_that_a_step_does_not_know_end_a_request_all_the_same():
     stops = tuple(range(100, 100 + MAX_STEP_STOPS + 3))
     request = make_request(0, [1], 20, stop_token_ids=stops)
-    rows = SamplingRows.of([request.sampling], [request.seed])
+    rows = SamplingRows.of([request.sampling], [request.seed], [request.prompt_ids])
     assert rows.stop_ids.values.tolist() == list(stops[:MAX_STEP_STOPS])
     assert request.append([1, 2, 3]) == 3
     assert request.append([4, stops[-1], 5]) == 2
@@ -46,12 +46,14 @@ def test_stop_tokens_that_a_step_does_not_know_end_a_request_all_the_same():
     calls=st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=8),
     max_tokens=st.integers(1, 12),
     stops=st.lists(st.integers(0, 9), max_size=2),
+    min_tokens=st.integers(0, 12),
 )
-def test_a_request_takes_what_comes_until_its_end(calls, max_tokens, stops):
-    request = make_request(0, [1, 2], max_tokens, stop_token_ids=tuple(stops))
+def test_a_request_takes_what_comes_until_its_end(calls, max_tokens, stops, min_tokens):
+    min_tokens = min(min_tokens, max_tokens)
+    request = make_request(0, [1, 2], max_tokens, stop_token_ids=tuple(stops), min_tokens=min_tokens)
     made = [token for tokens in calls for token in tokens]
     wanted = made[:max_tokens]
-    end = next((index for index, token in enumerate(wanted) if token in stops), None)
+    end = next((index for index, token in enumerate(wanted) if token in stops and index >= min_tokens), None)
     wanted = wanted if end is None else wanted[: end + 1]
     assert sum(request.append(tokens) for tokens in calls) == len(wanted)
     assert request.token_ids == wanted

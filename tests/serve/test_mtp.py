@@ -91,6 +91,16 @@ SETTINGS = [
     SamplingParams(max_tokens=40, logit_bias={7: 100.0, 9: 99.5}, frequency_penalty=0.7, logprobs=2),
     SamplingParams(max_tokens=40, temperature=0.7, top_p=0.95, min_p=0.02, seed=2**63 + 5, logprobs=3),
     SamplingParams(max_tokens=37),
+    SamplingParams(
+        max_tokens=40,
+        temperature=0.9,
+        seed=6,
+        repetition_penalty=1.3,
+        bad_words=((7,), (36, 81)),
+        min_tokens=40,
+        stop_token_ids=(9, 36),
+        allowed_token_ids=tuple(range(5, 1500)),
+    ),
 ]
 
 

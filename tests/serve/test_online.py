@@ -23,6 +23,9 @@ SAMPLINGS = [
         top_p=0.9,
         seed=index,
         presence_penalty=0.5 * (index % 4 == 2),
+        repetition_penalty=1.5 if index % 8 == 3 else 1.0,
+        bad_words=((1, 2), (3,)) if index % 8 == 5 else (),
+        allowed_token_ids=tuple(range(40)) if index % 8 == 7 else None,
         logprobs=2 if index % 5 == 0 else None,
         prompt_logprobs=1 if index % 7 == 0 else None,
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax.errors import UserError
-from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
+from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, SERVING_SHAPES, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
 from cmjax.serve.steps.sampling import SamplingState, is_stop, logprobs, repeat, sample
 
@@ -17,14 +17,14 @@ V = 23
 sample_jit = jax.jit(sample)
 
 
-def make_state(params, seeds=None):
-    shape = SamplingShape.for_all(params)
-    return write_all(SamplingState.empty(len(params), shape.num_bias, shape.num_stop), params, seeds)
+def make_state(params, seeds=None, prompts=None):
+    state = SamplingState.for_shape(len(params), SamplingShape.for_all(params), V)
+    return write_all(state, params, seeds, prompts)
 
 
-def write_all(state, params, seeds=None):
+def write_all(state, params, seeds=None, prompts=None):
     seeds = [one.seed or 0 for one in params] if seeds is None else seeds
-    state.write(np.arange(len(params)), SamplingRows.of(params, seeds))
+    state.write(np.arange(len(params)), SamplingRows.of(params, seeds, prompts or [()] * len(params)))
     return state
 
 
@@ -35,11 +35,23 @@ def history_of(rows, width=8):
     return table
 
 
-def distribution(logits, params, history=()):
+def forbidden(params, history):
+    """Tokens that bad words and `min_tokens` forbid."""
+    early = params.stop_token_ids if len(history) < params.min_tokens else ()
+    begun = [word for word in params.bad_words if history[max(len(history) + 1 - len(word), 0) :] == list(word[:-1])]
+    return {*early, *(word[-1] for word in begun)}
+
+
+def distribution(logits, params, history=(), prompt=()):
     """Probabilities of the tokens by the settings of one request (float64, one step after another)."""
     logits = logits.astype(np.float64)
+    if params.allowed_token_ids is not None:
+        logits[[token for token in range(len(logits)) if token not in params.allowed_token_ids]] = -np.inf
+    logits[sorted(forbidden(params, list(history)))] = -np.inf
     for token, value in params.logit_bias.items():
         logits[token] += value
+    for token in {*prompt, *history}:
+        logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
     for token in set(history):
         logits[token] -= params.presence_penalty + params.frequency_penalty * list(history).count(token)
     if params.temperature == 0:
@@ -69,6 +81,48 @@ def requests(draw):
         logit_bias=draw(st.dictionaries(tokens, st.sampled_from([-100.0, -1.0, 3.0, 100.0]), max_size=3)),
         seed=draw(st.integers(0, 2**64 - 1)),
     ), draw(st.lists(tokens, max_size=8))
+
+
+@st.composite
+def restricted(draw):
+    """A request with any of what forbids tokens or makes them unlikely, what it has generated, and its prompt."""
+    tokens = st.integers(0, 5)  # few, so that bad words are about to come and stop tokens are the best
+    word = st.lists(tokens, min_size=1, max_size=3).map(tuple)
+    return (
+        SamplingParams(
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            min_tokens=draw(st.integers(0, 6)),
+            stop_token_ids=tuple(draw(st.lists(tokens, max_size=2))),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.5, 5.0])),
+            bad_words=tuple(draw(st.lists(word, max_size=4))),
+            allowed_token_ids=draw(st.none() | st.lists(st.integers(0, V - 1), min_size=1, max_size=9).map(tuple)),
+            logit_bias=draw(st.dictionaries(tokens, st.sampled_from([-3.0, 100.0]), max_size=2)),
+            presence_penalty=draw(st.sampled_from([0.0, 1.0])),
+            seed=draw(st.integers(0, 2**64 - 1)),
+        ),
+        draw(st.lists(tokens, max_size=8)),
+        draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=5)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(restricted(), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
+def test_what_is_forbidden_is_not_drawn_and_what_was_there_counts(batch, seed):
+    logits = (3 * np.random.default_rng(seed).normal(size=(len(batch), V))).astype(np.float32)
+    params, histories, prompts = zip(*batch, strict=True)
+    state = write_all(SamplingState.empty(len(batch), 2, 2, 12, 3), params, prompts=prompts)
+    positions = np.array([len(prompt) + len(history) for _, history, prompt in batch])
+    found = np.asarray(sample_jit(logits, state, positions, history_of(histories)))
+    first = np.asarray(sample_jit(logits, state, np.array(list(map(len, prompts)))))  # as prefill does: no history
+    for row, (one, history, prompt) in enumerate(batch):
+        for token, before in ((found[row], history), (first[row], [])):
+            with np.errstate(invalid="ignore"):
+                p = distribution(logits[row], one, before, prompt)
+            if token == NOTHING_ALLOWED:
+                assert np.isnan(p).any() or one.temperature == 0
+                assert all(t in forbidden(one, before) for t in one.allowed_token_ids)
+            else:
+                assert p[token] > 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -185,6 +239,30 @@ def test_stop_tokens():
     np.testing.assert_array_equal(repeat(state, 2).stop_ids, np.repeat(state.stop_ids, 2, axis=0))
 
 
+def test_a_bad_word_is_forbidden_where_its_beginning_stands():
+    words = ((3,), (1, 2), (1, 1, 4), (9, 5))
+    for history, ends in (([], {3}), ([1], {3, 2}), ([1, 1], {3, 2, 4}), ([1, 9], {3, 5}), ([9, 1], {3, 2})):
+        logits = np.zeros((V, V), np.float32)
+        logits[np.arange(V), np.arange(V)] = 1  # each row's best is another token
+        state = make_state([SamplingParams(bad_words=words)] * V)
+        found = np.asarray(sample_jit(logits, state, np.zeros(V, int), history_of([history] * V)))
+        assert {token for token in range(V) if found[token] != token} == ends
+
+
+def test_the_steps_of_a_server_have_room_for_all_of_it():
+    words, stops = ((1, 2),) * 128, tuple(range(8))
+    everything = SamplingParams(
+        bad_words=words, allowed_token_ids=(1,), repetition_penalty=2.0, min_tokens=3, stop_token_ids=stops
+    )
+    assert SERVING_SHAPES[1].covers(SamplingShape.for_all([everything]))
+    for one in ({"bad_words": ((1,),)}, {"allowed_token_ids": (1,)}, {"repetition_penalty": 2.0}):
+        assert not SERVING_SHAPES[0].covers(SamplingShape.for_all([SamplingParams(**one)]))
+    ended = SamplingShape.for_all([SamplingParams(min_tokens=3, stop_token_ids=stops)])
+    assert ended.is_sampled
+    # Nothing can end it before: as fast as without.
+    assert SERVING_SHAPES[0].covers(SamplingShape.for_all([SamplingParams(min_tokens=3)]))
+
+
 def test_logprobs(rng):
     logits = (4 * rng.normal(size=(5, V))).astype(np.float32)
     ids = np.array([0, 22, 7, 7, -1])
@@ -220,6 +298,12 @@ def test_logprobs(rng):
         ({"seed": -1}, "seed -1 is out of range: it must be from 0 to 2\\^64 - 1"),
         ({"logprobs": 21}, "logprobs 21 is out of range: it must be from 0 to 20"),
         ({"prompt_logprobs": -1}, "prompt_logprobs -1 is out of range"),
+        ({"min_tokens": 17}, "min_tokens 17 is more than max_tokens 16"),
+        ({"min_tokens": 1, "stop_token_ids": tuple(range(9))}, "min_tokens with 9 stop tokens: at most 8"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 is"),
+        ({"bad_words": ((1,), ())}, "bad_words: one of them is empty"),
+        ({"bad_words": ((1,) * 300,)}, "bad_words of 300 tokens: at most 256"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
     ],
 )
 def test_bad_settings(options, message):

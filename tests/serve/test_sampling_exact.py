@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from cmjax.mesh import EP_AXIS
-from cmjax.schedule import NOT_FINITE, SamplingRows
+from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
 from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
 from tests.helpers import assert_close
@@ -27,7 +27,10 @@ logprobs_jit = jax.jit(logprobs, static_argnums=2)
 
 def state_of(*params, seeds=None, num_bias=4, num_stop=3):
     state = SamplingState.empty(len(params), num_bias, num_stop)
-    state.write(np.arange(len(params)), SamplingRows.of(params, range(len(params)) if seeds is None else seeds))
+    state.write(
+        np.arange(len(params)),
+        SamplingRows.of(params, range(len(params)) if seeds is None else seeds, [()] * len(params)),
+    )
     return state
 
 
@@ -335,9 +338,10 @@ def test_repeat_puts_a_rows_copies_side_by_side():
 
 def test_rows_are_cut_to_what_a_step_has_room_for():
     state = state_of(SamplingParams(), SamplingParams(temperature=0.5, logit_bias={4: 1.0}, stop_token_ids=(1, 2)))
-    found = state.rows(np.array([1, 0, 1]), 1, 2)
+    shape = SamplingShape(is_sampled=True, num_bias=1, num_stop=2)
+    found = state.rows(np.array([1, 0, 1]), shape, VOCABULARY)
     assert found.bias_ids.tolist() == [[4], [-1], [4]]
     assert found.stop_ids.tolist() == [[1, 2], [-1, -1], [1, 2]]
     found.clear(np.array([True, False, False]))
-    chex.assert_trees_all_equal(found.rows(np.array([0]), 1, 2), SamplingState.empty(1, 1, 2))
+    chex.assert_trees_all_equal(found.rows(np.array([0]), shape, VOCABULARY), SamplingState.empty(1, 1, 2))
     assert found.temperature.tolist() == [0.0, 0.0, 0.5]

@@ -1,7 +1,8 @@
 """The OpenAI-compatible HTTP API; needs the extra `cmjax[serve]`."""
 
 from cmjax.serve.http.app import create_app
+from cmjax.serve.http.keys import known_keys
 from cmjax.serve.http.server import run_server
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
-__all__ = ["ListenSettings", "ServerSettings", "create_app", "run_server"]
+__all__ = ["ListenSettings", "ServerSettings", "create_app", "known_keys", "run_server"]

@@ -1,23 +1,23 @@
 """The routes of the API, and the limits that stand before them."""
 
 import asyncio
-import hmac
 import logging
-import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import cmjax
-from cmjax.checkpoint import Tokenizer
+from cmjax.checkpoint import GenerationConfig, Tokenizer
 from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import FAILED, ApiError, install_handlers
+from cmjax.serve.http.fields import check_fields
+from cmjax.serve.http.limits import Limits, listed
 from cmjax.serve.http.prompts import chat_prompt, completion_prompts, conversation, encode
 from cmjax.serve.http.protocol import (
     ChatRequest,
@@ -27,13 +27,11 @@ from cmjax.serve.http.protocol import (
 )
 from cmjax.serve.http.run import Run
 from cmjax.serve.http.state import ServerState, refuse_unsupported
-from cmjax.serve.http.status import status_routes
+from cmjax.serve.http.status import documentation_route, status_routes
 from cmjax.serve.http.template import ChatTemplate
 from cmjax.serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
-
-_GUARDED = ("/v1", "/tokenize", "/detokenize")
 
 
 def create_app(
@@ -41,16 +39,26 @@ def create_app(
     settings: ServerSettings,
     tokenizer: Tokenizer | None = None,
     template: ChatTemplate | None = None,
+    generation: GenerationConfig | None = None,
 ) -> FastAPI:
     """The ASGI application over an engine that has been started; its `state.server` is the `ServerState`."""
-    app = FastAPI(title="cmjax", version=cmjax.__version__)
-    state = app.state.server = ServerState(engine, settings, tokenizer, template)
+    # The pages of FastAPI load scripts from elsewhere.
+    app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None)
+    state = app.state.server = ServerState(engine, settings, tokenizer, template, generation)
     install_handlers(app)
-    app.add_middleware(_Limits, state=state)
+    app.add_middleware(Limits, state=state)
+    # Outside of the limits: a preflight has no key, and an error is for the script to see too.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=listed(settings.allowed_origins),
+        allow_methods=listed(settings.allowed_methods),
+        allow_headers=listed(settings.allowed_headers),
+        allow_credentials=settings.allow_credentials,
+    )
     _add_completions(app, state)
     _add_tokens(app, state)
     _add_health(app, state)
-    app.router.routes.extend(status_routes(engine, settings.model_name))
+    app.router.routes.extend([*status_routes(engine, settings.model_name), documentation_route(app)])
     return app
 
 
@@ -76,15 +84,24 @@ def _add_completions(app: FastAPI, state: ServerState) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        model = {
-            "id": state.settings.model_name,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "cmjax",
-            "root": state.settings.model_name,
-            "max_model_len": state.engine.settings.max_model_len,
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [_described(state)]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """A model, if it is served."""
+        state.check_model(model)
+        return _described(state)
+
+
+def _described(state: ServerState) -> dict[str, Any]:
+    return {
+        "id": state.settings.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "cmjax",
+        "root": state.settings.model_name,
+        "max_model_len": state.engine.settings.max_model_len,
+    }
 
 
 def _add_tokens(app: FastAPI, state: ServerState) -> None:
@@ -92,14 +109,22 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a text or of a conversation."""
         state.check_model(body.model)
+        check_fields(body.model_extra)
         tokenizer = state.text_tokenizer()
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
-            text = conversation(state, body.messages, add_generation_prompt=body.add_generation_prompt)
-            ids = encode(tokenizer, text, add_special_tokens=False)
+            text = conversation(
+                state,
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                tools=body.tools or None,
+                variables=body.chat_template_kwargs,
+            )
+            ids = encode(tokenizer, text, bool(body.add_special_tokens))
         else:
-            ids = encode(tokenizer, body.prompt or "", body.add_special_tokens)
+            ids = encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
         strings = [tokenizer.backend.id_to_token(i) for i in ids] if body.return_token_strs else None
         return {
             "tokens": ids,
@@ -114,6 +139,20 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         state.check_model(body.model)
         ids = check_token_ids(token_id_array(body.tokens, "tokens"), state.engine.model.config)
         return {"prompt": state.text_tokenizer().decode(ids.tolist(), skip_special_tokens=False)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client needs that makes prompts of conversations itself."""
+        tokenizer = state.text_tokenizer()
+        source = tokenizer.chat_template if state.template is None else state.template.source
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")),
+            **tokenizer.special_tokens,
+            "chat_template": source,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": state.engine.settings.max_model_len,
+        }
 
 
 def _add_health(app: FastAPI, state: ServerState) -> None:
@@ -216,71 +255,3 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
             self.answer.run.close()
-
-
-# -- before the routes ------------------------------------------------------------------------------------------------
-
-
-class _Limits:
-    """Keys, the size of bodies, and the id of a request, which its response bears too."""
-
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self.app, self.state = app, state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id") or uuid.uuid4().hex.encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
-            await send(message)
-
-        try:
-            self._check_key(scope, headers)
-            body_receive = await self._limited(headers, receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
-            return
-        await self.app(scope, body_receive, send_with_id)
-
-    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        keys = self.state.settings.api_keys
-        if not keys or not scope["path"].startswith(_GUARDED):
-            return
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        known = [key for key in keys if hmac.compare_digest(key.encode(), given.strip())]
-        if kind.lower() != b"bearer" or not known:
-            raise ApiError(
-                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
-            )
-        scope["cmjax.tenant"] = known[0]
-
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Read the body, at most so much of it; then hand it on, and after it what else the client does."""
-        limit = self.state.settings.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        if not length and b"transfer-encoding" not in headers:
-            return receive
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            parts.append(message)
-            size += len(message.get("body", b""))
-            if size > limit:
-                raise too_large
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                break
-        messages = iter(parts)
-
-        async def replay() -> Message:
-            message = next(messages, None)
-            return await receive() if message is None else message
-
-        return replay

@@ -54,14 +54,9 @@ def install_handlers(app: FastAPI) -> None:
     async def on_user_error(_: Request, error: Exception) -> JSONResponse:
         return ApiError(400, str(error)).response()
 
-    async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        # Alternatives of a union are named in the path; the field itself comes first.
-        param = where[0] if where else None
-        message = f"{param}: {first['msg']}" if param else f"the body is no request: {first['msg']}"
-        return ApiError(400, message, param=param).response()
+        return _of_body(error.errors()[0], request.headers.get("content-type")).response()
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -72,10 +67,30 @@ def install_handlers(app: FastAPI) -> None:
     async def on_anything(request: Request, _: Exception) -> JSONResponse:
         # The log has the error: it is raised again behind the answer.
         request.app.state.server.metrics.count_internal_error()
-        return ApiError(500, FAILED).response()
+        response = ApiError(500, FAILED).response()
+        response.headers["Connection"] = "close"  # which is what happens to it when the error is raised again
+        return response
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(UserError, on_user_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_anything)
+
+
+def _of_body(found: dict[str, Any], content_type: str | None) -> ApiError:
+    """What is wrong with a body, by pydantic's first error and the content type that the client sent."""
+    # Alternatives of a union are named in the path; the field itself comes first.
+    where = [str(part) for part in found["loc"] if part != "body"]
+    if found["type"] == "json_invalid":
+        reason = found.get("ctx", {}).get("error", found["msg"])
+        return ApiError(400, f"the body is not valid JSON: {reason} (character {where[0] if where else 0})")
+    if where:
+        return ApiError(400, f"{where[0]}: {found['msg']}", param=where[0])
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if found["type"] == "missing":
+        return ApiError(400, "there is no body; it must be a JSON object")
+    if kind != "application/json" and not kind.endswith("+json"):
+        sent = f"it came as {content_type!r}" if content_type else "it came without"
+        return ApiError(400, f"the body must be JSON with the header Content-Type: application/json; {sent}")
+    return ApiError(400, "the body must be a JSON object")

@@ -6,8 +6,9 @@ from typing import Any
 
 from cmjax.checkpoint import Tokenizer, starts_in, token_starts
 from cmjax.serve.http.errors import ApiError
-from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Message
-from cmjax.serve.http.state import ServerState
+from cmjax.serve.http.fields import check_template_arguments
+from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Message, Sampled
+from cmjax.serve.http.state import ServerState, max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,41 @@ def completion_prompts(state: ServerState, body: CompletionRequest) -> list[Prom
     if not several:
         raise ApiError(400, "prompt: it is empty", param="prompt")
     state.check_number(len(several) * body.n)  # before any of them costs anything
-    return [_prompt(state, one, body) for one in several]
+    return [_truncated(state, _prompt(state, one, body), body) for one in several]
+
+
+def _truncated(state: ServerState, prompt: Prompt, body: Sampled) -> Prompt:
+    """The last tokens of a prompt, where a request wants no more; -1: as many as leave room for the answer."""
+    most, limit = body.truncate_prompt_tokens, state.engine.settings.max_model_len
+    if most is None:
+        return prompt
+    if most == 0 or most > limit:
+        message = f"truncate_prompt_tokens: {most} must be from 1 to {limit}, or -1 for the most that there is room for"
+        raise ApiError(400, message, param="truncate_prompt_tokens")
+    if most == -1:
+        wanted = max_tokens(body)
+        most = max(limit - (1 if wanted is None else wanted), 1)
+    first = max(len(prompt.token_ids) - most, 0)
+    if not len(prompt.starts):
+        return Prompt(prompt.token_ids[first:], prompt.text)
+    begin = prompt.starts[first] if first else 0
+    starts = [start - begin for start in prompt.starts[first:]]
+    return Prompt(prompt.token_ids[first:], prompt.text[begin:], starts)
+
+
+def bad_words(state: ServerState, body: Sampled) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a request's `bad_words`, as vLLM finds them: each word at the beginning of a text and, where that is
+    another token, after a space."""
+    found: list[tuple[int, ...]] = []
+    for word in body.bad_words or ():
+        texts = (prefix + word.lstrip() for prefix in ("", " ")) if word.strip() else (word, word)
+        plain, spaced = (tuple(encode(state.text_tokenizer(), text, add_special_tokens=False)) for text in texts)
+        if not plain:
+            raise ApiError(400, f"bad_words: {word!r} has no tokens", param="bad_words")
+        found.append(plain)
+        if spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return tuple(dict.fromkeys(found))
 
 
 def _prompt(state: ServerState, given: str | list[int], body: CompletionRequest) -> Prompt:
@@ -66,14 +101,16 @@ def chat_prompt(state: ServerState, body: ChatRequest) -> Prompt:
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
+        tools=body.tools or None,
         variables=body.chat_template_kwargs,
     )
-    return Prompt(encode(state.text_tokenizer(), text, add_special_tokens=False))
+    return _truncated(state, Prompt(encode(state.text_tokenizer(), text, body.add_special_tokens)), body)
 
 
 def conversation(state: ServerState, messages: Sequence[Message], **options: Any) -> str:
     """The text of a conversation; the options are those of `ChatTemplate.render`."""
     state.text_tokenizer()
+    check_template_arguments(options.get("variables"))
     if state.template is None:
         raise ApiError(400, "messages: the model has no chat template; start the server with --chat-template")
     plain = []
@@ -82,5 +119,7 @@ def conversation(state: ServerState, messages: Sequence[Message], **options: Any
             other = [part.type for part in message.content if part.type != "text"]
             if other:
                 raise ApiError(400, f"messages: parts of type {other[0]!r} are not supported", param="messages")
+            if any(part.text is None for part in message.content):
+                raise ApiError(400, "messages: a part of type 'text' has no text", param="messages")
         plain.append(message.model_dump(exclude_unset=True))
     return state.template.render(plain, **options)

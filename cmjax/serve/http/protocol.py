@@ -1,11 +1,11 @@
-"""What clients send: the fields of OpenAI's API, and those that vLLM's users know. Other fields are ignored."""
+"""What clients send: the fields of OpenAI's API, and those that vLLM's users know; `fields` has the others."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cmjax.options import options_of
-from cmjax.schedule import MAX_LOGIT_BIAS, MOST_LOGIT_BIAS, SamplingParams
+from cmjax.schedule import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS, MOST_LOGIT_BIAS, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -21,8 +21,26 @@ def _sampled(name: str, **more: Any) -> Any:
     return Field(None, **bounds)
 
 
+def _with_nulls(schema: dict[str, Any]) -> None:
+    """Say in a schema that a field with a default may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name in schema.get("required", ()) or {"type": "null"} in field.get("anyOf", ()):
+            continue
+        moved = {key: field.pop(key) for key in list(field) if key not in ("title", "default", "description")}
+        field["anyOf"] = [moved, {"type": "null"}]
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """Where a field is null, its default holds; fields that are none of its own are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_nulls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class StreamOptions(_Body):
@@ -47,15 +65,18 @@ class Sampled(_Body):
     min_p: float | None = _sampled("min_p")
     presence_penalty: float | None = _sampled("presence_penalty")
     frequency_penalty: float | None = _sampled("frequency_penalty")
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = _sampled("repetition_penalty")
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
-    min_tokens: int | None = None
+    min_tokens: int = Field(0, ge=0)
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_BAD_WORD_TOKENS)] | None = None
+    allowed_token_ids: Annotated[list[Id], Field(min_length=1)] | None = None
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     priority: int = Field(0, ge=-(2**31), lt=2**31)
-    user: str | None = None
     request_id: str | None = None
 
 
@@ -63,17 +84,17 @@ class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
     prompt: str | list[Id] | list[str] | list[list[Id]]
-    max_tokens: int | None = Field(16, ge=0)
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = _sampled("logprobs")
     prompt_logprobs: int | None = _sampled("prompt_logprobs")
     echo: bool = False
-    best_of: int | None = None
-    suffix: str | None = None
     add_special_tokens: bool = True
 
 
-class Part(_Body):
-    """A piece of a message."""
+class Part(BaseModel):
+    """A piece of a message; templates may read other fields too."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: str
     text: str | None = None
@@ -88,23 +109,18 @@ class Message(BaseModel):
     content: str | list[Part] | None = None
 
 
-class ResponseFormat(_Body):
-    """Only text is made here."""
-
-    type: str = "text"
-
-
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: int | None = _sampled("logprobs")
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    response_format: ResponseFormat | None = None
+    add_special_tokens: bool = False
+    echo: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -116,8 +132,11 @@ class TokenizeRequest(_Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 

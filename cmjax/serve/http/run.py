@@ -2,11 +2,14 @@
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import AsyncIterator, Sequence
 
 from cmjax.checkpoint import Detokenizer
+from cmjax.errors import UserError
 from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogprobs
 from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.prompts import bad_words
 from cmjax.serve.http.protocol import CompletionRequest, Sampled
 from cmjax.serve.http.state import ServerState, choice_seed
 from cmjax.serve.http.stops import StopStrings
@@ -40,9 +43,15 @@ class _Choice:
     """One continuation: its request, and its text so far."""
 
     def __init__(
-        self, handle: RequestHandle, sampling: SamplingParams, detokenizer: Detokenizer | None, stops: StopStrings
+        self,
+        handle: RequestHandle,
+        sampling: SamplingParams,
+        detokenizer: Detokenizer | None,
+        stops: StopStrings,
+        shows_stops: bool,
     ) -> None:
         self.handle, self.sampling, self.detokenizer, self.stops = handle, sampling, detokenizer, stops
+        self.shows_stops = shows_stops
         self.num_tokens = 0
         self.is_done = False
 
@@ -54,10 +63,11 @@ class _Choice:
         for place, token in enumerate(tokens):
             used = place + 1
             starts.append(0 if self.detokenizer is None else self.detokenizer.num_characters)
-            if ends_by_token and used == len(tokens):
+            if ends_by_token and used == len(tokens) and not self.shows_stops:
                 break  # the token that ends a request is not part of its text
             if self.detokenizer is not None:
-                shown, found = self.stops.feed(self.detokenizer.feed(token))
+                may_end = self.num_tokens + used > self.sampling.min_tokens
+                shown, found = self.stops.feed(self.detokenizer.feed(token), may_end)
                 text += shown
                 if found is not None:
                     break
@@ -69,7 +79,8 @@ class _Choice:
                 self.handle.cancel()
         elif finish_reason is not None:
             if self.detokenizer is not None:
-                shown, found = self.stops.feed(self.detokenizer.flush())
+                may_end = self.num_tokens + used > self.sampling.min_tokens
+                shown, found = self.stops.feed(self.detokenizer.flush(), may_end)
                 text += shown + self.stops.flush()
                 stop_reason = found
                 finish_reason = "stop" if found is not None else finish_reason
@@ -79,6 +90,11 @@ class _Choice:
         self.num_tokens += used
         logprobs = None if update.logprobs is None else update.logprobs[:used]
         return Piece(index, text, tokens[:used], starts, logprobs, update.prompt_logprobs, finish_reason, stop_reason)
+
+
+def _of_client(message: str) -> str:
+    """An engine's message without the name that the engine has for a request."""
+    return re.sub(r"^request \d+(:?) ", lambda found: "" if found[1] else "the prompt ", message)
 
 
 class Run:
@@ -100,6 +116,7 @@ class Run:
         self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
         self._choices: list[_Choice] = []
         self._is_closed = False
+        self._bad_words = bad_words(state, body)
         self._stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
         if self._stops:
             state.text_tokenizer()
@@ -107,7 +124,7 @@ class Run:
         state.admit(len(prompts) * body.n)
         try:
             # All that can be said against any of them is said before the first is under way.
-            samplings = [state.sampling(body, len(prompt), 0) for prompt in prompts]
+            samplings = [state.sampling(body, len(prompt), self._bad_words) for prompt in prompts]
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 for choice in range(body.n):
                     seed = sampling.seed if choice == 0 else choice_seed(body.seed, choice)
@@ -118,9 +135,14 @@ class Run:
 
     def _submit(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> None:
         loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.tokenizer
-        handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
+        try:
+            handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
+        except UserError as error:
+            raise ApiError(400, _of_client(str(error))) from error
         detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens, prompt)
-        self._choices.append(_Choice(handle, sampling, detokenizer, StopStrings(self._stops)))
+        shows_stops = self.body.include_stop_str_in_output
+        stops = StopStrings(self._stops, is_shown=shows_stops)
+        self._choices.append(_Choice(handle, sampling, detokenizer, stops, shows_stops))
 
         def forward(update: RequestUpdate) -> None:
             if not loop.is_closed():
@@ -151,7 +173,7 @@ class Run:
             if choice.is_done:
                 continue
             if update.finish_reason == "error":
-                raise ApiError(500, update.error or "the request failed")
+                raise ApiError(500, _of_client(update.error or "the request failed"))
             if update.finish_reason == "abort":
                 raise ApiError(503, "the request was cancelled: the server is shutting down")
             piece = choice.take(index, update, own_stops, self._keeps_tokens)

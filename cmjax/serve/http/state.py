@@ -1,15 +1,24 @@
 """What the handlers of a server share, and the checks that every request passes."""
 
 import secrets
+import time
+from typing import Any
 
-from cmjax.checkpoint import Tokenizer
+from cmjax.checkpoint import GenerationConfig, Tokenizer
+from cmjax.errors import UserError
 from cmjax.serve import SamplingParams
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.fields import check_fields
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
 from cmjax.serve.http.template import ChatTemplate
 from cmjax.serve.settings import ServerSettings
+
+# Fields that are the engine's own; where one is left out, the model's `generation_config.json` may say what holds.
+_SAMPLED = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
 
 
 class ServerState:
@@ -23,13 +32,34 @@ class ServerState:
     """
 
     def __init__(
-        self, engine: Backend, settings: ServerSettings, tokenizer: Tokenizer | None, template: ChatTemplate | None
+        self,
+        engine: Backend,
+        settings: ServerSettings,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        generation: GenerationConfig | None = None,
     ) -> None:
+        """Raises `UserError` where `generation`, what holds for fields that requests leave out, cannot be had."""
         self.engine, self.settings, self.tokenizer, self.template = engine, settings, tokenizer, template
+        self._defaults, self._eos_ids = self._generation(generation or GenerationConfig())
+        self.created = int(time.time())
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)
         self.is_draining = False
         self.num_active = 0
         self._token_texts: dict[int, str] = {}
+
+    def _generation(self, generation: GenerationConfig) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Sampling for what requests leave out, and the tokens that end a text."""
+        generation.check(self.engine.model.config.vocab_size)
+        defaults: dict[str, Any] = {"temperature": 1.0, **generation.defaults}
+        try:
+            SamplingParams(**defaults)
+        except UserError as error:
+            raise UserError(f"{generation.where}: {error}") from error
+        if generation.eos_token_ids is not None:
+            return defaults, generation.eos_token_ids
+        eos = self.engine.model.config.eos_token_id
+        return defaults, (eos,) if isinstance(eos, int) else tuple(eos or ())
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer, or an error where the model has none."""
@@ -83,22 +113,23 @@ class ServerState:
             self._token_texts[token_id] = text
         return text
 
-    def sampling(self, body: Sampled, num_prompt: int, choice: int) -> SamplingParams:
-        """How the engine continues a prompt of so many tokens; choices differ by their seed.
+    def sampling(self, body: Sampled, num_prompt: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+        """How the engine continues a prompt of so many tokens, for the first of its choices; the others differ by their
+        seed.
 
         Raises:
             ApiError: 400, naming the field.
         """
         room = self.engine.settings.max_model_len - num_prompt
-        wanted = _max_tokens(body)
+        wanted = max_tokens(body)
+        is_scored = wanted == 0  # with echo: the one token is thrown away
         if wanted is None:
             wanted = max(room, 1)
+        if "max_tokens" in self._defaults and not body.model_fields_set & {"max_tokens", "max_completion_tokens"}:
+            wanted = min(wanted, self._defaults["max_tokens"])
         if wanted > room or num_prompt == 0:
             raise _too_long(self.engine.settings.max_model_len, num_prompt, wanted)
-        stop_ids = list(body.stop_token_ids or [])
-        eos = self.engine.model.config.eos_token_id
-        if not body.ignore_eos and eos is not None:
-            stop_ids += [eos] if isinstance(eos, int) else list(eos)
+        stop_ids = [*(body.stop_token_ids or ()), *(() if body.ignore_eos else self._eos_ids)]
         top = prompt_top = None
         if isinstance(body, ChatRequest) and body.logprobs:
             top = body.top_logprobs or 0
@@ -106,17 +137,25 @@ class ServerState:
             top, prompt_top = body.logprobs, body.prompt_logprobs
             if body.echo and top is not None:
                 prompt_top = top
-        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
-        given = {name: getattr(body, name) for name in names}
-        return SamplingParams(
-            max_tokens=max(wanted, 1),  # 0, with echo: the one token is thrown away
-            stop_token_ids=tuple(dict.fromkeys(stop_ids)),
-            logit_bias=self._logit_bias(body),
-            seed=choice_seed(body.seed, choice),
-            logprobs=top,
-            prompt_logprobs=prompt_top,
-            **{"temperature": 1.0} | {name: value for name, value in given.items() if value is not None},
-        )
+            if is_scored and prompt_top is None:
+                prompt_top = 0  # by which the engine knows that it is, and may be as long as the cache
+        given = {name: value for name in _SAMPLED if (value := getattr(body, name)) is not None}
+        allowed = body.allowed_token_ids
+        settings = {
+            "stop_token_ids": tuple(dict.fromkeys(stop_ids)),
+            "min_tokens": body.min_tokens,
+            "bad_words": bad_words,
+            "allowed_token_ids": None if allowed is None else tuple(dict.fromkeys(allowed)),
+            "logit_bias": self._logit_bias(body),
+            "seed": choice_seed(body.seed, 0),
+            "logprobs": top,
+            "prompt_logprobs": prompt_top,
+        }
+        try:
+            return SamplingParams(**{**self._defaults, **given, **settings, "max_tokens": max(wanted, 1)})
+        except UserError as error:
+            name = str(error).split()[0].rstrip(":")
+            raise ApiError(400, str(error), param=name if name in type(body).model_fields else None) from error
 
     def _logit_bias(self, body: Sampled) -> dict[int, float]:
         size, bias = self.engine.model.config.vocab_size, {}
@@ -128,7 +167,8 @@ class ServerState:
         return bias
 
 
-def _max_tokens(body: Sampled) -> int | None:
+def max_tokens(body: Sampled) -> int | None:
+    """What a request says of it; None: as many as there is room for."""
     if isinstance(body, ChatRequest):
         return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     assert isinstance(body, CompletionRequest)
@@ -153,19 +193,17 @@ def choice_seed(seed: int | None, choice: int) -> int:
 
 def refuse_unsupported(body: Sampled) -> None:
     """400 for fields that would change the answer and cannot be honoured."""
-    unsupported = {
-        "repetition_penalty": body.repetition_penalty not in (None, 1.0),
-        "min_tokens": body.min_tokens not in (None, 0),
-    }
+    check_fields(body.model_extra, body.n)
     if isinstance(body, CompletionRequest):
-        unsupported |= {"suffix": bool(body.suffix), "best_of": body.best_of not in (None, body.n)}
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens: 0 makes sense with echo only", param="max_tokens")
     elif isinstance(body, ChatRequest):
-        is_other = body.response_format is not None and body.response_format.type != "text"
-        unsupported |= {"tools": bool(body.tools), "response_format": is_other}
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: it needs logprobs to be true", param="top_logprobs")
-    for name, is_asked in unsupported.items():
-        if is_asked:
-            raise ApiError(400, f"{name}: not supported", param=name)
+        if body.echo:
+            raise ApiError(400, "echo: not supported in chats", param="echo")
+        if body.tools and body.tool_choice != "none":
+            message = 'tools: calls are not supported; tool_choice "none" has the template show them to the model'
+            raise ApiError(400, message, param="tools")
+        if body.tool_choice not in (None, "none"):
+            raise ApiError(400, "tool_choice: not supported, but for none", param="tool_choice")

@@ -4,29 +4,44 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first of some strings in a text that comes in pieces, and holds back what could still become one."""
+    """Finds the first of some strings in a text that comes in pieces, and holds back what could still become one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Args:
+        stops: empty ones end nothing.
+        is_shown: the one that is found is part of what may be shown.
+    """
+
+    def __init__(self, stops: Sequence[str], is_shown: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._is_shown = is_shown
         self._held = ""
+        self._num_early = 0  # characters of it that came when the text might not end
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """Take the next piece: `(what may be shown, the stop string that ends it)`."""
+    def feed(self, text: str, may_end: bool = True) -> tuple[str, str | None]:
+        """Take the next piece: `(what may be shown, the stop string that ends it)`.
+
+        Args:
+            may_end: whether a stop string may end with this piece; one that has come whole before never counts.
+        """
         if not self._stops:
             return text, None
         held = self._held + text
-        found = [(held.find(stop), order) for order, stop in enumerate(self._stops)]
+        if not may_end:
+            self._num_early = len(held)
+        early = self._num_early
+        found = [(held.find(stop, max(early - len(stop) + 1, 0)), order) for order, stop in enumerate(self._stops)]
         first = min((one for one in found if one[0] >= 0), default=None)
         if first is not None:
-            self._held = ""
-            return held[: first[0]], self._stops[first[1]]
+            self._held, stop = "", self._stops[first[1]]
+            return held[: first[0]] + (stop if self._is_shown else ""), stop
         keep = max(_overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
+        self._num_early = max(early - (len(held) - keep), 0)
         return held[: len(held) - keep], None
 
     def flush(self) -> str:
         """What was held back, when nothing more comes."""
-        held, self._held = self._held, ""
+        held, self._held, self._num_early = self._held, "", 0
         return held
 
 

@@ -25,6 +25,7 @@ class ChatTemplate:
     """A chat template, compiled once: Jinja, in a sandbox, with what transformers' `apply_chat_template` offers it.
 
     Attributes:
+        source: of the default one.
         takes_parts: whether it looks into content that is a list of parts; another one is given their text.
     """
 
@@ -36,6 +37,7 @@ class ChatTemplate:
         Raises:
             UserError: `where` it comes from, and what is wrong with it.
         """
+        self.source = source
         self._special_tokens = tokenizer.special_tokens
         environment = _environment()
         self._plain = _compile(environment, source, where)

@@ -142,6 +142,7 @@ class DecodeExecutor(JaxExecutor):
             self.settings.max_model_len,
             self.num_drafts,
             shape,
+            self.model.config.vocab_size,
         )
 
     def _run_call(self, plan: DecodePlan) -> DecodeResult:

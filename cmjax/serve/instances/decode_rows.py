@@ -19,12 +19,21 @@ class DecodeRows:
         max_blocks, max_tokens: of the longest request.
         num_drafts: k.
         shape: of all that is compiled.
+        vocab_size: of the model.
     """
 
     def __init__(
-        self, num_ranks: int, num_places: int, max_blocks: int, max_tokens: int, num_drafts: int, shape: SamplingShape
+        self,
+        num_ranks: int,
+        num_places: int,
+        max_blocks: int,
+        max_tokens: int,
+        num_drafts: int,
+        shape: SamplingShape,
+        vocab_size: int,
     ) -> None:
         self.num_ranks, self.num_places, self.num_drafts, self.shape = num_ranks, num_places, num_drafts, shape
+        self.vocab_size = vocab_size
         self._max_blocks, self._max_tokens = max_blocks, max_tokens
         size = num_ranks * num_places
         self.batch = DecodeBatch(
@@ -33,7 +42,7 @@ class DecodeRows:
             last_positions=np.zeros(size, np.int32),
             block_table=np.full((size, max_blocks), -1, np.int32),
         )
-        self.sampling = SamplingState.empty(size, shape.num_bias, shape.num_stop) if shape.is_sampled else None
+        self.sampling = SamplingState.for_shape(size, shape, vocab_size) if shape.is_sampled else None
         self.history = np.full((size, max_tokens), -1, np.int32) if shape.has_penalties else None
         self._history_lengths = np.zeros(size, np.int64)
         self._num_settled = np.ones(size, np.int32)
@@ -41,7 +50,8 @@ class DecodeRows:
 
     def widened(self, shape: SamplingShape) -> "DecodeRows":
         """The same rows, with room for what `shape` adds."""
-        wide = DecodeRows(self.num_ranks, self.num_places, self._max_blocks, self._max_tokens, self.num_drafts, shape)
+        sizes = (self.num_ranks, self.num_places, self._max_blocks, self._max_tokens, self.num_drafts)
+        wide = DecodeRows(*sizes, shape, self.vocab_size)
         wide.batch, wide._num_settled, wide._next_token_ids = self.batch, self._num_settled, self._next_token_ids
         if wide.sampling is not None and self.sampling is not None:
             wide.sampling.take(self.sampling)
@@ -145,7 +155,7 @@ class DecodeRows:
             return None
         if self.sampling is None:
             raise ValueError(f"no rows have been made for {shape}: compile it first")
-        found = self.sampling.rows(of_row, shape.num_bias, shape.num_stop)
+        found = self.sampling.rows(of_row, shape, self.vocab_size)
         # An empty row must not make the others draw, sort or add.
         is_empty = np.ones(len(of_row), bool)
         is_empty[rows] = False

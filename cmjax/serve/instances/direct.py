@@ -126,7 +126,11 @@ def fill(
             positions=lengths,
             last_positions=lengths + (sampling.max_tokens - 2),
             blocks=Ragged.of([rows[index].blocks for index in order]),
-            sampling=SamplingRows.of([sampling] * len(order), [sampling.seed or 0] * len(order)),
+            sampling=SamplingRows.of(
+                [sampling] * len(order),
+                [sampling.seed or 0] * len(order),
+                [prompts[index].prompt_ids for index in order],
+            ),
             history=Ragged.of([() for _ in order]),
         ),
         growth=DecodeGrowth(nothing, nothing, Ragged.of([]), nothing),

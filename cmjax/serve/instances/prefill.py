@@ -208,7 +208,8 @@ class PrefillExecutor(JaxExecutor):
         return state
 
     def _empty_sampling(self, shape: SamplingShape) -> SamplingState | None:
-        return SamplingState.empty(self.num_places, shape.num_bias, shape.num_stop) if shape.is_sampled else None
+        vocabulary = self.model.config.vocab_size
+        return SamplingState.for_shape(self.num_places, shape, vocabulary) if shape.is_sampled else None
 
     def _step_tokens(self, wanted: int) -> int:
         """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""

@@ -12,10 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax.schedule import NOT_FINITE, SamplingRows
+from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, Ragged, SamplingRows, SamplingShape
 
 # On the host, or in a step.
 Array = np.ndarray | jax.Array
+
+
+# What is read where a token is chosen, one value a row; and rows of a width that the shape gives, with what fills them.
+_VALUES = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_positions",
+    "seed",
+)
+_LISTS = {"bias_ids": -1, "bias_values": 0, "stop_ids": -1, "word_ids": -1, "word_ends": -1}
+_MASKS = {"prompt_mask": 0, "allowed_mask": 0xFF}
 
 
 @flax.struct.dataclass
@@ -27,9 +43,15 @@ class SamplingState:
         top_k: `int32[rows]`, 0 for all.
         top_p, min_p: `float32[rows]`, 1 and 0 for all.
         presence_penalty, frequency_penalty: `float32[rows]`.
+        repetition_penalty: `float32[rows]`, 1 for none.
+        min_positions: `int32[rows]`, the first position that may hold a stop token.
         seed: `uint32[rows, 2]`, high and low half.
         bias_ids, bias_values: `int32[rows, any]`, -1 padded, and `float32` of the same shape.
         stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
+        word_ids, word_ends: `int32[rows, any]`, -1 padded: the tokens of bad words, one word after another, and how
+            many come after each in its word.
+        prompt_mask, allowed_mask: `uint8[rows, bytes]`, a bit for each token of the vocabulary, the lowest of a byte
+            first: those of the prompt (where there is a repetition penalty), and those that are allowed.
     """
 
     temperature: Array
@@ -38,15 +60,23 @@ class SamplingState:
     min_p: Array
     presence_penalty: Array
     frequency_penalty: Array
+    repetition_penalty: Array
+    min_positions: Array
     seed: Array
     bias_ids: Array
     bias_values: Array
     stop_ids: Array
+    word_ids: Array
+    word_ends: Array
+    prompt_mask: Array
+    allowed_mask: Array
 
     @classmethod
-    def empty(cls, rows: int, num_bias: int = 0, num_stop: int = 0) -> "SamplingState":
-        """Host arrays for `rows` greedy rows, with room for so many biases and stop tokens each."""
-        zeros = [np.zeros(rows, np.float32) for _ in range(5)]
+    def empty(
+        cls, rows: int, num_bias: int = 0, num_stop: int = 0, num_word_tokens: int = 0, num_mask_bytes: int = 0
+    ) -> "SamplingState":
+        """Host arrays for `rows` greedy rows, with room for so much each."""
+        zeros = [np.zeros(rows, np.float32) for _ in range(6)]
         return cls(
             temperature=zeros[0],
             top_k=np.zeros(rows, np.int32),
@@ -54,37 +84,65 @@ class SamplingState:
             min_p=zeros[2],
             presence_penalty=zeros[3],
             frequency_penalty=zeros[4],
+            repetition_penalty=zeros[5] + 1,
+            min_positions=np.zeros(rows, np.int32),
             seed=np.zeros((rows, 2), np.uint32),
             bias_ids=np.full((rows, num_bias), -1, np.int32),
             bias_values=np.zeros((rows, num_bias), np.float32),
             stop_ids=np.full((rows, num_stop), -1, np.int32),
+            word_ids=np.full((rows, num_word_tokens), -1, np.int32),
+            word_ends=np.full((rows, num_word_tokens), -1, np.int32),
+            prompt_mask=np.zeros((rows, num_mask_bytes), np.uint8),
+            allowed_mask=np.full((rows, num_mask_bytes), 0xFF, np.uint8),
         )
 
+    @classmethod
+    def for_shape(cls, rows: int, shape: SamplingShape, vocabulary: int) -> "SamplingState":
+        """Host arrays for `rows` greedy rows, with room for all that a shape allows."""
+        num_mask_bytes = -(-vocabulary // 8) if shape.has_masks else 0
+        return cls.empty(rows, shape.num_bias, shape.num_stop, shape.num_word_tokens, num_mask_bytes)
+
     def write(self, rows: np.ndarray, given: SamplingRows) -> None:
-        """Write requests' settings into rows of host arrays that have room for their biases and stop tokens."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed"):
+        """Write requests' settings into rows of host arrays that have room for them."""
+        for name in _VALUES:
             getattr(self, name)[rows] = getattr(given, name)
-        for name in ("bias_ids", "bias_values", "stop_ids"):
-            getattr(self, name)[rows] = 0 if name == "bias_values" else -1
+        for name, filler in _LISTS.items():
+            getattr(self, name)[rows] = filler
             getattr(given, name).write_into(getattr(self, name), rows)
+        if self.prompt_mask.shape[1]:
+            self.prompt_mask[rows] = _mask(given.prompt_ids, self.prompt_mask.shape[1])
+            allowed = _mask(given.allowed_ids, self.allowed_mask.shape[1])
+            allowed[given.allowed_ids.lengths == 0] = 0xFF
+            self.allowed_mask[rows] = allowed
 
     def take(self, narrow: "SamplingState") -> None:
-        """Write all rows of host arrays with room for fewer biases and stop tokens into these."""
+        """Write all rows of host arrays with room for less into these."""
         for field in dataclasses.fields(self):
             values = getattr(narrow, field.name)
             getattr(self, field.name)[tuple(map(slice, values.shape))] = values
 
-    def rows(self, index: np.ndarray, num_bias: int, num_stop: int) -> "SamplingState":
-        """Some rows of host arrays, with room for so many biases and stop tokens."""
-        widths = {"bias_ids": num_bias, "bias_values": num_bias, "stop_ids": num_stop}
+    def rows(self, index: np.ndarray, shape: SamplingShape, vocabulary: int) -> "SamplingState":
+        """Some rows of host arrays, with room for what a shape allows."""
+        narrow = SamplingState.for_shape(0, shape, vocabulary)
         fields = {field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)}
-        return SamplingState(**{name: a[:, : widths[name]] if name in widths else a for name, a in fields.items()})
+        for name in (*_LISTS, *_MASKS):
+            fields[name] = fields[name][:, : getattr(narrow, name).shape[1]]
+        return SamplingState(**fields)
 
     def clear(self, rows: np.ndarray) -> None:
         """Make rows of host arrays greedy, so that they do not have the others draw, sort or add."""
-        empty = SamplingState.empty(1, self.bias_ids.shape[1], self.stop_ids.shape[1])
-        for field in dataclasses.fields(self):
-            getattr(self, field.name)[rows] = getattr(empty, field.name)[0]
+        empty = SamplingState.empty(1)
+        for name in _VALUES:
+            getattr(self, name)[rows] = getattr(empty, name)[0]
+        for name, filler in (_LISTS | _MASKS).items():
+            getattr(self, name)[rows] = filler
+
+
+def _mask(ids: Ragged, num_bytes: int) -> np.ndarray:
+    """A bit for each token id, `uint8[rows, num_bytes]`."""
+    bits = np.zeros((len(ids.lengths), num_bytes * 8), bool)
+    bits[np.repeat(np.arange(len(ids.lengths)), ids.lengths), ids.values] = True
+    return np.packbits(bits, axis=1, bitorder="little")
 
 
 @flax.struct.dataclass
@@ -138,18 +196,20 @@ def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
 
 
 def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None = None) -> jax.Array:
-    """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not.
+    """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not, and
+    `NOTHING_ALLOWED` where the request's settings leave no token.
 
-    In vLLM's order: biases, penalties, then the best token or (temperature, min-p, top-k, top-p) a draw. Of equal
-    logits at the edge of a filter all are kept, whatever the others of the batch are.
+    In vLLM's order: what is forbidden, biases, penalties, then the best token or (temperature, min-p, top-k, top-p) a
+    draw. Of equal logits at the edge of a filter all are kept, whatever the others of the batch are.
 
     Args:
         logits: `float32[rows, vocabulary]`.
         state: of the rows.
         positions: those of the tokens to sample.
-        history: `int32[rows, any]`, what each request has generated so far, -1 padded; None: no row has penalties.
+        history: `int32[rows, any]`, what each request has generated so far, -1 padded; None: nothing, or nothing that
+            counts.
     """
-    adjusted = _adjusted(logits, state, history)
+    adjusted = _adjusted(logits, state, positions, history)
     best = _best(adjusted)
     is_random = state.temperature > 0
 
@@ -158,24 +218,76 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, histor
         drawn = _best(kept + _noise(state.seed, positions, logits.shape[-1]))
         return jnp.where(is_random, drawn, best)
 
-    return _finite_only(lax.cond(is_random.any(), draw, lambda: best), logits)
+    token_ids = lax.cond(is_random.any(), draw, lambda: best)
+    return _finite_only(jnp.where(adjusted.max(-1) == -jnp.inf, NOTHING_ALLOWED, token_ids), logits)
 
 
-def _adjusted(logits: jax.Array, state: SamplingState, history: Array | None) -> jax.Array:
-    rows = jnp.arange(logits.shape[0])[:, None]
-    vocabulary = logits.shape[1]
+def _adjusted(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None) -> jax.Array:
+    """`logits` with each row's settings but temperature and filters. What hardly any request has is behind a condition:
+    scatters are scalar code on a CPU."""
+    forbids = jnp.any(positions < state.min_positions) | (state.word_ids >= 0).any()
+    forbids |= (state.allowed_mask != 0xFF).any()
+    if state.stop_ids.shape[1] or state.word_ids.shape[1] or state.allowed_mask.shape[1]:
+        logits = lax.cond(forbids, lambda x: _without_forbidden(x, state, positions, history), lambda x: x, logits)
     if state.bias_ids.shape[1]:
-        index = jnp.where(state.bias_ids < 0, vocabulary, state.bias_ids)
         has_bias = (state.bias_ids >= 0).any()
-        # The scatter is scalar code on a CPU, and hardly any request has a bias.
         logits = lax.cond(
-            has_bias, lambda x: x.at[rows, index].add(state.bias_values, mode="drop"), lambda x: x, logits
+            has_bias, lambda x: _at(x, state.bias_ids, jnp.asarray(state.bias_values)), lambda x: x, logits
         )
+    if history is None and not state.prompt_mask.shape[1]:
+        return logits
+    has_penalty = (state.presence_penalty != 0) | (state.frequency_penalty != 0) | (state.repetition_penalty != 1)
+    return lax.cond(has_penalty.any(), lambda x: _penalized(x, state, history), lambda x: x, logits)
+
+
+def _at(logits: jax.Array, token_ids: Array, values: jax.Array | float) -> jax.Array:
+    """`logits[rows, vocabulary]` plus `values` at `token_ids int32[rows, any]`, -1 for none."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    index = jnp.where(token_ids < 0, logits.shape[1], token_ids)
+    return logits.at[rows, index].add(values, mode="drop")
+
+
+def _without_forbidden(
+    logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None
+) -> jax.Array:
+    if state.allowed_mask.shape[1]:
+        logits = jnp.where(_unpacked(state.allowed_mask, logits.shape[1]), logits, -jnp.inf)
+    if state.word_ids.shape[1]:
+        logits = _at(logits, jnp.where(_ends_word(state, history), state.word_ids, -1), -jnp.inf)
+    is_early = (positions < state.min_positions)[:, None]
+    return _at(logits, jnp.where(is_early, state.stop_ids, -1), -jnp.inf)
+
+
+def _ends_word(state: SamplingState, history: Array | None) -> jax.Array:
+    """Which of `state.word_ids` are the last of a bad word whose other tokens have just been generated: `bool`."""
+    word_ids, ends = jnp.asarray(state.word_ids), jnp.asarray(state.word_ends)
+    is_there = ends == 0
     if history is not None:
-        index = jnp.where(history < 0, vocabulary, history)
-        counts = jnp.zeros(logits.shape, jnp.int32).at[rows, index].add(1, mode="drop")
-        logits -= state.frequency_penalty[:, None] * counts + state.presence_penalty[:, None] * (counts > 0)
-    return logits
+        place = (jnp.asarray(history) >= 0).sum(1, keepdims=True) - ends
+        before = jnp.take_along_axis(jnp.asarray(history), jnp.maximum(place, 0), axis=1)
+        is_there |= (place >= 0) & (before == word_ids)
+    # A word is there where, from its first token on, none is missing.
+    num_missing = jnp.cumsum(~is_there, axis=1)
+    follows_end = jnp.pad(ends[:, :-1] == 0, ((0, 0), (1, 0)), constant_values=True)
+    before_word = lax.cummax(jnp.where(follows_end, num_missing - ~is_there, -1), axis=1)
+    return (ends == 0) & (num_missing == before_word)
+
+
+def _penalized(logits: jax.Array, state: SamplingState, history: Array | None) -> jax.Array:
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    if history is not None:
+        counts = _at(counts, history, 1)
+    if state.prompt_mask.shape[1]:
+        is_repeated = _unpacked(state.prompt_mask, logits.shape[1]) | (counts > 0)
+        penalty = jnp.where(is_repeated, state.repetition_penalty[:, None], 1)
+        logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return logits - state.frequency_penalty[:, None] * counts - state.presence_penalty[:, None] * (counts > 0)
+
+
+def _unpacked(mask: Array, vocabulary: int) -> jax.Array:
+    """The bits of `uint8[rows, bytes]`, the lowest of a byte first: `bool[rows, vocabulary]`."""
+    bits = (jnp.asarray(mask)[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    return bits.reshape(len(mask), -1)[:, :vocabulary] > 0
 
 
 def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
