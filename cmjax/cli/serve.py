@@ -62,8 +62,8 @@ def serve(
         prefill = Bounds(len(pools.prefill), max_prefill_instances)
         decode = Bounds(len(pools.decode), len(pools.decode))
         started.follow_load(RatioPolicy({"prefill": prefill, "decode": decode}))
-    app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
     try:
+        app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
         run_server(app, listen, lambda address: click.echo(f"serving {settings.model_name} on {address}", err=True))
     finally:
         started.shutdown(timeout=0)
