@@ -1,9 +1,13 @@
 """What several tests share: one tolerance table, payloads that name their origin, skewed choices, tiny models."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cmjax.checkpoint import save_hf
+from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.mesh import EP_AXIS
 from cmjax.model import Model, ModelConfig, init_params, params_digest
 
@@ -108,3 +112,11 @@ __all__ = [
     "tiny_config",
     "tiny_model",
 ]
+
+
+def save_with_tokenizer(folder: Path, model: Model) -> Path:
+    """A model with the bundled tokenizer, in a folder, which is returned."""
+    save_hf(folder, model.config, model.params)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED_MODEL / name, folder)
+    return folder

@@ -1,12 +1,13 @@
 """The parity cases of `tests/data/parity`: checkpoints, and what an independent implementation computes from them."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from cmjax.checkpoint import load_checkpoint
+from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, write_safetensors
 from cmjax.model import ModelConfig, Params
 
 FOLDER = Path(__file__).parent / "data" / "parity"
@@ -14,6 +15,21 @@ CASES = tuple(sorted(path.name for path in FOLDER.iterdir() if path.is_dir()))
 MTP_CASES = ("v3-ep320", "v3-mtp", "v3-tied")
 # After a step whose two best logits are closer than this, later tokens of that row need not match.
 CLEAR_MARGIN = 1e-3
+
+
+class Checkpoint:
+    """A parity case's config and tensors, to be changed and written somewhere."""
+
+    def __init__(self, name: str) -> None:
+        source = SafetensorsFolder(FOLDER / name)
+        self.config = json.loads((FOLDER / name / "config.json").read_text())
+        self.tensors = {key: source.read(key) for key in source.names()}
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        write_safetensors(folder / "model.safetensors", self.tensors)
+        return folder
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import lzma
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from cmjax.checkpoint import Tokenizer, save_hf
 from cmjax.cli import main
 from cmjax.cli.options import BUNDLED_MODEL, HELDOUT
 from cmjax.serve import plan_windows
-from tests.helpers import tiny_model
+from tests.helpers import save_with_tokenizer, tiny_model
 
 CONTEXT, STRIDE = 64, 40
 SIZES = ("--context", str(CONTEXT), "--stride", str(STRIDE), "--max-num-batched-tokens", "256")
@@ -31,12 +30,8 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with the bundled tokenizer."""
-    path = tmp_path_factory.mktemp("eval") / "model"
     model = tiny_model(seed=2, vocab_size=2048, num_nextn_predict_layers=1)
-    save_hf(path, model.config, model.params)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED_MODEL / name, path)
-    return path
+    return save_with_tokenizer(tmp_path_factory.mktemp("eval") / "model", model)
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +167,8 @@ def test_a_model_without_tokenizer(capsys, data, tmp_path):
 
 
 def test_a_tokenizer_of_another_model(capsys, data, tmp_path):
-    model = tiny_model()
-    save_hf(tmp_path / "model", model.config, model.params)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED_MODEL / name, tmp_path / "model")
-    status, _, err = run(capsys, "--model", tmp_path / "model", "--data", data)
+    folder = save_with_tokenizer(tmp_path / "model", tiny_model())
+    status, _, err = run(capsys, "--model", folder, "--data", data)
     assert status == 2
     assert "the tokenizer has 2048 tokens, the model's vocabulary 101" in err
 

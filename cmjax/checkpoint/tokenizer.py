@@ -47,8 +47,8 @@ class Tokenizer:
         self.special_tokens = {name: text for name in SPECIAL_NAMES if (text := _content(config.get(name))) is not None}
         self.bos_token, self.bos_token_id = self._special("bos_token", where)
         self.eos_token, self.eos_token_id = self._special("eos_token", where)
-        # What is said in so many words replaces the file's own template of special tokens.
-        self._is_explicit = backend.post_processor is None or bool({"add_bos_token", "add_eos_token"} & set(config))
+        # What the config says in so many words replaces the tokenizer's own template of special tokens.
+        self._has_template = backend.post_processor is not None and not {"add_bos_token", "add_eos_token"} & set(config)
         self._before = [self.bos_token_id] if config.get("add_bos_token") and self.bos_token_id is not None else []
         self._after = [self.eos_token_id] if config.get("add_eos_token") and self.eos_token_id is not None else []
         self.chat_templates = dict(chat_templates or _templates(config.get("chat_template"), where))
@@ -117,8 +117,7 @@ class Tokenizer:
         Raises:
             UserError: half of a surrogate pair, which is what bytes of a command line become that are not UTF-8.
         """
-        ids: list[int] = self._encoding(text, not self._is_explicit).ids
-        return [*self._before, *ids, *self._after] if self._is_explicit else ids
+        return [*self._before, *self._encoding(text, self._has_template).ids, *self._after]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a text without special ones, and where each ends in it, in characters; raises as `encode`."""
@@ -127,18 +126,13 @@ class Tokenizer:
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int | None]]:
         """Token ids as of `encode`, and where each begins in the text, in characters; None: it is not of the text."""
-        encoded = self._encoding(text, not self._is_explicit)
+        encoded = self._encoding(text, self._has_template)
         starts = [
             None if is_added else start
             for (start, _), is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
         ]
-        if not self._is_explicit:
-            return encoded.ids, starts
-        return [*self._before, *encoded.ids, *self._after], [
-            *(None for _ in self._before),
-            *starts,
-            *(None for _ in self._after),
-        ]
+        before, after = [None] * len(self._before), [None] * len(self._after)
+        return [*self._before, *encoded.ids, *self._after], [*before, *starts, *after]
 
     def _encoding(self, text: str, add_special_tokens: bool) -> "tokenizers.Encoding":
         try:
@@ -171,9 +165,8 @@ class Tokenizer:
             return b""
         for decoder in self._decoders:
             if decoder["type"] == "ByteLevel":
-                found = [_BYTE_OF.get(character) for character in token]
-                if None not in found:
-                    return bytes(found)  # type: ignore[arg-type]  # none of them is None
+                if all(character in _BYTE_OF for character in token):
+                    return bytes(_BYTE_OF[character] for character in token)
             elif decoder["type"] == "ByteFallback" and (byte := _BYTE_TOKEN.fullmatch(token)):
                 return bytes([int(byte[1], 16)])
             elif decoder["type"] == "Replace" and "String" in decoder["pattern"]:

@@ -19,7 +19,7 @@ from cmjax.bench.ablation import AblationSettings
 from cmjax.bench.evaluate import TextSettings
 from cmjax.checkpoint import CalibrationSettings, ModelFormats, Tokenizer, calibration_ids, read_texts
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import CALIBRATION, HELDOUT, count_option, find_model, json_option, model_option
+from cmjax.cli.options import CALIBRATION, HELDOUT, count_option, data_option, find_model, json_option, model_option
 from cmjax.cli.running import load_in
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
@@ -44,13 +44,7 @@ from cmjax.serve import EngineSettings
     the same bytes, file by file; ratio: the one over the other.""",
 )
 @model_option
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    default=HELDOUT,
-    metavar="FILE",
-    help="JSON lines with path, area and text.  [default: held-out files of the Python standard library]",
-)
+@data_option(HELDOUT, "JSON lines with path, area and text.  [default: held-out files of the Python standard library]")
 @count_option("--ep", 1, "Devices to spread the model on.")
 @options_for("formats", ModelFormats)
 @options_for(

@@ -41,6 +41,11 @@ def count_option(flag: str, default: int, help: str, *, least: int = 1) -> Calla
     return click.option(flag, type=click.IntRange(min=least), default=default, show_default=True, help=help)
 
 
+def data_option(default: Path, help: str) -> Callable[[Function], Function]:
+    """`--data`: texts, by default those that lie beside the bundled model."""
+    return click.option("--data", type=click.Path(path_type=Path), default=default, metavar="FILE", help=help)
+
+
 def json_option(function: Function) -> Function:
     """`--json`: one JSON object on standard output, nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)

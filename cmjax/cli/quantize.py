@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmjax.bench.ablation import TECHNIQUES
 from cmjax.checkpoint import CalibrationSettings, Techniques, calibration_ids, quantize_folder
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import CALIBRATION, find_model
+from cmjax.cli.options import CALIBRATION, data_option, find_model
 from cmjax.errors import UserError
 
 
@@ -27,12 +27,9 @@ from cmjax.errors import UserError
 )
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    default=CALIBRATION,
-    metavar="FILE",
-    help="Calibration text, JSON lines with path, area and text.  [default: Python source, beside the bundled model]",
+@data_option(
+    CALIBRATION,
+    "Calibration text, JSON lines with path, area and text.  [default: Python source, beside the bundled model]",
 )
 @options_for("text", CalibrationSettings)
 @click.option(

@@ -22,8 +22,8 @@ from cmjax.schedule.plans import (
     RestartPlan,
     Result,
 )
-from cmjax.schedule.request import Attempt, Request
-from cmjax.schedule.sampling import SamplingRows, SamplingShape, token_problem
+from cmjax.schedule.request import Attempt, Request, sampling_rows
+from cmjax.schedule.sampling import SamplingShape, token_problem
 from cmjax.schedule.slo import SloController
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import empty_receive
@@ -241,11 +241,7 @@ class DecodePlanner(Planner):
             positions=self._places.num_cached[places].astype(np.int32),
             last_positions=self._places.last_positions(places),
             blocks=Ragged.of([attempt.decode.blocks.ids for attempt in attempts if attempt.decode is not None]),
-            sampling=SamplingRows.of(
-                [one.sampling for one in requests],
-                [one.seed for one in requests],
-                [one.prompt_ids for one in requests],
-            ),
+            sampling=sampling_rows(requests),
             history=Ragged.of([one.token_ids if one.sampling.has_penalties else () for one in requests]),
         )
 
@@ -321,7 +317,7 @@ class DecodePlanner(Planner):
     def _take_tokens(self, plan: DecodePlan, result: DecodeResult) -> tuple[np.ndarray, np.ndarray]:
         """Give requests their tokens; `(how many each row has taken, whether its attempt was not over)`."""
         columns, attempt_of = result.token_ids.T.tolist(), self.attempts.get
-        has_gaps = bool((result.token_ids < 0).any())
+        least = int(result.token_ids.min(initial=0))
         log_index = {row: index for index, row in enumerate(plan.logprob_rows.tolist())}
         counts, is_alive = [0] * len(columns), [False] * len(columns)
         taken: list[tuple[Request, int]] = []
@@ -330,8 +326,9 @@ class DecodePlanner(Planner):
             if attempt is None:
                 continue
             request = attempt.request
-            if has_gaps:
-                if problem := next(filter(None, map(token_problem, column)), None):
+            if least < 0:
+                # -1 is a gap, and what is below it a problem: hardly ever there, and thousands of columns to look at.
+                if least < -1 and (problem := next(filter(None, map(token_problem, column)), None)):
                     self.owner.refuse(request, f"{request.request_id}: {problem}")
                     continue
                 column = [token for token in column if token >= 0]

@@ -11,8 +11,8 @@ import numpy as np
 from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
-from cmjax.schedule.request import Attempt, PrefillHold
-from cmjax.schedule.sampling import SamplingRows, SamplingShape, token_problem
+from cmjax.schedule.request import Attempt, PrefillHold, sampling_rows
+from cmjax.schedule.sampling import SamplingShape, token_problem
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import Transfer
 
@@ -169,15 +169,7 @@ class PrefillPlanner(Planner):
             next_token_ids=np.array(next_token_ids, np.int32),
             joins=np.array(begins, np.int32),
             blocks=Ragged.of([_held(chunks[row].attempt).blocks.ids for row in begins]),
-            sampling=(
-                SamplingRows.of(
-                    [one.sampling for one in requests],
-                    [one.seed for one in requests],
-                    [one.prompt_ids for one in requests],
-                )
-                if variant.sampling.is_sampled
-                else None
-            ),
+            sampling=sampling_rows(requests) if variant.sampling.is_sampled else None,
             logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
             prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
             oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),

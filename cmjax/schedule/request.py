@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cmjax.schedule.blocks import Lease
-from cmjax.schedule.sampling import SamplingParams, TokenLogprobs
+from cmjax.schedule.sampling import SamplingParams, SamplingRows, TokenLogprobs
 
 # "abort": the client cancelled it; "error": it ended without a result.
 FinishReason = Literal["length", "stop", "abort", "error"]
@@ -186,6 +186,13 @@ class Request:
             update.prompt_logprobs = self.prompt_logprobs
         update.finish_reason, update.error = self.finish_reason, self.error
         return update
+
+
+def sampling_rows(requests: Sequence[Request]) -> SamplingRows:
+    """How requests are sampled, a row each."""
+    return SamplingRows.of(
+        [one.sampling for one in requests], [one.seed for one in requests], [one.prompt_ids for one in requests]
+    )
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -106,5 +106,5 @@ class InstanceLoop:
     def _lose(self, error: BaseException) -> None:
         try:
             self.core.scheduler.lose(self.name, error)
-        except Exception:
+        except Exception:  # a second mistake in the bookkeeping: the thread ends either way, and must say so
             logger.exception("%s: what it held could not be given back", self.name)

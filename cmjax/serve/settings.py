@@ -1,7 +1,8 @@
 """The settings of an engine and of a server, and the memory that an engine's ask for."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -178,6 +179,25 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
+
+
+def _listed(name: str, values: Iterable[str]) -> tuple[str, ...]:
+    """The values of a setting that may be given several times, or once with a JSON list, as vLLM has it."""
+    found: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            found.append(value)
+            continue
+        try:
+            several = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{name} {value!r} is no JSON list: {error}") from error
+        if not all(isinstance(one, str) for one in several):
+            raise UserError(f"{name} {value!r} is no list of texts")
+        found += several
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

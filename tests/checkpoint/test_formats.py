@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import cmjax
-from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, restore, save, save_hf, write_safetensors
+from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, restore, save, save_hf
 from cmjax.errors import UserError
 from cmjax.model import convert_params, named_leaves, params_digest, quant_mode
 from cmjax.model.params import QUANTIZED
 from cmjax.quant import QUANT_MODES, QuantArray, dequantize_host, linear
-from tests.parity import FOLDER, load_case
+from tests.parity import FOLDER, Checkpoint, load_case
 
 IDS = np.random.default_rng(7).integers(0, 97, (4, 12))
 NAME = "model.layers.2.mlp.experts.3.down_proj.weight"
@@ -63,13 +63,8 @@ QUANTIZATION = {
 }
 
 
-class Folder:
-    """A parity case's config and tensors, to be changed and written somewhere."""
-
-    def __init__(self, name: str) -> None:
-        source = SafetensorsFolder(FOLDER / name)
-        self.config = json.loads((FOLDER / name / "config.json").read_text())
-        self.tensors = {key: source.read(key) for key in source.names()}
+class Folder(Checkpoint):
+    """One that can be quantized, and made floats again."""
 
     def quantize(self, scale_dtype="bfloat16", *, is_flat=False) -> "Folder":
         """Every Linear but the head and the gates, in the manner of compressed-tensors: -128 to 127, by the nearest."""
@@ -91,12 +86,6 @@ class Folder:
             scale = self.tensors.pop(name).astype(np.float32).reshape(-1, 1)
             self.tensors[name.removesuffix("_scale")] = self.tensors[name.removesuffix("_scale")] * scale
         return self
-
-    def write(self, folder: Path) -> Path:
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config))
-        write_safetensors(folder / "model.safetensors", self.tensors)
-        return folder
 
 
 @pytest.fixture

@@ -16,24 +16,9 @@ from cmjax.checkpoint import SafetensorsFolder, load_checkpoint, load_params, sa
 from cmjax.checkpoint.weights import tensor_slots
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig, abstract_params, init_params, named_leaves, num_bytes, params_digest
-from tests.parity import CASES, FOLDER, load_case
+from tests.parity import CASES, FOLDER, Checkpoint, load_case
 
 INDEX = "model.safetensors.index.json"
-
-
-class Checkpoint:
-    """A parity case's config and tensors, to be changed and written somewhere."""
-
-    def __init__(self, name: str) -> None:
-        source = SafetensorsFolder(FOLDER / name)
-        self.config = json.loads((FOLDER / name / "config.json").read_text())
-        self.tensors = {key: source.read(key) for key in source.names()}
-
-    def write(self, folder: Path) -> Path:
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config))
-        write_safetensors(folder / "model.safetensors", self.tensors)
-        return folder
 
 
 @pytest.fixture

@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cmjax.checkpoint import Tokenizer, save_hf
+from cmjax.checkpoint import Tokenizer
 from cmjax.cli import main
 from cmjax.cli import options as cli_options
-from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.cli.running import memory_errors
 from cmjax.cli.tables import readable
 from cmjax.errors import UserError
 from cmjax.serve import EngineSettings
 from tests.conftest import ROOT
-from tests.helpers import tiny_model
+from tests.helpers import save_with_tokenizer, tiny_model
 from tests.parity import FOLDER, load_case
 
 EP320, SMALL = "v3-ep320", "v3-small"
@@ -145,12 +144,7 @@ def test_more_prompts_than_places_wait(capsys):
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory):
     """A folder with the tokenizer of the bundled model and random weights."""
-    path = tmp_path_factory.mktemp("text") / "model"
-    model = tiny_model(seed=1, vocab_size=2048)
-    save_hf(path, model.config, model.params)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED_MODEL / name, path)
-    return path
+    return save_with_tokenizer(tmp_path_factory.mktemp("text") / "model", tiny_model(seed=1, vocab_size=2048))
 
 
 def test_text_prompts_come_before_those_of_ids(text_model, capsys):

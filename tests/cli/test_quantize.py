@@ -1,14 +1,12 @@
 """`cmjax quantize`, and what `cmjax eval` compares: small runs of the real thing, and mistakes in one line."""
 
 import json
-import shutil
 
 import pytest
 
-from cmjax.checkpoint import load, save_hf
+from cmjax.checkpoint import load
 from cmjax.cli import main
-from cmjax.cli.options import BUNDLED_MODEL
-from tests.helpers import tiny_model
+from tests.helpers import save_with_tokenizer, tiny_model
 
 CALIBRATION = ("--sequences", "4", "--length", "32")
 
@@ -23,12 +21,8 @@ def run(capsys, *args):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with the bundled tokenizer."""
-    path = tmp_path_factory.mktemp("quantize") / "model"
     model = tiny_model(seed=2, vocab_size=2048, num_nextn_predict_layers=1)
-    save_hf(path, model.config, model.params)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED_MODEL / name, path)
-    return path
+    return save_with_tokenizer(tmp_path_factory.mktemp("quantize") / "model", model)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,8 @@ from cmjax.serve import Engine
 from cmjax.serve.http import ServerSettings, create_app
 from cmjax.serve.http.template import ChatTemplate
 from tests.conftest import ROOT
+
+PATIENCE = 60  # seconds that a client of a test waits for an answer, whatever else the machine does
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ def served(
         yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(PATIENCE)
 
 
 @contextlib.contextmanager
@@ -63,13 +65,19 @@ def serving_process(*options: Any) -> Iterator[tuple[subprocess.Popen[str], str]
             process.kill()
 
 
-def wait_until_idle(engine: Engine, timeout: float = 30.0) -> None:
-    """Until no request, block or place is in use."""
-    deadline = time.monotonic() + timeout
-    while True:
-        stats = engine.stats()
-        held = sum(one.num_used_blocks for one in stats.instances)
-        if not (stats.num_running or stats.num_waiting or held):
-            return
-        assert time.monotonic() < deadline, stats
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Until the condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_until_idle(engine: Engine) -> None:
+    """Until no request, block or place is in use."""
+
+    def is_idle() -> bool:
+        stats = engine.stats()
+        return not (stats.num_running or stats.num_waiting or sum(one.num_used_blocks for one in stats.instances))
+
+    wait_until(is_idle)

@@ -16,7 +16,7 @@ from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.schedule import SendPlan
 from cmjax.serve import SamplingParams, decode, prefill
 from cmjax.serve.http.state import ServerState
-from tests.http.serving import served, wait_until_idle
+from tests.http.serving import PATIENCE, served, wait_until, wait_until_idle
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 TEXTS = ["import os\n", "def mean(values):\n", "class Node:\n    def __init__(self"]
@@ -30,14 +30,14 @@ def client(address):
 
 @pytest.fixture(scope="module")
 def http(address):
-    with httpx.Client(base_url=address, timeout=60) as http:
+    with httpx.Client(base_url=address, timeout=PATIENCE) as http:
         yield http
 
 
 def alone(engine, prompt, **sampling):
     """What the engine says to the prompt, as token ids; the token that ends it included."""
     sampling = {"stop_token_ids": (TOKENIZER.eos_token_id,), **sampling}
-    return engine.submit(prompt, SamplingParams(**sampling)).result(timeout=60)
+    return engine.submit(prompt, SamplingParams(**sampling)).result(timeout=PATIENCE)
 
 
 # -- completions ------------------------------------------------------------------------------------------------------
@@ -259,10 +259,11 @@ def test_more_than_may_be_under_way_are_asked_to_try_again(address, http, engine
     (decoding,) = engine.fleet.decode.values()
     run, is_refused = decoding.run, threading.Event()
     # No choice ends before the second request has been sent, however fast the machine is.
-    monkeypatch.setattr(decoding, "run", lambda plan: (is_refused.wait(30), run(plan))[1])
+    monkeypatch.setattr(decoding, "run", lambda plan: (is_refused.wait(PATIENCE), run(plan))[1])
     body = {"prompt": TEXTS[0], "max_tokens": 200, "ignore_eos": True, "n": 30, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as answer:
+        lines = answer.iter_lines()  # kept: an iterator that goes closes the connection, and the request is cancelled
+        next(lines)
         refused = http.post("/v1/completions", json={"prompt": "a", "n": 11})
         is_refused.set()
     assert refused.status_code == 429
@@ -348,7 +349,7 @@ def test_a_stop_token_beyond_those_that_a_step_looks_for_ends_a_request(http, en
 
 
 def test_keys_open_and_tell_tenants_apart(engine):
-    with served(engine, api_keys=("one", "two")) as address, httpx.Client(base_url=address) as http:
+    with served(engine, api_keys=("one", "two")) as address, httpx.Client(base_url=address, timeout=PATIENCE) as http:
         body = {"prompt": "a", "max_tokens": 1}
         assert http.post("/v1/completions", json=body).status_code == 401
         assert http.post("/v1/completions", json=body, headers={"Authorization": "Bearer three"}).status_code == 401
@@ -359,18 +360,23 @@ def test_keys_open_and_tell_tenants_apart(engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_what_it_held(address, engine, stream):
+def test_a_client_that_goes_frees_what_it_held(address, engine, monkeypatch, stream):
+    (decoding,) = engine.fleet.decode.values()
+    run, is_gone = decoding.run, threading.Event()
+    # The client goes before the choices have ended, however fast the machine is.
+    monkeypatch.setattr(decoding, "run", lambda plan: (is_gone.wait(PATIENCE), run(plan))[1])
     body = {"prompt": TEXTS[0], "max_tokens": 250, "ignore_eos": True, "n": 4, "stream": stream}
     before = engine.stats().num_generation_tokens
     if stream:
-        with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
-            assert engine.stats().num_running == 4
+            wait_until(lambda: engine.stats().num_running == 4)
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
-    wait_until_idle(engine, timeout=10)
+    is_gone.set()
+    wait_until_idle(engine)
     assert engine.stats().num_generation_tokens - before < 4 * 250
 
 

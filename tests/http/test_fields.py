@@ -13,7 +13,7 @@ from cmjax.serve import decode, prefill
 from cmjax.serve.http.fields import IGNORED, REFUSED
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest
 from cmjax.serve.http.stops import StopStrings
-from tests.http.serving import served
+from tests.http.serving import PATIENCE, served
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 TEXT = "def mean(values):\n"
@@ -23,7 +23,7 @@ MESSAGES = [{"role": "user", "content": "def f(x):"}]
 
 @pytest.fixture(scope="module")
 def http(address):
-    with httpx.Client(base_url=address, timeout=60) as http:
+    with httpx.Client(base_url=address, timeout=PATIENCE) as http:
         yield http
 
 
@@ -99,7 +99,7 @@ def test_it_is_refused_in_messages_and_template_arguments_too(http):
 def test_a_template_sees_tools_that_may_not_be_called(engine):
     template = "{{ tools | tojson if tools else 'none' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    with served(engine, template=template) as address, httpx.Client(base_url=address, timeout=60) as http:
+    with served(engine, template=template) as address, httpx.Client(base_url=address, timeout=PATIENCE) as http:
         for given, shown in ((tools, json.dumps(tools)), ([], "none"), (None, "none")):
             body = {"messages": MESSAGES, "tools": given, "max_tokens": 1, "return_token_ids": True}
             answer = http.post("/v1/chat/completions", json={**body, "tool_choice": "none"})
@@ -259,7 +259,7 @@ def test_generation_config_holds_where_a_request_says_nothing(engine, ask):
     free = ask(**GREEDY, ignore_eos=True)["token_ids"]
     end = free.index(free[4])
     generation = GenerationConfig((free[4], 0), {"temperature": 0.0, "repetition_penalty": 1.7, "max_tokens": 5})
-    with served(engine, generation) as address, httpx.Client(base_url=address, timeout=60) as http:
+    with served(engine, generation) as address, httpx.Client(base_url=address, timeout=PATIENCE) as http:
 
         def ids(path="/v1/completions", **body):
             return http.post(path, json={"return_token_ids": True, **body}).json()["choices"][0]["token_ids"]

@@ -11,7 +11,7 @@ from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.errors import UserError
 from cmjax.serve.http import ServerSettings, known_keys
-from tests.http.serving import served
+from tests.http.serving import PATIENCE, served
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 KEY = {"Authorization": "Bearer one"}
@@ -19,13 +19,13 @@ KEY = {"Authorization": "Bearer one"}
 
 @pytest.fixture(scope="module")
 def http(address):
-    with httpx.Client(base_url=address, timeout=60) as http:
+    with httpx.Client(base_url=address, timeout=PATIENCE) as http:
         yield http
 
 
 @pytest.fixture(scope="module")
 def guarded(engine):
-    with served(engine, api_keys=("one",)) as address, httpx.Client(base_url=address) as http:
+    with served(engine, api_keys=("one",)) as address, httpx.Client(base_url=address, timeout=PATIENCE) as http:
         yield http
 
 
@@ -39,7 +39,7 @@ def test_a_model_is_found_by_its_name(http, address, engine):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         assert client.models.retrieve("demo").id == "demo"
     with served(engine, model_name="org/model") as other:
-        assert httpx.get(f"{other}/v1/models/org/model").json()["id"] == "org/model"
+        assert httpx.get(f"{other}/v1/models/org/model", timeout=PATIENCE).json()["id"] == "org/model"
 
 
 def test_everything_asks_for_a_key_but_health_and_metrics(guarded, engine):
@@ -51,10 +51,10 @@ def test_everything_asks_for_a_key_but_health_and_metrics(guarded, engine):
         assert guarded.get(path, headers=KEY).status_code == (404 if path == "/nothing" else 200), path
     with served(engine, api_keys=("one",), open_pages=True) as address:
         for path in rest:
-            assert httpx.get(address + path).status_code == 200
+            assert httpx.get(address + path, timeout=PATIENCE).status_code == 200
         for path in ("/v1/models", "/v1/models/demo"):
-            assert httpx.get(address + path).status_code == 401
-        assert httpx.post(address + "/tokenize", json={"prompt": "a"}).status_code == 401
+            assert httpx.get(address + path, timeout=PATIENCE).status_code == 401
+        assert httpx.post(address + "/tokenize", json={"prompt": "a"}, timeout=PATIENCE).status_code == 401
 
 
 def test_keys_come_from_options_a_file_or_the_environment(tmp_path):
@@ -93,12 +93,12 @@ def test_scripts_of_other_origins_may_call_it(guarded, engine):
     for origins in (("https://a.example",), ('["https://a.example"]',)):
         only = {"allowed_origins": origins, "allowed_methods": ("GET",), "allow_credentials": True}
         with served(engine, **only) as address:
-            answer = httpx.get(f"{address}/health", headers={"Origin": "https://a.example"})
+            answer = httpx.get(f"{address}/health", headers={"Origin": "https://a.example"}, timeout=PATIENCE)
             assert answer.headers["access-control-allow-origin"] == "https://a.example"
             assert answer.headers["access-control-allow-credentials"] == "true"
-            other = httpx.get(f"{address}/health", headers={"Origin": "https://b.example"})
+            other = httpx.get(f"{address}/health", headers={"Origin": "https://b.example"}, timeout=PATIENCE)
             assert "access-control-allow-origin" not in other.headers
-            assert httpx.options(f"{address}/v1/models", headers=asked).status_code == 400
+            assert httpx.options(f"{address}/v1/models", headers=asked, timeout=PATIENCE).status_code == 400
     with pytest.raises(UserError, match="is no JSON list"), served(engine, allowed_origins=("[x",)):
         pass
 

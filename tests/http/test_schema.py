@@ -6,6 +6,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from tests.http.serving import PATIENCE
+
 OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
@@ -44,4 +46,4 @@ def test_every_request_is_answered(address, method, path, mode):
             assert error["message"]
 
     check()
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert httpx.get(f"{address}/health", timeout=PATIENCE).status_code == 200

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from cmjax.cli import main
-from tests.http.serving import serving_process
+from tests.http.serving import PATIENCE, serving_process
 from tests.parity import FOLDER
 
 
@@ -30,14 +30,17 @@ def server():
 def test_sigterm_finishes_what_runs(server):
     process, address = server
     body = {"prompt": [1, 2, 3], "max_tokens": 60, "ignore_eos": True, "temperature": 0}
-    whole = httpx.post(f"{address}/v1/completions", json={**body, "return_token_ids": True}, timeout=60).json()
+    whole = httpx.post(f"{address}/v1/completions", json={**body, "return_token_ids": True}, timeout=PATIENCE).json()
     assert len(whole["choices"][0]["token_ids"]) == 60
-    assert httpx.post(f"{address}/v1/completions", json={"prompt": "text"}).status_code == 400
+    assert httpx.post(f"{address}/v1/completions", json={"prompt": "text"}, timeout=PATIENCE).status_code == 400
     streams = []
 
     def read():
         with httpx.stream(
-            "POST", f"{address}/v1/completions", json={**body, "stream": True, "return_token_ids": True}, timeout=60
+            "POST",
+            f"{address}/v1/completions",
+            json={**body, "stream": True, "return_token_ids": True},
+            timeout=PATIENCE,
         ) as answer:
             for line in answer.iter_lines():
                 streams.append(line)
@@ -46,15 +49,15 @@ def test_sigterm_finishes_what_runs(server):
     started = threading.Event()
     reader = threading.Thread(target=read)
     reader.start()
-    started.wait(30)
+    started.wait(PATIENCE)
     process.send_signal(signal.SIGTERM)
-    reader.join(60)
+    reader.join(PATIENCE)
     events = [json.loads(line.removeprefix("data: ")) for line in streams if line.startswith("data: {")]
     assert [token for event in events for token in event["choices"][0]["token_ids"]] == whole["choices"][0]["token_ids"]
     assert "data: [DONE]" in streams
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{address}/health")
+        httpx.get(f"{address}/health", timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import shutil
 import httpx
 import pytest
 
-from tests.http.serving import served
+from tests.http.serving import PATIENCE, served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Of the line that says how things are, by the formula of the web's accessibility guidelines.
@@ -48,7 +48,7 @@ def test_the_page_follows_the_engine(browser, engine, width, scheme):
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
-        page.get_by_role("status").filter(has_text="live").wait_for(timeout=10_000)
+        page.get_by_role("status").filter(has_text="live").wait_for(timeout=1000 * PATIENCE)
         assert page.locator("#model").inner_text() == "demo"
         rows = page.locator("#instances tr")
         assert rows.locator("th").all_inner_texts() == ["prefill0", "decode0"]
@@ -56,9 +56,13 @@ def test_the_page_follows_the_engine(browser, engine, width, scheme):
         used = rows.nth(1).locator("td:nth-child(6)").inner_text()
         assert used == f"0 of {engine.stats().instances[1].num_blocks}"
         before = engine.stats().num_generation_tokens
-        httpx.post(f"{address}/v1/completions", json={"prompt": "import os", "max_tokens": 7, "ignore_eos": True})
+        httpx.post(
+            f"{address}/v1/completions",
+            json={"prompt": "import os", "max_tokens": 7, "ignore_eos": True},
+            timeout=PATIENCE,
+        )
         expected = f"{before + 7:,}"
-        page.locator("#figure-tokens-out", has_text=re.compile(rf"^{expected}$")).wait_for(timeout=10_000)
+        page.locator("#figure-tokens-out", has_text=re.compile(rf"^{expected}$")).wait_for(timeout=1000 * PATIENCE)
         planes = page.locator("#planes tr")
         assert planes.locator("th").all_inner_texts() == list(engine.stats().plane_bytes)
         assert page.locator("#figure-tokens-s + svg, #figure-running + svg").count() == 2
@@ -67,7 +71,7 @@ def test_the_page_follows_the_engine(browser, engine, width, scheme):
         # Nothing is wider than the screen, but for tables that scroll by themselves.
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert problems == []
-    page.locator("#state", has_text="does not answer").wait_for(timeout=15_000)
+    page.locator("#state", has_text="does not answer").wait_for(timeout=1000 * PATIENCE)
     assert page.locator("#content.stale #figure-tokens-out").inner_text() == expected
     assert page.evaluate(CONTRAST) >= 4.5
     page.close()

@@ -17,7 +17,7 @@ import pytest
 import cmjax
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
-from tests.http.serving import serving_process
+from tests.http.serving import PATIENCE, serving_process
 
 pytestmark = pytest.mark.soak
 QUESTIONS = [
@@ -100,9 +100,9 @@ def test_aiperf_measures_streams_and_reads_the_metrics(tmp_path, address, kind):
     command = [client("aiperf"), "profile", "--model", "demo", "--url", address, "--endpoint-type", kind, "--streaming"]
     command += ["--tokenizer", BUNDLED_MODEL, "--use-server-token-count", "--extra-inputs", "ignore_eos:true"]
     command += ["--concurrency", 4, "--request-count", 12, "--isl", 40, "--osl", 16, "--random-seed", 1]
-    before = httpx.get(f"{address}/status.json").json()
+    before = httpx.get(f"{address}/status.json", timeout=PATIENCE).json()
     run([*map(str, command), "--ui", "none", "--artifact-dir", str(tmp_path / "out")], tmp_path)
-    after = httpx.get(f"{address}/status.json").json()
+    after = httpx.get(f"{address}/status.json", timeout=PATIENCE).json()
     report = json.loads((tmp_path / "out" / "profile_export_aiperf.json").read_text())
     assert report["error_summary"] == []
     assert report["request_count"]["avg"] == 12

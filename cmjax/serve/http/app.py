@@ -17,7 +17,7 @@ from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import FAILED, ApiError, install_handlers
 from cmjax.serve.http.fields import check_fields
-from cmjax.serve.http.limits import Limits, listed
+from cmjax.serve.http.limits import Limits
 from cmjax.serve.http.prompts import chat_prompt, completion_prompts, conversation, encode
 from cmjax.serve.http.protocol import (
     ChatRequest,
@@ -50,9 +50,9 @@ def create_app(
     # Outside of the limits: a preflight has no key, and an error is for the script to see too.
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=listed(settings.allowed_origins),
-        allow_methods=listed(settings.allowed_methods),
-        allow_headers=listed(settings.allowed_headers),
+        allow_origins=settings.allowed_origins,
+        allow_methods=settings.allowed_methods,
+        allow_headers=settings.allowed_headers,
         allow_credentials=settings.allow_credentials,
     )
     _add_completions(app, state)
@@ -114,15 +114,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
-            text = conversation(
-                state,
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                tools=body.tools or None,
-                variables=body.chat_template_kwargs,
-            )
-            ids = encode(tokenizer, text, bool(body.add_special_tokens))
+            ids = encode(tokenizer, conversation(state, body), bool(body.add_special_tokens))
         else:
             ids = encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
         strings = [tokenizer.backend.id_to_token(i) for i in ids] if body.return_token_strs else None
@@ -233,7 +225,7 @@ class EventStream(Response):
         except ApiError as error:
             # The status has been sent; the event says that what came before is no result.
             yield _error_event(error)
-        except Exception:
+        except Exception:  # whatever it is: the status has been sent, and a stream must end as streams do
             logger.exception("a stream ends with an error of the server's own")
             answer.state.metrics.count_internal_error()
             yield _error_event(ApiError(500, FAILED))

@@ -3,37 +3,14 @@
 import hmac
 import json
 import uuid
-from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmjax.errors import UserError
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.state import ServerState
 
 _NEVER_GUARDED = ("/health", "/ping", "/metrics")
 _ALWAYS_GUARDED = ("/tokenize", "/detokenize")
-
-
-def listed(values: Iterable[str]) -> list[str]:
-    """The values of an option that may be given several times, or once with a JSON list, as vLLM has it.
-
-    Raises:
-        UserError: one begins like a list and is none.
-    """
-    found: list[str] = []
-    for value in values:
-        if not value.startswith("["):
-            found.append(value)
-            continue
-        try:
-            several = json.loads(value)
-        except ValueError as error:
-            raise UserError(f"{value!r} is no JSON list: {error}") from error
-        if not all(isinstance(one, str) for one in several):
-            raise UserError(f"{value!r} is no list of texts")
-        found += several
-    return found
 
 
 class Limits:

@@ -7,7 +7,7 @@ from typing import Any
 from cmjax.checkpoint import Tokenizer, starts_in, token_starts
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.fields import check_template_arguments
-from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Message, Sampled
+from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled, TokenizeRequest
 from cmjax.serve.http.state import ServerState, max_tokens
 
 
@@ -96,25 +96,18 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[in
 
 def chat_prompt(state: ServerState, body: ChatRequest) -> Prompt:
     """That of a conversation; a template writes special tokens itself, where it wants them."""
-    text = conversation(
-        state,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        tools=body.tools or None,
-        variables=body.chat_template_kwargs,
-    )
+    text = conversation(state, body)
     return _truncated(state, Prompt(encode(state.text_tokenizer(), text, body.add_special_tokens)), body)
 
 
-def conversation(state: ServerState, messages: Sequence[Message], **options: Any) -> str:
-    """The text of a conversation; the options are those of `ChatTemplate.render`."""
+def conversation(state: ServerState, body: ChatRequest | TokenizeRequest) -> str:
+    """The text of a conversation, by the model's chat template."""
     state.text_tokenizer()
-    check_template_arguments(options.get("variables"))
+    check_template_arguments(body.chat_template_kwargs)
     if state.template is None:
         raise ApiError(400, "messages: the model has no chat template; start the server with --chat-template")
     plain = []
-    for message in messages:
+    for message in body.messages or ():
         if isinstance(message.content, list):
             other = [part.type for part in message.content if part.type != "text"]
             if other:
@@ -122,4 +115,10 @@ def conversation(state: ServerState, messages: Sequence[Message], **options: Any
             if any(part.text is None for part in message.content):
                 raise ApiError(400, "messages: a part of type 'text' has no text", param="messages")
         plain.append(message.model_dump(exclude_unset=True))
-    return state.template.render(plain, **options)
+    return state.template.render(
+        plain,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        tools=body.tools or None,
+        variables=body.chat_template_kwargs,
+    )
