@@ -38,7 +38,7 @@ def main() -> None:
     pools = carve(Supernode.preset("cloudmatrix384"), ep_size=4, prefill_ep_size=2, num_prefill_instances=1)
     settings = EngineSettings(max_model_len=128, max_num_seqs_per_rank=2, max_num_batched_tokens=128)
     engine = Engine(cmjax.load(BUNDLED_MODEL), pools, settings=settings)
-    engine.start(lambda what: print("compiling", what))
+    engine.start(print)
     app = create_app(engine, ServerSettings(model_name="demo"), Tokenizer.from_folder(BUNDLED_MODEL))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)

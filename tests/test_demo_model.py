@@ -49,7 +49,8 @@ def test_it_has_learnt_python(capsys, tmp_path):
 @pytest.mark.timeout(3600)
 def test_all_of_the_heldout_text_on_one_device_and_on_320(capsys):
     one = evaluate(capsys)
-    many = evaluate(capsys, "--ep", 320, "--max-num-batched-tokens", 10240)
+    # 16 tokens a rank. The buffers of the exchange grow with their square: at twice as many they take 15 GB.
+    many = evaluate(capsys, "--ep", 320, "--max-num-batched-tokens", 5120)
     assert len(one["areas"]) == 16
     assert one["all"]["ratio_to_lzma"] <= 0.82
     assert one["all"]["mtp_agreement"] >= 0.5

@@ -119,7 +119,7 @@ def start_engine(path: Path, layout: InstanceLayout, formats: ModelFormats, engi
     settings = engine.make(max_model_len=min(DEFAULT_MODEL_LEN, model.config.max_position_embeddings))
     with memory_errors(settings):
         started = Engine(model, pools, settings=settings)
-        started.start(lambda what: click.echo(f"compiling {what}", err=True))
+        started.start(lambda progress: click.echo(str(progress), err=True))
     ease_collector()
     return started
 

@@ -23,6 +23,7 @@ from cmjax.schedule.plans import (
     Result,
     Segments,
     SendPlan,
+    Variant,
 )
 from cmjax.schedule.prefill import PrefillPlanner, PrefillSizes
 from cmjax.schedule.ratio import Bounds, Change, RatioPolicy
@@ -118,6 +119,7 @@ __all__ = [
     "Status",
     "TokenLogprobs",
     "Transfer",
+    "Variant",
     "blocks_for",
     "choose_rank",
     "make_segments",

@@ -1,5 +1,6 @@
 """Which of several compiled variants is fastest, found while they work."""
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,3 +30,53 @@ class Autotune:
         """Take note of a call, as long as variants are tried."""
         if len(self._seconds[variant]) < self.ROUNDS:
             self._seconds[variant].append(seconds)
+
+
+class StepTimes:
+    """How long steps of a few sizes take, and so how work that has come is best cut into steps.
+
+    Example: where steps for 128, 512 and 2,048 tokens take 30, 45 and 150 ms, 600 tokens are computed sooner as 512 and
+    128 than as 2,048 with padding; where they take 100, 110 and 150 ms, they are not.
+    """
+
+    NUM_KEPT = 8
+    # Steps after which the times of a size that had none since are forgotten, so that it is tried again.
+    MOST_AGE = 256
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, collections.deque[float]] = {}
+        self._newest: dict[int, int] = {}
+        self._num_steps = 0
+
+    def add(self, size: int, seconds: float) -> None:
+        """Take note of a step for `size` tokens."""
+        self._num_steps += 1
+        self._newest[size] = self._num_steps
+        self._seconds.setdefault(size, collections.deque(maxlen=self.NUM_KEPT)).append(seconds)
+        for old in [one for one, newest in self._newest.items() if self._num_steps - newest > self.MOST_AGE]:
+            del self._newest[old], self._seconds[old]
+
+    def first_step(self, num_tokens: int, sizes: Sequence[int]) -> int:
+        """The largest of the steps for `sizes` tokens (ascending) that together compute `num_tokens` in the least time,
+        in the fewest steps where that takes as long.
+
+        A size of which nothing is known is taken to be as fast a token as the nearest one.
+        """
+        costs = [self._cost(size) for size in sizes]
+        units = [size // sizes[0] for size in sizes]
+        # (seconds, steps, largest step) for so many times the smallest size.
+        best = [(0.0, 0, 0)]
+        for unit in range(1, -(-num_tokens // sizes[0]) + 1):
+            options = []
+            for size, cost, num_units in zip(sizes, costs, units, strict=True):
+                seconds, num_steps, largest = best[max(unit - num_units, 0)]
+                options.append((seconds + cost, num_steps + 1, max(largest, size)))
+            best.append(min(options))
+        return best[-1][2]
+
+    def _cost(self, size: int) -> float:
+        """Seconds of a step; 0 where nothing is known."""
+        if not self._seconds:
+            return 0.0
+        nearest = min(self._seconds, key=lambda known: abs(known - size))
+        return float(np.median(self._seconds[nearest])) * size / nearest

@@ -130,7 +130,8 @@ class DecodePlanner(Planner):
     @property
     def limit(self) -> int:
         """Sequences that a rank decodes together, at most."""
-        return self.sizes.num_places if self.controller is None else self.controller.limit
+        most = min(self.sizes.num_places, self.variants[-1].num_slots)
+        return most if self.controller is None else min(most, self.controller.limit)
 
     @property
     def call_tokens(self) -> int:
@@ -259,10 +260,12 @@ class DecodePlanner(Planner):
         )
 
     def _variant_for(self, num_slots: int, shape_index: int) -> DecodeVariant:
-        """The smallest that so many sequences of a rank fit, of those with a shape."""
-        shape = self._variant_shapes()[shape_index]
-        fitting = [one for one in self.variants if one.sampling == shape and one.num_slots >= num_slots]
-        return min(fitting, key=lambda one: one.num_slots)
+        """The smallest that so many sequences of a rank fit, of those with a shape, or where none of them is compiled
+        yet, with the next one."""
+        shapes = self._variant_shapes()
+        sizes = [(shapes.index(one.sampling), one.num_slots) for one in self.variants]
+        fitting = [size for size in sizes if size[0] >= shape_index and size[1] >= num_slots]
+        return self.variants[sizes.index(min(fitting))]
 
     def _variant_shapes(self) -> list[SamplingShape]:
         """The different ones, each with room for all before it."""

@@ -34,6 +34,9 @@ class DecodeVariant:
     sampling: SamplingShape
 
 
+Variant = PrefillVariant | DecodeVariant
+
+
 @dataclasses.dataclass(frozen=True)
 class PrefillPlan:
     """A prefill step: chunks of prompts side by side. r rows, t tokens of all of them.
@@ -240,7 +243,7 @@ class ReceivePlan:
 
 @dataclasses.dataclass(frozen=True)
 class CompilePlan:
-    """Compile steps, and use these from now on.
+    """Compile steps, those that are not compiled yet, and use these from now on.
 
     Attributes:
         variants: ascending; the last fits everything that the instance is given.
@@ -248,7 +251,7 @@ class CompilePlan:
     """
 
     kind: ClassVar[Kind] = "change"
-    variants: tuple[PrefillVariant | DecodeVariant, ...]
+    variants: tuple[Variant, ...]
     targets: tuple[str, ...] = ()
 
     @property

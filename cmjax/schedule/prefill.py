@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmjax.schedule.autotune import StepTimes
 from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
@@ -51,7 +52,8 @@ class Chunk(NamedTuple):
 class PrefillPlanner(Planner):
     """Prompts of a prefill instance: those that wait, and those under way, in the order they will be computed.
 
-    A step computes the first prompts, whole where its tokens last, the last one cut. A prompt needs the blocks of all
+    A step computes the first prompts, whole where its tokens last, the last one cut; of the sizes that are compiled it
+    has the one by which what waits is done soonest. A prompt needs the blocks of all
     its tokens; one that finds none waits, and those behind it. What a step has ended is sent before the next one.
     """
 
@@ -60,6 +62,7 @@ class PrefillPlanner(Planner):
     def __init__(self, name: str, model: str, num_ranks: int, sizes: PrefillSizes, owner: Owner) -> None:
         super().__init__(name, model, num_ranks, sizes.microbatches, owner)
         self.sizes, self.variants = sizes, sizes.variants
+        self._times = StepTimes()
         self._renew()
 
     # -- for the scheduler --------------------------------------------------------------------------------------------
@@ -125,7 +128,8 @@ class PrefillPlanner(Planner):
 
         Example: prompts of 5 and 4 tokens with 6 tokens a step give the tokens 0 to 4 and 0, then 1 to 3.
         """
-        num_left = self.variants[-1].num_tokens
+        sizes = sorted({one.num_tokens for one in self.variants})
+        num_left = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes)
         for attempt in itertools.islice(self._queue.values(), self.sizes.num_places):
             if num_left == 0:
                 return
@@ -204,7 +208,9 @@ class PrefillPlanner(Planner):
         self.stepped()
         self.num_tokens += len(plan.token_ids)
         self.slot_load.add(result.slot_load)
-        self.autotune.add(plan.microbatches, result.seconds)
+        self._times.add(plan.variant.num_tokens, result.seconds)
+        if plan.variant.num_tokens == self.variants[-1].num_tokens:
+            self.autotune.add(plan.microbatches, result.seconds)
         self._note_logprobs(plan, result)
         travelling: dict[str, list[tuple[Attempt, int]]] = collections.defaultdict(list)
         for row, (attempt_id, stop) in enumerate(zip(plan.attempt_ids.tolist(), plan.stops.tolist(), strict=True)):

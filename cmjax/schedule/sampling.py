@@ -239,6 +239,7 @@ class SamplingRows:
         top_k: `int32[rows]`, 0 for all.
         top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: `float32[rows]`.
         min_positions: `int32[rows]`, the first position that may hold a stop token.
+        asks_logprobs: `int32[rows]`, whether the log probabilities of its tokens are asked for.
         seed: `uint32[rows, 2]`, high and low half.
         bias_ids, bias_values: int32 and float32, what each has.
         stop_ids: int32, what each has, at most `MAX_STEP_STOPS`.
@@ -256,6 +257,7 @@ class SamplingRows:
     frequency_penalty: np.ndarray
     repetition_penalty: np.ndarray
     min_positions: np.ndarray
+    asks_logprobs: np.ndarray
     seed: np.ndarray
     bias_ids: Ragged
     bias_values: Ragged
@@ -288,6 +290,7 @@ class SamplingRows:
             min_positions=np.array(
                 [len(prompt) + one.min_tokens if one.min_tokens else 0 for one, prompt in both], np.int32
             ),
+            asks_logprobs=np.array([one.logprobs is not None for one in samplings], np.int32),
             seed=np.array([(s >> 32 & 0xFFFFFFFF, s & 0xFFFFFFFF) for s in seeds], np.uint32).reshape(-1, 2),
             bias_ids=Ragged.of([list(one.logit_bias) for one in samplings]),
             bias_values=Ragged.of([list(one.logit_bias.values()) for one in samplings], np.float32),

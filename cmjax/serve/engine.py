@@ -27,6 +27,7 @@ from cmjax.serve.handle import RequestHandle
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
 from cmjax.serve.settings import EngineSettings
+from cmjax.serve.startup import StartProgress, Startup
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Engine:
         self.fleet = Fleet(model, self.pools, self.settings, self.core)
         self._ids = itertools.count()
         self._is_started = False
+        self._startup: Startup | None = None
         self._closing = threading.Event()
 
     @property
@@ -89,21 +91,30 @@ class Engine:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self, progress: Callable[[str], None] | None = None) -> None:
-        """Start the instances' threads and compile their steps, so that no request waits for a compilation later.
+    def start(self, progress: Callable[[StartProgress], None] | None = None, *, wait: bool = True) -> None:
+        """Start the instances' threads and compile their steps.
 
         Args:
-            progress: called with what is being compiled.
+            progress: called with how far it is, from any thread.
+            wait: until all steps are compiled, so that no request is served more slowly than any later one. False:
+                until requests can be served; the other steps are compiled behind them, and where one cannot be, the
+                log says why and requests go on without it.
         """
         if self._is_started:
             return
         self.fleet.start()
+        startup = self._startup = Startup(self.fleet, progress or (lambda _: None))
         try:
-            self.fleet.compile_for_serving(progress or (lambda _: None))
+            startup.compile_first()
+            if wait:
+                startup.compile_rest()
         except BaseException:
+            startup.stop()
             self.fleet.stop()
             raise
         self._is_started = True
+        if not wait:
+            startup.compile_rest_behind(lambda error: logger.error("a step could not be compiled", exc_info=error))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Take no more requests, wait for those that run, at most `timeout` seconds, cancel the rest, and stop."""
@@ -114,6 +125,8 @@ class Engine:
             for request in list(self.core.handles):
                 self.core.scheduler.cancel(request)
         self.core.deliver()
+        if self._startup is not None:
+            self._startup.stop()
         self.fleet.stop()
         self._is_started = False
 

@@ -2,14 +2,14 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
-from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController
+from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController, Variant
 from cmjax.serve.core import Core
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.loop import InstanceLoop
@@ -35,8 +35,14 @@ class Fleet:
         self.decode = {one.name: self._place_decode(one) for one in pools.decode}
         self._numbers = {"prefill": itertools.count(len(pools.prefill)), "decode": itertools.count(len(pools.decode))}
         self._loops: dict[str, InstanceLoop] = {}
+        self._used: dict[str, set[Variant]] = {}  # of a server's steps, those that an instance has been given
         self._is_running = False
         self.renew()
+
+    @property
+    def executors(self) -> dict[str, PrefillExecutor | DecodeExecutor]:
+        """All by name, prefill first."""
+        return {**self.prefill, **self.decode}
 
     @property
     def loops(self) -> list[InstanceLoop]:
@@ -72,7 +78,7 @@ class Fleet:
     def restart(self) -> None:
         """Forget all that the instances hold; their threads have ended."""
         self.core.scheduler = Scheduler(self.settings.handoff_timeout_s)
-        for executor in self._executors().values():
+        for executor in self.executors.values():
             executor.run(RestartPlan())
         self.renew()
 
@@ -90,21 +96,32 @@ class Fleet:
             if change.error is not None:
                 raise change.error
 
-    def compile_for_serving(self, tell: Callable[[str], None]) -> None:
-        """Compile all that a server's requests can need; then the instances take requests."""
-        tell("the steps")
-        self.compile({name: CompilePlan(one.serving_variants()) for name, one in self._executors().items()})
-        tell("the hand-off")
-        self.compile({name: CompilePlan((), tuple(self.decode)) for name in self.prefill})
+    def use(self, name: str, variant: Variant) -> None:
+        """Have an instance use one more of a server's steps beside those that it has; raises as `compile` does.
+
+        Only one at a time for each instance.
+        """
         with self.core.changed:
-            for loop in self.loops:
-                self._open(loop)
+            known = self._used.setdefault(name, set())
+            known.add(variant)
+            variants = tuple(one for one in self.executors[name].serving_variants() if one in known)
+        self.compile({name: CompilePlan(variants)})
+
+    def compile_handoff(self) -> None:
+        """Have all prefill instances compile what sends to the decode instances."""
+        self.compile({name: CompilePlan((), tuple(self.decode)) for name in self.prefill})
 
     def open(self) -> None:
         """Let all instances take requests."""
         with self.core.changed:
             for loop in self.loops:
                 loop.planner.is_compiled = True
+
+    def open_for_serving(self) -> None:
+        """Let all instances take requests that come and go."""
+        with self.core.changed:
+            for loop in self.loops:
+                self._open(loop)
 
     # -- instances that come and go -----------------------------------------------------------------------------------
 
@@ -183,9 +200,6 @@ class Fleet:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _executors(self) -> dict[str, PrefillExecutor | DecodeExecutor]:
-        return {**self.prefill, **self.decode}
-
     def renew(self) -> None:
         """New bookkeeping for all instances, whose threads do not run: nothing is held."""
         scheduler = self.core.scheduler
@@ -193,10 +207,10 @@ class Fleet:
             if loop.planner.is_broken:
                 loop.executor.run(RestartPlan())
         with self.core.changed:
-            self._loops = {}
+            self._loops, self._used = {}, {}
             scheduler.prefill.clear()
             scheduler.decode.clear()
-            for name, executor in self._executors().items():
+            for name, executor in self.executors.items():
                 self._make_loop(name, executor)
 
     def _make_loop(self, name: str, executor: PrefillExecutor | DecodeExecutor) -> InstanceLoop:
@@ -244,7 +258,7 @@ class Fleet:
         """An instance whose steps are compiled takes part; with the lock held."""
         if loop.name in self.core.scheduler.decode and self.settings.tpot_slo_ms is not None:
             planner = self.core.scheduler.decode[loop.name]
-            sizes = sorted({one.num_slots for one in planner.variants})
+            sizes = sorted({one.num_slots for one in self.decode[loop.name].serving_variants()})
             planner.controller = SloController(self.settings.tpot_slo_ms / 1e3, sizes)
         loop.planner.is_compiled = True
 

@@ -17,6 +17,7 @@ from cmjax.schedule import (
     SamplingShape,
     SendPlan,
 )
+from cmjax.schedule.autotune import StepTimes
 from cmjax.schedule.blocks import BlockPool
 from cmjax.schedule.request import DecodeHold
 from tests.schedule.clusters import BLOCK, Recorder, attempt_at, make_request, make_transfer, prefill_sizes
@@ -40,16 +41,16 @@ def add(planner, *prompts, max_tokens=1, **fields):
     return requests
 
 
-def result_of(plan, token=7, **fields):
-    return PrefillResult(np.full(len(plan.attempt_ids), token, np.int32), ROWS, 0.1, **fields)
+def result_of(plan, token=7, seconds=0.0, **fields):
+    return PrefillResult(np.full(len(plan.attempt_ids), token, np.int32), ROWS, seconds, **fields)
 
 
-def steps_of(planner):
-    """All steps until the queue is empty; each is committed before the next."""
+def steps_of(planner, seconds=lambda num_tokens: 0.0):
+    """All steps until the queue is empty; each is committed before the next, with the seconds of its size."""
     now = 0.0
     while (plan := planner.plan(now)) is not None:
         yield plan
-        planner.commit(plan, result_of(plan), now + 1)
+        planner.commit(plan, result_of(plan, seconds=seconds(plan.variant.num_tokens)), now + 1)
         check_planner(planner)
         now += 1
 
@@ -59,14 +60,16 @@ def steps_of(planner):
     max_tokens=st.integers(1, 50),
     num_places=st.integers(1, 8),
     num_blocks=st.integers(15, 40),
+    a_step=st.floats(0, 1),
+    a_token=st.floats(0, 1),
 )
-def test_steps_cover_every_prompt_once_in_order(lengths, max_tokens, num_places, num_blocks):
+def test_steps_cover_every_prompt_once_in_order(lengths, max_tokens, num_places, num_blocks, a_step, a_token):
     planner, owner = make_planner(num_blocks, step_tokens=max_tokens, num_places=num_places)
     requests = add(planner, *(range(100 * index, 100 * index + length) for index, length in enumerate(lengths)))
     index_of = {request.attempt.id: index for index, request in enumerate(requests)}
     assert planner.load == sum(lengths)
     covered, load, held = [], planner.load, {}
-    for plan in steps_of(planner):
+    for plan in steps_of(planner, lambda num_tokens: a_step + a_token * num_tokens):
         sizes = plan.stops - plan.starts
         assert 0 < sizes.sum() == len(plan.token_ids) <= min(max_tokens, plan.variant.num_tokens)
         assert len(plan.places) <= num_places
@@ -138,6 +141,24 @@ def test_prompts_that_share_a_step_are_as_many_as_there_are_places():
     planner, _ = make_planner(64, step_tokens=64, num_places=3)
     add(planner, *[[1]] * 8)
     assert [len(plan.places) for plan in steps_of(planner)] == [3, 3, 2]
+
+
+def test_what_waits_is_cut_into_the_steps_that_compute_it_soonest():
+    planner, _ = make_planner(64, step_tokens=64)
+
+    def cut(seconds, length=40):
+        add(planner, range(length))
+        return [len(plan.token_ids) for plan in steps_of(planner, seconds.get)]
+
+    slow, quick = {16: 0.1, 64: 1.0}, {16: 0.1, 64: 0.15}
+    assert cut(slow, 64) == [64]  # nothing is known yet
+    assert cut(slow, 16) == [16]
+    assert cut(slow) == [16, 16, 8]
+    # The large step is tried again after a while, and found to be quick now.
+    for _ in range(StepTimes.MOST_AGE):
+        cut(quick, 16)
+    assert cut(quick, 64) == [64]
+    assert cut(quick) == [40]
 
 
 def test_the_smallest_step_that_can_do_what_is_needed():

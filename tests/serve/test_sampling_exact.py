@@ -15,7 +15,16 @@ from jax.sharding import PartitionSpec
 from cmjax.mesh import EP_AXIS
 from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
-from cmjax.serve.steps.sampling import SamplingState, greedy, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling import (
+    PackedSampling,
+    SamplingState,
+    greedy,
+    is_stop,
+    logprobs,
+    logprobs_where_asked,
+    repeat,
+    sample,
+)
 from tests.helpers import assert_close
 
 VOCABULARY = 12
@@ -345,3 +354,51 @@ def test_rows_are_cut_to_what_a_step_has_room_for():
     found.clear(np.array([True, False, False]))
     chex.assert_trees_all_equal(found.rows(np.array([0]), shape, VOCABULARY), SamplingState.empty(1, 1, 2))
     assert found.temperature.tolist() == [0.0, 0.0, 0.5]
+
+
+@given(
+    shape=st.builds(
+        SamplingShape,
+        is_sampled=st.just(True),
+        num_bias=st.integers(0, 3),
+        num_stop=st.integers(0, 3),
+        num_word_tokens=st.integers(0, 3),
+        has_masks=st.booleans(),
+    ),
+    vocabulary=st.integers(1, 70),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_a_packed_state_is_the_same_in_a_step(shape, vocabulary, rows, seed):
+    rng = np.random.default_rng(seed)
+    empty = SamplingState.for_shape(rows, shape, vocabulary)
+    full = jax.tree.map(lambda a: rng.integers(0, 256, (*a.shape, a.itemsize), np.uint8).view(a.dtype)[..., 0], empty)
+    for state in (empty, full):
+        packed = PackedSampling.of(state)
+        assert packed.words.shape[0] == rows
+        found = packed.unpacked()
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, state)
+        as_bytes = [jax.tree.map(lambda a: np.asarray(a).tobytes(), one) for one in (found, state)]
+        assert as_bytes[0] == as_bytes[1]  # NaN has many forms
+
+
+def test_log_probabilities_that_nobody_asks_for_are_not_computed():
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 1, (3, VOCABULARY)), jnp.float32)
+    ids, computed = jnp.array([2, 0, 5]), []
+
+    def make(asked):
+        def logits_of_rows():
+            jax.debug.callback(lambda: computed.append(1))
+            return logits
+
+        return jax.jit(lambda is_asked: logprobs_where_asked(is_asked, ids, 4, logits_of_rows))(jnp.asarray(asked))
+
+    found = make([False, True, False])
+    chex.assert_trees_all_close(found, logprobs(logits, ids, 4))
+    jax.effects_barrier()
+    assert len(computed) == 1
+    nothing = make([False] * 3)
+    jax.effects_barrier()
+    assert len(computed) == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(nothing, found)
+    chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, found))

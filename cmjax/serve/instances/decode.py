@@ -1,10 +1,11 @@
 """The decode role: sequences in places, token by token."""
 
+import dataclasses
 import functools
 import itertools
 import time
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,12 +28,13 @@ from cmjax.schedule import (
     SamplingParams,
     SamplingShape,
     Scheduler,
+    Variant,
 )
 from cmjax.serve import transfer
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, decode
+from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, PackedSampling, decode
 
 
 class DecodeExecutor(JaxExecutor):
@@ -73,7 +75,7 @@ class DecodeExecutor(JaxExecutor):
         self.allow_split(may_split=self.num_places % 2 == 0)
         self.idle_parts: transfer.IdleParts | None = None
         self._wire = wire or transfer.Wire()
-        self._make_rows(SamplingShape())
+        self._rows = self._new_rows(SamplingShape())
         self._forget()
 
     def make_planner(self, name: str, scheduler: Scheduler) -> DecodePlanner:
@@ -126,16 +128,17 @@ class DecodeExecutor(JaxExecutor):
 
     def _forget(self) -> None:
         self._wire.clear(self)
-        self._make_rows(self._rows.shape)
+        self._rows = self._new_rows(self._rows.shape)
         self._state: DecodeState | None = None
         self._state_is_of: StateKey | None = None
+        self._sampling: PackedSampling | None = None  # on the devices, of the same rows
         self.hidden: jax.Array | None = None
         if self.model.params.mtp is not None:
             shape = (self.instance.ep_size * self.num_places, self.num_drafts + 1, self.model.config.hidden_size)
             self.hidden = jax.device_put(np.zeros(shape, self.model.dtype), self.spec.by_rank())
 
-    def _make_rows(self, shape: SamplingShape) -> None:
-        self._rows = DecodeRows(
+    def _new_rows(self, shape: SamplingShape) -> DecodeRows:
+        return DecodeRows(
             self.instance.ep_size,
             self.num_places,
             self.settings.max_blocks,
@@ -169,46 +172,65 @@ class DecodeExecutor(JaxExecutor):
             self._state = None  # it has the hidden states from before
 
     def compile(self, plan: CompilePlan) -> None:
-        variants = [one for one in plan.variants if isinstance(one, DecodeVariant)]
-        shape = functools.reduce(SamplingShape.union, (one.sampling for one in variants), self._rows.shape)
+        shape = functools.reduce(SamplingShape.union, (one.sampling for one in plan.variants), self._rows.shape)
         if shape != self._rows.shape:
             self._rows = self._rows.widened(shape)
         self._state = None  # what is run here takes the hidden states along
-        for variant, microbatches in itertools.product(variants, self.specs):
-            if variant.num_slots % microbatches == 0:
-                output = self._decode(self.empty_state(variant), variant, microbatches)
-                jax.block_until_ready(output.token_ids)
+        super().compile(plan)
         transfer.compile_write(self)
+
+    def _programs(self, variants: Iterable[Variant]) -> list[tuple[Variant, int]]:
+        programs = itertools.product(variants, self.specs)
+        return [(one, count) for one, count in programs if isinstance(one, DecodeVariant) and not one.num_slots % count]
+
+    def _lowered(self, variant: Variant, microbatches: int) -> jax.stages.Lowered:
+        assert isinstance(variant, DecodeVariant)
+        # Rows of its own: this may run beside calls.
+        state, static = self.empty_state(variant, self._new_rows(variant.sampling)), self._static(variant, microbatches)
+        return decode.lower(self.params, self.expert_to_slot, self.cache_like, state, **static)
+
+    def _warm_up(self, variant: Variant, microbatches: int) -> None:
+        assert isinstance(variant, DecodeVariant)
+        output = self._decode(self.empty_state(variant), variant, microbatches)
+        jax.block_until_ready(output.token_ids)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def empty_state(self, variant: DecodeVariant) -> DecodeState:
+    def empty_state(self, variant: DecodeVariant, rows: DecodeRows | None = None) -> DecodeState:
         """That of no rows, on the devices."""
-        state = self._rows.state(np.zeros(0, np.int64), variant.num_slots, variant.sampling, self.hidden)
-        return jax.device_put(state, self.spec.by_rank())
+        return self._state_of(rows or self._rows, np.zeros(0, np.int64), variant)
+
+    def _state_of(
+        self, rows: DecodeRows, places: np.ndarray, variant: DecodeVariant, sampling: PackedSampling | None = None
+    ) -> DecodeState:
+        """That of some places, on the devices; `sampling`: where it is there already."""
+        num_slots, shape, by_rank = variant.num_slots, variant.sampling, self.spec.by_rank()
+        state = jax.device_put(rows.state(places, num_slots, shape, self.hidden), by_rank)
+        if sampling is None:
+            sampling = jax.device_put(rows.sampling_of(places, num_slots, shape), by_rank)
+        return dataclasses.replace(state, sampling=sampling)
 
     def enter(self, plan: DecodePlan) -> DecodeState:
         """Take what is new with a plan; the state of its rows on the devices, cut by rank."""
         self._rows.join(plan.joins)
         self._rows.grow(plan.growth)
         key = StateKey(plan.variant.num_slots, plan.variant.sampling, plan.places.tobytes())
-        is_changed = len(plan.joins.places) or len(plan.growth.places) or key != self._state_is_of
-        if self._state is None or is_changed:
-            state = self._rows.state(plan.places, plan.variant.num_slots, plan.variant.sampling, self.hidden)
-            self._state, self._state_is_of = jax.device_put(state, self.spec.by_rank()), key
+        if len(plan.joins.places) or key != self._state_is_of:
+            self._state = self._sampling = None
+        if self._state is None or len(plan.growth.places):
+            self._state = self._state_of(self._rows, plan.places, plan.variant, self._sampling)
+            self._state_is_of, self._sampling = key, self._state.sampling
         return self._state
 
     def _decode(self, state: DecodeState, variant: DecodeVariant, microbatches: int) -> DecodeOutput:
-        output = decode(
-            self.params,
-            self.expert_to_slot,
-            self.cache,
-            state,
-            spec=self.specs[microbatches],
-            num_steps=variant.num_steps,
-            extras=Extras(variant.sampling.num_logprobs),
-        )
+        static = self._static(variant, microbatches)
+        output = decode(self.params, self.expert_to_slot, self.cache, state, **static)
         self.cache = output.cache
         if output.state.settled is not None:
             self.hidden = output.state.settled.hidden
         return output
+
+    def _static(self, variant: DecodeVariant, microbatches: int) -> dict[str, Any]:
+        """The arguments of a call that are compiled into it."""
+        extras = Extras(variant.sampling.num_logprobs)
+        return {"spec": self.specs[microbatches], "num_steps": variant.num_steps, "extras": extras}

@@ -7,7 +7,7 @@ import numpy as np
 
 from cmjax.model import DecodeBatch
 from cmjax.schedule import DecodeGrowth, DecodeJoins, SamplingShape
-from cmjax.serve.steps import DecodeState, SamplingState, Settled
+from cmjax.serve.steps import DecodeState, PackedSampling, SamplingState, Settled
 
 
 class DecodeRows:
@@ -121,7 +121,7 @@ class DecodeRows:
         return ranks * num_slots + np.arange(len(places)) - first
 
     def state(self, places: np.ndarray, num_slots: int, shape: SamplingShape, hidden: jax.Array | None) -> DecodeState:
-        """These places as the host arrays of a step, `[ranks * num_slots]`, all else empty.
+        """These places as the host arrays of a step, `[ranks * num_slots]`, all else empty; without their sampling.
 
         Args:
             hidden: the devices' hidden states of all places, where drafts are made.
@@ -148,19 +148,23 @@ class DecodeRows:
                 self._num_settled[of_row],
             )
         history = self.history[of_row] if self.history is not None and shape.has_penalties else None
-        return DecodeState(batch, self._sampling_of(of_row, rows, shape), settled, history)
+        return DecodeState(batch, None, settled, history)
 
-    def _sampling_of(self, of_row: np.ndarray, rows: np.ndarray, shape: SamplingShape) -> SamplingState | None:
+    def sampling_of(self, places: np.ndarray, num_slots: int, shape: SamplingShape) -> PackedSampling | None:
+        """How these places are sampled, as a host array for the same step; None where the shape only takes the best."""
         if not shape.is_sampled:
             return None
         if self.sampling is None:
             raise ValueError(f"no rows have been made for {shape}: compile it first")
+        of_row = np.zeros(self.num_ranks * num_slots, np.int64)
+        rows = self.row_of(places, num_slots)
+        of_row[rows] = places
         found = self.sampling.rows(of_row, shape, self.vocab_size)
         # An empty row must not make the others draw, sort or add.
         is_empty = np.ones(len(of_row), bool)
         is_empty[rows] = False
         found.clear(is_empty)
-        return found
+        return PackedSampling.of(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from cmjax.schedule import (
     Result,
     SamplingParams,
     SamplingShape,
+    Variant,
 )
 from cmjax.serve.settings import EngineSettings, check_exchange_fits
 from cmjax.serve.steps import SECOND_BY_RANK, Logprobs, StepSpec, new_cache
@@ -36,7 +38,7 @@ class JaxExecutor(abc.ABC):
         placement: of the experts; None where the model has none.
         params, expert_to_slot: on the devices.
         spec: the static part of the steps; `specs` by number of microbatches, where there is a choice.
-        cache: `[ranks, cache layers, slots, latent width]`, see `new_cache`.
+        cache: `[ranks, cache layers, slots, latent width]`, see `new_cache`; `cache_like` without its contents.
         num_places: sequences that its tables have rows for.
     """
 
@@ -83,7 +85,9 @@ class JaxExecutor(abc.ABC):
         maps = expert_maps(self.placement, instance.ep_size)
         self.expert_to_slot = jax.device_put(maps, NamedSharding(instance.mesh, SECOND_BY_RANK))
         self.cache = new_cache(self.spec, num_blocks, model.dtype)
+        self.cache_like = jax.ShapeDtypeStruct(self.cache.shape, self.cache.dtype, sharding=self.cache.sharding)
         self._shapes = [SamplingShape()]
+        self._warm: set[tuple[Variant, int]] = set()
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -120,9 +124,29 @@ class JaxExecutor(abc.ABC):
         vars(self).pop("cache", None)  # its memory first: there may not be room for two
         self.cache = new_cache(self.spec, self.num_blocks, self.model.dtype)
 
-    @abc.abstractmethod
     def compile(self, plan: CompilePlan) -> None:
-        """Compile steps, by running them without requests."""
+        """Compile steps, by running them once without requests."""
+        for program in self._programs(plan.variants):
+            if program not in self._warm:
+                self._warm_up(*program)
+                self._warm.add(program)
+
+    def prepare(self, variant: Variant) -> None:
+        """Compile a step without running it, from any thread while others run: its first run then takes no longer."""
+        for program in self._programs([variant]):
+            self._lowered(*program).compile()
+
+    def _programs(self, variants: Iterable[Variant]) -> list[tuple[Variant, int]]:
+        """Each with the numbers of microbatches that it may have."""
+        return list(itertools.product(variants, self.specs))
+
+    @abc.abstractmethod
+    def _warm_up(self, variant: Variant, microbatches: int) -> None:
+        """Run a step without requests."""
+
+    @abc.abstractmethod
+    def _lowered(self, variant: Variant, microbatches: int) -> jax.stages.Lowered:
+        """A step that is ready to be compiled."""
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

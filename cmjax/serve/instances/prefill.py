@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -20,18 +20,20 @@ from cmjax.schedule import (
     PrefillVariant,
     Result,
     SamplingParams,
+    SamplingRows,
     SamplingShape,
     Scheduler,
     SendPlan,
+    Variant,
 )
 from cmjax.serve import transfer
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.settings import EngineSettings
-from cmjax.serve.steps import Extras, PrefillOutput, SamplingState, prefill
+from cmjax.serve.steps import Extras, PackedSampling, PrefillOutput, SamplingState, prefill
 from cmjax.serve.steps.shapes import bucket, round_up
 
-# Beside the full budget, a server's step comes in this size too: for the few tokens of a quiet moment.
-SMALL_STEP_TOKENS = 256
+# A server's step comes in the full budget, in a quarter of it, a quarter of that, and so on, down to this many tokens.
+LEAST_STEP_TOKENS = 128
 # A step has room for its budget in prompts of this length; shorter ones leave some of it unused.
 LEAST_PROMPT_TOKENS = 16
 
@@ -88,11 +90,12 @@ class PrefillExecutor(JaxExecutor):
         return (PrefillVariant(self._step_tokens(num_tokens), self.shape_for(samplings)),)
 
     def serving_variants(self) -> tuple[PrefillVariant, ...]:
-        """The steps of a server: of a full budget for each shape, and of a few prompts for greedy ones."""
-        full = self.num_step_tokens
-        small = self._step_tokens(min(SMALL_STEP_TOKENS, full))
-        pairs = [(small, self.serving_shapes[0]), *((full, shape) for shape in self.serving_shapes)]
-        return tuple(PrefillVariant(*pair) for pair in dict.fromkeys(pairs))
+        """The steps of a server, in a few sizes, for whatever clients ask for: what nobody asks for in a step costs it
+        nothing, and more shapes would only take longer to compile."""
+        sizes = [self.num_step_tokens]
+        while sizes[0] >= 4 * LEAST_STEP_TOKENS:
+            sizes.insert(0, self._step_tokens(sizes[0] // 4))
+        return tuple(PrefillVariant(size, self.serving_shapes[-1]) for size in dict.fromkeys(sizes))
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,9 @@ class PrefillExecutor(JaxExecutor):
 
     def _run_step(self, plan: PrefillPlan) -> PrefillResult:
         begin = time.perf_counter()
-        output = self.step(self.pack(plan), plan.variant.sampling, self._sampling(plan), plan.microbatches)
+        variant = plan.variant
+        arguments = self.pack(plan), self._sampling(variant.sampling, plan.sampling), self._scored(variant, plan)
+        output = self.step(*arguments, shape=variant.sampling, microbatches=plan.microbatches)
         token_ids = np.asarray(output.token_ids)[: len(plan.places)]
         seconds = time.perf_counter() - begin
         self.keep_last_hidden(plan, output.last_hidden)
@@ -140,37 +145,42 @@ class PrefillExecutor(JaxExecutor):
         return self._last_hidden[step]
 
     def compile(self, plan: CompilePlan) -> None:
-        for variant in plan.variants:
-            assert isinstance(variant, PrefillVariant)
-            for microbatches in self.specs:
-                shape, state = variant.sampling, self._empty_sampling(variant.sampling)
-                output = self.step(self.empty_batch(variant.num_tokens), shape, state, microbatches)
-                jax.block_until_ready(output.token_ids)
+        super().compile(plan)
         for name in plan.targets:
             transfer.compile_read(self, self._wire.receiver(name))
+
+    def _lowered(self, variant: Variant, microbatches: int) -> jax.stages.Lowered:
+        assert isinstance(variant, PrefillVariant)
+        static = self._static(variant.sampling, microbatches)
+        return prefill.lower(self.params, self.expert_to_slot, self.cache_like, *self._empty(variant), **static)
+
+    def _warm_up(self, variant: Variant, microbatches: int) -> None:
+        assert isinstance(variant, PrefillVariant)
+        output = self.step(*self._empty(variant), shape=variant.sampling, microbatches=microbatches)
+        jax.block_until_ready(output.token_ids)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(
         self,
         batch: PrefillBatch,
+        sampling: PackedSampling | None = None,
+        scored: np.ndarray | None = None,
+        *,
         shape: SamplingShape | None = None,
-        sampling: SamplingState | None = None,
         microbatches: int | None = None,
     ) -> PrefillOutput:
         """Run one prefill step; it may still be running when this returns."""
-        shape = shape or SamplingShape()
-        output = prefill(
-            self.params,
-            self.expert_to_slot,
-            self.cache,
-            batch,
-            sampling,
-            spec=self.spec if microbatches is None else self.specs[microbatches],
-            extras=Extras(shape.num_logprobs, shape.num_prompt_logprobs),
-        )
+        static = self._static(shape, microbatches)
+        output = prefill(self.params, self.expert_to_slot, self.cache, batch, sampling, scored, **static)
         self.cache = output.cache
         return output
+
+    def _static(self, shape: SamplingShape | None, microbatches: int | None) -> dict[str, Any]:
+        """The arguments of a step that are compiled into it."""
+        spec = self.spec if microbatches is None else self.specs[microbatches]
+        shape = shape or SamplingShape()
+        return {"spec": spec, "extras": Extras(shape.num_logprobs, shape.num_prompt_logprobs)}
 
     def empty_batch(self, num_tokens: int) -> PrefillBatch:
         """A step of padding, as host arrays."""
@@ -201,15 +211,30 @@ class PrefillExecutor(JaxExecutor):
         batch.query_start[num_rows + 1 :] = num_tokens
         return batch
 
-    def _sampling(self, plan: PrefillPlan) -> SamplingState | None:
-        state = self._empty_sampling(plan.variant.sampling)
-        if state is not None and plan.sampling is not None:
-            state.write(np.arange(len(plan.places)), plan.sampling)
-        return state
+    def _empty(self, variant: PrefillVariant) -> tuple[PrefillBatch, PackedSampling | None, np.ndarray | None]:
+        """What a step takes, all of it padding."""
+        batch, shape = self.empty_batch(variant.num_tokens), variant.sampling
+        return batch, self._sampling(shape), self._scored(variant)
 
-    def _empty_sampling(self, shape: SamplingShape) -> SamplingState | None:
-        vocabulary = self.model.config.vocab_size
-        return SamplingState.for_shape(self.num_places, shape, vocabulary) if shape.is_sampled else None
+    def _sampling(self, shape: SamplingShape, rows: SamplingRows | None = None) -> PackedSampling | None:
+        """How the first rows of a step are sampled; None where all of them are greedy."""
+        if not shape.is_sampled:
+            return None
+        state = SamplingState.for_shape(self.num_places, shape, self.model.config.vocab_size)
+        if rows is not None:
+            state.write(np.arange(len(rows.temperature)), rows)
+        return PackedSampling.of(state)
+
+    def _scored(self, variant: PrefillVariant, plan: PrefillPlan | None = None) -> np.ndarray | None:
+        """The tokens whose log probabilities are asked for, each at the one before it; None where none ever are."""
+        if variant.sampling.num_prompt_logprobs is None:
+            return None
+        scored = np.full(variant.num_tokens, -1, np.int32)
+        if plan is not None:
+            lengths = plan.stops - plan.starts
+            is_asked = np.isin(np.repeat(np.arange(len(lengths)), lengths), plan.prompt_logprob_rows)
+            scored[: len(is_asked)] = np.where(is_asked, plan.next_token_ids, -1)
+        return scored
 
     def _step_tokens(self, wanted: int) -> int:
         """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""

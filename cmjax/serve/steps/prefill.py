@@ -9,7 +9,7 @@ from jax import lax
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model import Params, PrefillBatch, lm_head, local_tokens, param_specs, prefill_pass
-from cmjax.serve.steps.sampling import Logprobs, SamplingState, greedy, logprobs, sample
+from cmjax.serve.steps.sampling import Logprobs, PackedSampling, greedy, logprobs_where_asked, sample
 from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, by_rows, specs_of
 
 
@@ -26,8 +26,7 @@ class PrefillOutput:
         all_logits: `float32[tokens, vocabulary]`, where asked for; in the order of `cmjax.model.token_order`, which is
             that of the batch where there is one microbatch.
         logprobs: of `token_ids`, where asked for.
-        prompt_logprobs: of `next_token_ids` at each token, in the same order, where asked for; mean nothing where that
-            is -1.
+        prompt_logprobs: of `scored_token_ids`, in the same order, where asked for; mean nothing where that is -1.
     """
 
     cache: jax.Array
@@ -46,7 +45,8 @@ def prefill(
     expert_to_slot: jax.Array,
     cache: jax.Array,
     batch: PrefillBatch,
-    sampling: SamplingState | None = None,
+    sampling: PackedSampling | None = None,
+    scored_token_ids: jax.Array | None = None,
     *,
     spec: StepSpec,
     extras: Extras = NO_EXTRAS,
@@ -59,6 +59,8 @@ def prefill(
         cache: donated.
         batch: replicated; both tokens and sequences are multiples of R.
         sampling: of the sequences, cut by rank; None: greedy.
+        scored_token_ids: `int32[tokens]`, the token after each one of a prompt whose log probabilities are asked for,
+            -1 for all others; None: of all prompts.
     """
     num_ranks = spec.mesh.size
     num_sequences = batch.block_table.shape[0]
@@ -69,7 +71,12 @@ def prefill(
         )
 
     def rank(
-        params: Params, maps: jax.Array, cache: jax.Array, batch: PrefillBatch, sampling: SamplingState | None
+        params: Params,
+        maps: jax.Array,
+        cache: jax.Array,
+        batch: PrefillBatch,
+        packed: PackedSampling | None,
+        scored: jax.Array | None,
     ) -> PrefillOutput:
         output, _ = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
         rank_id = lax.axis_index(EP_AXIS)
@@ -80,14 +87,19 @@ def prefill(
         last_hidden = fabric.psum(mine, EP_AXIS, channel="prefill/last_hidden")
         share = num_sequences // num_ranks
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
+        sampling = None if packed is None else packed.unpacked()
         if sampling is None:
             token_ids = greedy(logits)
         else:
             own_ends = lax.dynamic_slice_in_dim(ends, rank_id * share, share)
             token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
-        of_prompts = None
+        of_first = of_prompts = None
+        if (num_top := extras.num_logprobs) is not None:
+            asks = jnp.ones(share) if sampling is None else sampling.asks_logprobs
+            of_first = logprobs_where_asked(asks > 0, token_ids, num_top, lambda: logits)
         if (num_top := extras.num_prompt_logprobs) is not None:
-            of_prompts = _prompt_logprobs(params, output.hidden, batch.next_token_ids[tokens], num_top)
+            following = batch.next_token_ids if scored is None else scored
+            of_prompts = _prompt_logprobs(params, output.hidden, following[tokens], num_top)
         return PrefillOutput(
             cache=output.cache[None],
             token_ids=token_ids,
@@ -95,15 +107,21 @@ def prefill(
             last_hidden=last_hidden,
             slot_load=output.slot_load,
             all_logits=lm_head(params, output.hidden) if extras.logits else None,
-            logprobs=None if extras.num_logprobs is None else logprobs(logits, token_ids, extras.num_logprobs),
+            logprobs=of_first,
             prompt_logprobs=of_prompts,
         )
 
     out_specs = specs_of(PrefillOutput, last_hidden=EVERYWHERE, slot_load=SECOND_BY_RANK)
-    in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, EVERYWHERE, BY_RANK)
-    return spec.on_ranks(rank, in_specs, out_specs)(params, expert_to_slot, cache, batch, sampling)
+    in_specs = (param_specs(params, EP_AXIS), SECOND_BY_RANK, BY_RANK, EVERYWHERE, BY_RANK, EVERYWHERE)
+    on_ranks = spec.on_ranks(rank, in_specs, out_specs)
+    return on_ranks(params, expert_to_slot, cache, batch, sampling, scored_token_ids)
 
 
 def _prompt_logprobs(params: Params, hidden: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
-    """Of `token_ids int32[tokens]`, each the one after a token with `hidden[tokens, hidden]`."""
-    return by_rows(lambda rows, ids: logprobs(lm_head(params, rows), ids, num_top), hidden, token_ids)
+    """Of `token_ids int32[tokens]`, each the one after a token with `hidden[tokens, hidden]`, or -1."""
+
+    # From 1 on: rows that fill the last part up hold 0, and nobody asks for them.
+    def of_some(hidden: jax.Array, numbers: jax.Array) -> Logprobs:
+        return logprobs_where_asked(numbers > 0, numbers - 1, num_top, lambda: lm_head(params, hidden))
+
+    return by_rows(of_some, hidden, token_ids + 1)

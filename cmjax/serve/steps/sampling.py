@@ -5,6 +5,7 @@ call, or on whether it was guessed before. One set of noise serves a draft and t
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -16,7 +17,8 @@ from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, Ragged, SamplingRows, Sa
 
 # On the host, or in a step.
 Array = np.ndarray | jax.Array
-
+# What requests have generated, or what makes it, where it is work that only some requests need.
+History = Array | Callable[[], Array]
 
 # What is read where a token is chosen, one value a row; and rows of a width that the shape gives, with what fills them.
 _VALUES = (
@@ -28,6 +30,7 @@ _VALUES = (
     "frequency_penalty",
     "repetition_penalty",
     "min_positions",
+    "asks_logprobs",
     "seed",
 )
 _LISTS = {"bias_ids": -1, "bias_values": 0, "stop_ids": -1, "word_ids": -1, "word_ends": -1}
@@ -45,6 +48,7 @@ class SamplingState:
         presence_penalty, frequency_penalty: `float32[rows]`.
         repetition_penalty: `float32[rows]`, 1 for none.
         min_positions: `int32[rows]`, the first position that may hold a stop token.
+        asks_logprobs: `int32[rows]`, whether the log probabilities of its tokens are asked for.
         seed: `uint32[rows, 2]`, high and low half.
         bias_ids, bias_values: `int32[rows, any]`, -1 padded, and `float32` of the same shape.
         stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
@@ -62,6 +66,7 @@ class SamplingState:
     frequency_penalty: Array
     repetition_penalty: Array
     min_positions: Array
+    asks_logprobs: Array
     seed: Array
     bias_ids: Array
     bias_values: Array
@@ -86,6 +91,7 @@ class SamplingState:
             frequency_penalty=zeros[4],
             repetition_penalty=zeros[5] + 1,
             min_positions=np.zeros(rows, np.int32),
+            asks_logprobs=np.zeros(rows, np.int32),
             seed=np.zeros((rows, 2), np.uint32),
             bias_ids=np.full((rows, num_bias), -1, np.int32),
             bias_values=np.zeros((rows, num_bias), np.float32),
@@ -138,6 +144,39 @@ class SamplingState:
             getattr(self, name)[rows] = filler
 
 
+@flax.struct.dataclass
+class PackedSampling:
+    """A `SamplingState` as one array: one argument of a step to cut by rank, and to send to hundreds of devices, in
+    place of a dozen and more.
+
+    Attributes:
+        words: `int32[rows, any]`, the bytes of each row's fields one after another, each from a word on.
+        layout: dtype and width of each field, 0 for one of a value a row.
+    """
+
+    words: Array
+    layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, state: SamplingState) -> "PackedSampling":
+        """Pack host arrays."""
+        arrays = [np.asarray(getattr(state, field.name)) for field in dataclasses.fields(state)]
+        parts = [np.ascontiguousarray(a.reshape(len(a), -1)).view(np.uint8).reshape(len(a), -1) for a in arrays]
+        padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % 4))) for part in parts]
+        layout = tuple((a.dtype.name, a.shape[1] if a.ndim == 2 else 0) for a in arrays)
+        return cls(np.concatenate(padded, axis=1).view(np.int32), layout)
+
+    def unpacked(self) -> SamplingState:
+        """In a step."""
+        words, begin, fields = jnp.asarray(self.words), 0, []
+        for dtype, width in self.layout:
+            num_bytes = max(width, width == 0) * np.dtype(dtype).itemsize
+            part = words[:, begin : (begin := begin + -(-num_bytes // 4))]
+            values = lax.bitcast_convert_type(part, dtype).reshape(len(words), -1)
+            fields.append(values[:, :width] if width else values[:, 0])
+        return SamplingState(*fields)
+
+
 def _mask(ids: Ragged, num_bytes: int) -> np.ndarray:
     """A bit for each token id, `uint8[rows, num_bytes]`."""
     bits = np.zeros((len(ids.lengths), num_bytes * 8), bool)
@@ -159,6 +198,19 @@ class Logprobs:
     rank: jax.Array
     top_ids: jax.Array
     top: jax.Array
+
+
+def logprobs_where_asked(
+    is_asked: Array, token_ids: jax.Array, num_top: int, logits: Callable[[], jax.Array]
+) -> Logprobs:
+    """See `logprobs`; zeros where none of the rows is asked for, `is_asked bool[rows]`."""
+
+    def nothing() -> Logprobs:
+        rows = len(token_ids)
+        values, ids = jnp.zeros((rows, num_top), jnp.float32), jnp.zeros((rows, num_top), jnp.int32)
+        return Logprobs(jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.int32), ids, values)
+
+    return lax.cond(jnp.any(is_asked), lambda: logprobs(logits(), token_ids, num_top), nothing)
 
 
 def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
@@ -195,7 +247,7 @@ def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
     return (token_ids[..., None] == state.stop_ids[:, None]).any(-1) & (token_ids >= 0)
 
 
-def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None = None) -> jax.Array:
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None = None) -> jax.Array:
     """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not, and
     `NOTHING_ALLOWED` where the request's settings leave no token.
 
@@ -206,8 +258,8 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, histor
         logits: `float32[rows, vocabulary]`.
         state: of the rows.
         positions: those of the tokens to sample.
-        history: `int32[rows, any]`, what each request has generated so far, -1 padded; None: nothing, or nothing that
-            counts.
+        history: `int32[rows, any]`, what each request has generated so far, -1 padded, or what makes it; None: nothing,
+            or nothing that counts.
     """
     adjusted = _adjusted(logits, state, positions, history)
     best = _best(adjusted)
@@ -222,7 +274,7 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, histor
     return _finite_only(jnp.where(adjusted.max(-1) == -jnp.inf, NOTHING_ALLOWED, token_ids), logits)
 
 
-def _adjusted(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None) -> jax.Array:
+def _adjusted(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None) -> jax.Array:
     """`logits` with each row's settings but temperature and filters. What hardly any request has is behind a condition:
     scatters are scalar code on a CPU."""
     forbids = jnp.any(positions < state.min_positions) | (state.word_ids >= 0).any()
@@ -248,12 +300,12 @@ def _at(logits: jax.Array, token_ids: Array, values: jax.Array | float) -> jax.A
 
 
 def _without_forbidden(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, history: Array | None
+    logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None
 ) -> jax.Array:
     if state.allowed_mask.shape[1]:
         logits = jnp.where(_unpacked(state.allowed_mask, logits.shape[1]), logits, -jnp.inf)
     if state.word_ids.shape[1]:
-        logits = _at(logits, jnp.where(_ends_word(state, history), state.word_ids, -1), -jnp.inf)
+        logits = _at(logits, jnp.where(_ends_word(state, _made(history)), state.word_ids, -1), -jnp.inf)
     is_early = (positions < state.min_positions)[:, None]
     return _at(logits, jnp.where(is_early, state.stop_ids, -1), -jnp.inf)
 
@@ -273,10 +325,14 @@ def _ends_word(state: SamplingState, history: Array | None) -> jax.Array:
     return (ends == 0) & (num_missing == before_word)
 
 
-def _penalized(logits: jax.Array, state: SamplingState, history: Array | None) -> jax.Array:
-    counts = jnp.zeros(logits.shape, jnp.int32)
-    if history is not None:
-        counts = _at(counts, history, 1)
+def _made(history: History | None) -> Array | None:
+    return history() if callable(history) else history
+
+
+def _penalized(logits: jax.Array, state: SamplingState, history: History | None) -> jax.Array:
+    counts, generated = jnp.zeros(logits.shape, jnp.int32), _made(history)
+    if generated is not None:
+        counts = _at(counts, generated, 1)
     if state.prompt_mask.shape[1]:
         is_repeated = _unpacked(state.prompt_mask, logits.shape[1]) | (counts > 0)
         penalty = jnp.where(is_repeated, state.repetition_penalty[:, None], 1)

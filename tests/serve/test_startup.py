@@ -1,0 +1,186 @@
+"""An engine that comes up: the first requests are served while most of its steps are still to be compiled."""
+
+import itertools
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from cmjax.schedule import SERVING_SHAPES, CompilePlan, DecodeVariant, PrefillVariant
+from cmjax.serve import SamplingParams
+from cmjax.serve.instances import JaxExecutor
+from cmjax.serve.startup import Startup, in_order
+from tests.parity import load_case
+from tests.serve.driving import make_engine, model_of
+
+GREEDY, ANY = SERVING_SHAPES
+RNG = np.random.default_rng(0)
+SAMPLINGS = [
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": 2},
+    {"presence_penalty": 1.5, "repetition_penalty": 1.3},
+    {"logprobs": 3, "prompt_logprobs": 2},
+    {"min_tokens": 4, "stop_token_ids": tuple(range(8)), "allowed_token_ids": tuple(range(0, 90, 3))},
+]
+
+
+def test_steps_are_compiled_by_how_soon_they_are_needed():
+    prefill = [PrefillVariant(size, ANY) for size in (128, 512, 2048)]
+    assert [one.num_tokens for one in in_order(prefill)] == [128, 2048, 512]
+    decode = [DecodeVariant(slots, 8, shape) for shape in SERVING_SHAPES for slots in (1, 2, 4, 8)]
+    order = [(one.num_slots, one.sampling == ANY) for one in in_order(decode)]
+    assert order == [*((slots, True) for slots in (1, 8, 2, 4)), *((slots, False) for slots in (1, 8, 2, 4))]
+    assert in_order(decode[:1]) == decode[:1]
+
+
+class FakeFleet:
+    """Instances whose steps take a second each to compile, on a clock of their own."""
+
+    def __init__(self, *failing):
+        self.now, self.used, self.told, self.failing = 0.0, [], [], failing
+        self.is_open = False
+        steps = {
+            "prefill0": [PrefillVariant(size, ANY) for size in (128, 512)],
+            "decode0": [DecodeVariant(slots, 8, shape) for shape in SERVING_SHAPES for slots in (1, 8)],
+        }
+        self.executors = {name: self.executor(variants) for name, variants in steps.items()}
+
+    def executor(self, variants):
+        return types.SimpleNamespace(serving_variants=lambda: tuple(variants), prepare=self.prepare)
+
+    def prepare(self, variant):
+        self.now += 1.0
+        if variant in self.failing:
+            raise RuntimeError("does not fit")
+
+    def use(self, name, variant):
+        self.used.append((name, variant))
+
+    def compile_handoff(self):
+        assert {name for name, _ in self.used} == set(self.executors)
+
+    def open_for_serving(self):
+        self.is_open = True
+
+    def startup(self):
+        return Startup(self, self.told.append, lambda: self.now)
+
+
+def test_it_says_how_far_it_is():
+    fleet = FakeFleet()
+    startup = fleet.startup()
+    startup.compile_first()
+    assert fleet.is_open
+    assert len(fleet.used) == 2
+    startup.compile_rest()
+    assert len(fleet.used) == 6
+    told = fleet.told
+    assert [one.num_done for one in told] == list(range(7))
+    assert all(one.num_steps == 6 for one in told)
+    assert [one.can_serve for one in told] == [False] * 3 + [True] * 4
+    assert told[0].left_s is None
+    assert str(told[0]) == "compiled 0 of 6 steps in 0 s"
+    for one in told[1:]:
+        assert one.left_s == pytest.approx(one.elapsed_s / one.num_done * (6 - one.num_done))
+    assert "about" not in str(told[-1])
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_others():
+    failing = DecodeVariant(8, 8, ANY)
+    fleet = FakeFleet(failing)
+    startup = fleet.startup()
+    startup.compile_first()
+    errors = []
+    startup.compile_rest_behind(errors.append)
+    startup._thread.join()
+    assert [str(error) for error in errors] == ["does not fit"]
+    assert ("prefill0", PrefillVariant(512, ANY)) in fleet.used
+    assert ("decode0", failing) not in fleet.used
+
+
+def test_nothing_is_compiled_after_the_end():
+    fleet = FakeFleet()
+    startup = fleet.startup()
+    startup.compile_first()
+    startup.stop()
+    startup.compile_rest()
+    assert len(fleet.used) == 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(load_case("v3-small"))
+
+
+def test_requests_are_served_before_most_steps_are_there(model, monkeypatch):
+    """Of every kind, longer than the first prefill step and more than the first decode call takes, with the tokens that
+    they have when everything is compiled."""
+    prepare, may_go_on, first = JaxExecutor.prepare, threading.Event(), set()
+
+    def wait(executor, variant):
+        if executor in first:
+            may_go_on.wait(120)
+        first.add(executor)
+        prepare(executor, variant)
+
+    monkeypatch.setattr(JaxExecutor, "prepare", wait)
+    monkeypatch.setattr("cmjax.serve.instances.prefill.LEAST_STEP_TOKENS", 16)
+    sizes = {"max_num_seqs_per_rank": 4, "max_model_len": 96, "max_num_batched_tokens": 64, "block_size": 8}
+    engine = make_engine(model, 2, prefill_ep_size=1, **sizes)
+    told = []
+    engine.start(told.append, wait=False)
+    try:
+        assert told[-1].num_done == 2 < told[-1].num_steps
+        assert [one.status for one in engine.stats().instances] == ["ready", "ready"]
+        prompts = [RNG.integers(8, 90, length).tolist() for length in (3, 40, 80)]
+        pairs = [(prompt, SamplingParams(max_tokens=8, **sampling)) for prompt in prompts for sampling in SAMPLINGS]
+        before = [one.result(timeout=120) for one in [engine.submit(*pair) for pair in pairs]]
+        planners = engine.core.scheduler.planners
+        assert [len(one.variants) for one in planners] == [1, 1]
+        may_go_on.set()
+        engine._startup._thread.join(240)
+        assert told[-1].num_done == told[-1].num_steps
+        assert [one.variants for one in planners] == [one.serving_variants() for one in engine.fleet.executors.values()]
+        after = [one.result(timeout=120) for one in [engine.submit(*pair) for pair in pairs]]
+    finally:
+        may_go_on.set()
+        engine.shutdown(timeout=0)
+    for one, other, (_, sampling) in zip(before, after, pairs, strict=True):
+        assert one.token_ids == other.token_ids
+        assert len(one.token_ids) == 8 or one.finish_reason == "stop"
+        assert (one.logprobs is None) == (sampling.logprobs is None)
+        for name in ("logprobs", "prompt_logprobs"):
+            found, wanted = getattr(one, name) or [], getattr(other, name) or []
+            for here, there in itertools.zip_longest(found, wanted):
+                assert (here is None) == (there is None)
+                if here is not None:
+                    assert here.token_id == there.token_id
+                    assert here.logprob == pytest.approx(there.logprob, abs=1e-3)
+
+
+def test_what_has_been_prepared_is_not_compiled_again(model):
+    """By JAX's own count of the compilations that its backend is asked for."""
+    import jax
+
+    counted = []
+
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(duration)
+
+    engine = make_engine(model, 2, prefill_ep_size=1, max_num_seqs_per_rank=2, max_model_len=32)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        (source,), (target,) = engine.fleet.prefill.values(), engine.fleet.decode.values()
+        for executor, variant in ((source, source.serving_variants()[0]), (target, target.serving_variants()[-1])):
+            executor.compile(CompilePlan(()))  # what is no step
+            executor.prepare(variant)
+            assert counted
+            counted.clear()
+            executor.compile(CompilePlan((variant,)))
+            assert not counted
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+        engine.shutdown(timeout=0)
