@@ -151,11 +151,11 @@ class PackedSampling:
 
     Attributes:
         words: `int32[rows, any]`, the bytes of each row's fields one after another, each from a word on.
-        layout: dtype and width of each field, 0 for one of a value a row.
+        layout: dtype and width of each field, None for one of a value a row.
     """
 
     words: Array
-    layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
+    layout: tuple[tuple[str, int | None], ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, state: SamplingState) -> "PackedSampling":
@@ -163,17 +163,19 @@ class PackedSampling:
         arrays = [np.asarray(getattr(state, field.name)) for field in dataclasses.fields(state)]
         parts = [np.ascontiguousarray(a.reshape(len(a), -1)).view(np.uint8).reshape(len(a), -1) for a in arrays]
         padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % 4))) for part in parts]
-        layout = tuple((a.dtype.name, a.shape[1] if a.ndim == 2 else 0) for a in arrays)
+        layout = tuple((a.dtype.name, a.shape[1] if a.ndim == 2 else None) for a in arrays)
         return cls(np.concatenate(padded, axis=1).view(np.int32), layout)
 
     def unpacked(self) -> SamplingState:
         """In a step."""
         words, begin, fields = jnp.asarray(self.words), 0, []
         for dtype, width in self.layout:
-            num_bytes = max(width, width == 0) * np.dtype(dtype).itemsize
-            part = words[:, begin : (begin := begin + -(-num_bytes // 4))]
-            values = lax.bitcast_convert_type(part, dtype).reshape(len(words), -1)
-            fields.append(values[:, :width] if width else values[:, 0])
+            count, per_word = 1 if width is None else width, 4 // np.dtype(dtype).itemsize
+            num_words = -(-count // per_word)
+            part = lax.bitcast_convert_type(words[:, begin : begin + num_words], dtype)
+            values = part.reshape(len(words), num_words * per_word)
+            fields.append(values[:, 0] if width is None else values[:, :width])
+            begin += num_words
         return SamplingState(*fields)
 
 
