@@ -315,13 +315,14 @@ def primitives(jaxpr, depth=0):
                 yield from primitives(inner, depth + is_choice)
 
 
-def test_neither_noise_nor_sort_where_no_row_asks():
+def test_neither_noise_nor_filters_where_no_row_asks():
     state = state_of(SamplingParams())
     program = jax.make_jaxpr(sample)(np.zeros((1, VOCABULARY), np.float32), state, np.zeros(1, np.int32))
     found = list(primitives(program.jaxpr))
-    # Noise where a row draws; one sort where, besides, a row has top-k or top-p.
+    # Noise where a row draws; a bisection each where, besides, a row has top-k, or top-p.
     assert {depth for name, depth in found if name.startswith(("random", "threefry"))} == {1}
-    assert [depth for name, depth in found if name == "sort"] == [2]
+    assert [depth for name, depth in found if name in ("scan", "while")] == [2, 2]
+    assert "sort" not in {name for name, _ in found}
 
 
 def test_logprobs_of_equals_and_of_extremes():
