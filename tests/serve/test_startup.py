@@ -4,6 +4,7 @@ import itertools
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -162,16 +163,14 @@ def test_requests_are_served_before_most_steps_are_there(model, monkeypatch):
 
 def test_what_has_been_prepared_is_not_compiled_again(model):
     """By JAX's own count of the compilations that its backend is asked for."""
-    import jax
-
     counted = []
 
     def note(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             counted.append(duration)
 
+    jax.monitoring.register_event_duration_secs_listener(note)  # for good: older versions cannot take one out
     engine = make_engine(model, 2, prefill_ep_size=1, max_num_seqs_per_rank=2, max_model_len=32)
-    jax.monitoring.register_event_duration_secs_listener(note)
     try:
         (source,), (target,) = engine.fleet.prefill.values(), engine.fleet.decode.values()
         for executor, variant in ((source, source.serving_variants()[0]), (target, target.serving_variants()[-1])):
@@ -182,5 +181,4 @@ def test_what_has_been_prepared_is_not_compiled_again(model):
             executor.compile(CompilePlan((variant,)))
             assert not counted
     finally:
-        jax.monitoring.unregister_event_duration_listener(note)
         engine.shutdown(timeout=0)
