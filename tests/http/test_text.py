@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmjax.api.errors import ApiError
+from cmjax.api.template import ChatTemplate
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
-from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.stops import StopStrings
-from cmjax.serve.http.template import ChatTemplate
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 LETTERS = st.text("ab\n", max_size=30)
