@@ -1,5 +1,6 @@
 """Running the app: uvicorn, and a way down that finishes what runs."""
 
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -80,5 +81,9 @@ def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], N
         How it ended: what had to be cut.
     """
     server = make_server(app, listen, on_ready)
+    # What there is now lives as long as the process. A full collection would look at all of it, each time, and hold the
+    # event loop meanwhile.
+    gc.collect()
+    gc.freeze()
     server.run()
     return server.drain
