@@ -161,12 +161,12 @@ def _server(engine: Engine, path: Path, tokenizer: Tokenizer | None) -> Iterator
     """A server in a thread: its address, and the seconds of CPU that the thread has used so far."""
     import uvicorn
 
+    from cmjax.api import ChatTemplate
     from cmjax.serve.http import create_app
-    from cmjax.serve.http.template import ChatTemplate
 
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer)
     app = create_app(engine, ServerSettings(model_name=path.name), tokenizer, template)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
     clock: list[int] = []
 
     def run() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmjax.checkpoint.safetensors import read_json
 from cmjax.errors import UserError
+from cmjax.text import read_json
 
 # What vLLM takes from the file, and what a request calls it.
 _DEFAULTS = {

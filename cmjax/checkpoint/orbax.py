@@ -20,10 +20,10 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cmjax.checkpoint.safetensors import read_json
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig, Params, abstract_params, aligned_empty, named_leaves, params_digest, quant_mode
 from cmjax.quant import QUANT_MODES, QuantMode
+from cmjax.text import read_json
 
 _MANIFEST, _PARAMS = "cmjax.json", "params"
 _FORMAT = 1

@@ -19,12 +19,13 @@ from threadpoolctl import threadpool_limits
 
 from cmjax.checkpoint.formats import Int8Channels, compressed_config, fill, is_finite, stored_format, stored_tensors
 from cmjax.checkpoint.quantize import Techniques, input_gram, quantize_layer, round_matrix
-from cmjax.checkpoint.safetensors import INDEX_NAME, SafetensorsFolder, read_json, tensor_names, write_safetensors
+from cmjax.checkpoint.safetensors import INDEX_NAME, SafetensorsFolder, tensor_names, write_safetensors
 from cmjax.checkpoint.weights import layer_slots
 from cmjax.errors import UserError
 from cmjax.model import LayerParams, ModelConfig, aligned_empty, build_layers, check_token_ids
 from cmjax.quant import dequantize_host
 from cmjax.quant.calibrate import quantized_rows, search_scale
+from cmjax.text import read_json
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 _MANIFEST = "quantize.json"

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.text import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -117,19 +118,6 @@ def _indexed(folder: Path, index: Path) -> dict[str, _Entry]:
         if name not in headers[file]:
             raise UserError(f"{folder / file}: tensor {name} is missing; {index.name} says that it is in this file")
     return {name: headers[file][name] for name, file in weight_map.items()}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; UserError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot read this file: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cmjax.checkpoint.tokenizer import Tokenizer
 from cmjax.errors import UserError
 from cmjax.options import check_bounds, option
+from cmjax.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from cmjax.checkpoint.formats import (
     stored_format,
     stored_tensors,
 )
-from cmjax.checkpoint.safetensors import SafetensorsFolder, read_json, write_safetensors
+from cmjax.checkpoint.safetensors import SafetensorsFolder, write_safetensors
 from cmjax.errors import UserError
 from cmjax.model import (
     AttentionParams,
@@ -51,6 +51,7 @@ from cmjax.model import (
     quant_mode,
 )
 from cmjax.quant import QuantMode
+from cmjax.text import read_json
 
 _log = logging.getLogger(__name__)
 

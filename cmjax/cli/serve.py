@@ -14,6 +14,8 @@ from cmjax.mesh import InstanceLayout
 from cmjax.serve import Bounds, EngineSettings, RatioPolicy
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
+EXIT_CUT = 3  # answers were not finished
+
 
 @click.command(
     epilog="""\b
@@ -42,11 +44,15 @@ def serve(
     layout: InstanceLayout,
     formats: ModelFormats,
     engine: Given[EngineSettings],
-) -> None:
-    """Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics."""
+) -> int:
+    """Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics.
+
+    SIGTERM or Ctrl-C: what runs is finished, new requests get a 503, and the exit status is 0; it is 3 where something
+    was cut, after --drain-timeout or by a second signal.
+    """
     try:
+        from cmjax.api import ChatTemplate
         from cmjax.serve.http import create_app, known_keys, run_server
-        from cmjax.serve.http.template import ChatTemplate
     except ImportError as error:
         raise UserError(f"cmjax serve needs pip install 'cmjax[serve]' ({error})") from error
 
@@ -64,6 +70,13 @@ def serve(
         started.follow_load(RatioPolicy({"prefill": prefill, "decode": decode}))
     try:
         app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
-        run_server(app, listen, lambda address: click.echo(f"serving {settings.model_name} on {address}", err=True))
+        drain = run_server(
+            app, listen, lambda address: click.echo(f"serving {settings.model_name} on {address}", err=True)
+        )
     finally:
         started.shutdown(timeout=0)
+    if drain.num_cut:
+        noun = "request was" if drain.num_cut == 1 else "requests were"
+        click.echo(f"cmjax: {drain.num_cut} {noun} cut: not finished within {drain.seconds:.1f} s", err=True)
+        return EXIT_CUT
+    return 0

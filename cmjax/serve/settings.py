@@ -167,6 +167,19 @@ class ServerSettings:
     max_body_bytes: int = option(
         16_000_000, "Largest body of a request; the option is in MB.", flag="--max-body-mb", minimum=1, scale=1e6
     )
+    receive_timeout_s: float = option(
+        60.0,
+        "Seconds that a client has to send the head of a request, and then all of its body; a 408 after that.",
+        flag="--receive-timeout",
+        minimum=0,
+        is_open=True,
+    )
+    default_max_tokens: int = option(
+        512,
+        "Most tokens of the answer to a chat that does not say max_tokens, unless generation_config.json does.",
+        flag="--default-max-tokens",
+        minimum=1,
+    )
     max_concurrent_requests: int = option(
         10_000,
         "Prompts times choices that may be under way; more get a 429.",
@@ -208,7 +221,11 @@ class ListenSettings:
     port: int = option(8000, "Port to listen on; 0 takes a free one.", flag="--port", minimum=0, maximum=65535)
     uds: str | None = option(None, "Listen on this Unix socket instead.", flag="--uds")
     drain_timeout_s: float = option(
-        30.0, "Seconds that what runs has to finish, once the server is told to end.", flag="--drain-timeout", minimum=0
+        30.0,
+        "Seconds that what runs has to finish, once the server is told to end; what has not is cut, and the exit "
+        "status is 3.",
+        flag="--drain-timeout",
+        minimum=0,
     )
     log_level: str = option(
         "warning",

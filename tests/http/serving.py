@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -10,13 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import uvicorn
-
+from cmjax.api import ChatTemplate
 from cmjax.checkpoint import GenerationConfig, Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.serve import Engine
-from cmjax.serve.http import ServerSettings, create_app
-from cmjax.serve.http.template import ChatTemplate
+from cmjax.serve.http import ListenSettings, ServerSettings, create_app, make_server
+from cmjax.serve.http.state import ServerState
 from tests.conftest import ROOT
 
 PATIENCE = 60  # seconds that a client of a test waits for an answer, whatever else the machine does
@@ -27,20 +27,27 @@ def served(
     engine: Engine, generation: GenerationConfig | None = None, template: str | None = None, **settings: Any
 ) -> Iterator[str]:
     """The address of a server for the demonstration model; the engine has been started."""
+    with serving_app(engine, generation, template, **settings) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def serving_app(
+    engine: Engine, generation: GenerationConfig | None = None, template: str | None = None, **settings: Any
+) -> Iterator[tuple[str, ServerState]]:
+    """The address of a server, and what its handlers share."""
     tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
     server_settings = ServerSettings(**{"model_name": "demo", **settings})
     app = create_app(
         engine, server_settings, tokenizer, ChatTemplate.find(BUNDLED_MODEL, tokenizer, template), generation
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    ready: queue.Queue[str] = queue.Queue()
+    server = make_server(app, ListenSettings(port=0, log_level="critical"), ready.put)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    (listening,) = server.servers
+    address = ready.get(timeout=PATIENCE)
     try:
-        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        yield address, app.state.server
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

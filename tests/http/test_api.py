@@ -11,11 +11,11 @@ import httpx
 import openai
 import pytest
 
+from cmjax.api import taking
 from cmjax.checkpoint import Detokenizer, Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.schedule import SendPlan
 from cmjax.serve import SamplingParams, decode, prefill
-from cmjax.serve.http.state import ServerState
 from tests.http.serving import PATIENCE, served, wait_until, wait_until_idle
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
@@ -247,7 +247,7 @@ def test_mistakes_are_openai_s_errors(client, http):
 
 
 def test_prompts_times_choices_are_counted_before_they_cost_anything(http, monkeypatch):
-    monkeypatch.setattr(ServerState, "sampling", lambda *_: pytest.fail("made the settings of a choice"))
+    monkeypatch.setattr(taking, "sampling_of", lambda *_: pytest.fail("made the settings of a choice"))
     monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("tokenized a prompt"))
     for prompts in ([[1]] * 9_000, ["a"] * 9_000):
         answer = http.post("/v1/completions", json={"prompt": prompts, "n": 128})
@@ -420,7 +420,7 @@ def test_metrics_count_what_has_been_served(http):
     after = values()
     grown = {key[0]: after[key] - before.get(key, 0.0) for key in after if key[1] == ""}
     assert grown["vllm:generation_tokens_total"] == 18
-    assert grown["vllm:prompt_tokens_total"] == 2 * len(TOKENIZER.encode(TEXTS[0]))
+    assert grown["vllm:prompt_tokens_total"] == len(TOKENIZER.encode(TEXTS[0]))
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_time_per_output_token_seconds"):
         assert grown[f"vllm:{name}_count"] == 2
         assert grown[f"vllm:{name}_sum"] > 0

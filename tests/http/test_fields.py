@@ -6,12 +6,12 @@ import httpx
 import numpy as np
 import pytest
 
+from cmjax.api.fields import IGNORED, REFUSED
+from cmjax.api.protocol import ChatRequest, CompletionRequest
 from cmjax.checkpoint import GenerationConfig, Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.errors import UserError
 from cmjax.serve import decode, prefill
-from cmjax.serve.http.fields import IGNORED, REFUSED
-from cmjax.serve.http.protocol import ChatRequest, CompletionRequest
 from cmjax.serve.http.stops import StopStrings
 from tests.http.serving import PATIENCE, served
 

@@ -4,11 +4,9 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cmjax.schedule import EngineStats, InstanceStats, RequestTimes
-from cmjax.serve import RequestHandle
 from cmjax.serve.http.metrics import Metrics
 
 LABELS = {"model_name": "demo", "engine": "0"}
@@ -51,16 +49,12 @@ def make_metrics(stats=STATS, **options):
     return Metrics(SimpleNamespace(stats=lambda: stats), "demo", **options)
 
 
-def make_handle(num_prompt, num_tokens, **times):
-    handle = RequestHandle("request", [0] * num_prompt, RequestTimes(**times), lambda: None)
-    handle.token_ids = [0] * num_tokens
-    return handle
-
-
 def values(metrics):
-    """(name of a sample without vllm:, labels but the common two) -> value."""
+    """(name of a sample without vllm:, labels but the common two) -> value; what is about the process is left out."""
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
+        if family.name.startswith(("process_", "python_info", "http_requests")):
+            continue
         for sample in family.samples:
             labels = dict(sample.labels)
             assert {name: labels.pop(name) for name in LABELS} == LABELS
@@ -72,29 +66,35 @@ def values(metrics):
 
 def test_a_request_s_times_and_lengths_go_into_the_histograms():
     metrics = make_metrics()
-    handle = make_handle(
-        30, 5, arrival=100.0, scheduled=100.5, prefilled=102.0, first_token=103.0, last_token=111.0, finished=111.25
+    times = RequestTimes(
+        arrival=100.0, scheduled=100.5, prefilled=102.0, first_token=103.0, last_token=111.0, finished=111.25
     )
-    metrics.observe(handle, max_tokens=64, n=2, success_reason="stop")
+    metrics.count_prompt(30)
+    # Five tokens in three chunks: the first has no gap before it.
+    for num_tokens, gap_s in ((1, None), (3, 6.0), (1, 2.0)):
+        metrics.count_chunk(num_tokens, gap_s)
+    metrics.observe(times, num_tokens=5, decode_s=8.0, max_tokens=64, n=2, success_reason="stop")
     found = values(metrics)
     expected = {
-        "time_to_first_token_seconds": 3.0,
-        "inter_token_latency_seconds": 2.0,
-        "request_time_per_output_token_seconds": 2.0,
-        "e2e_request_latency_seconds": 11.0,
-        "request_queue_time_seconds": 0.5,
-        "request_prefill_time_seconds": 1.5,
-        "request_decode_time_seconds": 8.0,
-        "request_inference_time_seconds": 10.5,
-        "request_prompt_tokens": 30,
-        "request_generation_tokens": 5,
-        "request_params_n": 2,
-        "request_params_max_tokens": 64,
+        "time_to_first_token_seconds": (3.0, 1),
+        "inter_token_latency_seconds": (2.0 + 2.0 + 2.0 + 2.0, 4),
+        "inter_chunk_latency_seconds": (6.0 + 2.0, 2),
+        "request_time_per_output_token_seconds": (2.0, 1),
+        "e2e_request_latency_seconds": (11.0, 1),
+        "request_queue_time_seconds": (0.5, 1),
+        "request_prefill_time_seconds": (1.5, 1),
+        "request_decode_time_seconds": (8.0, 1),
+        "request_inference_time_seconds": (10.5, 1),
+        "request_prompt_tokens": (30, 1),
+        "request_generation_tokens": (5, 1),
+        "request_params_n": (2, 1),
+        "request_params_max_tokens": (64, 1),
     }
-    assert {name: found[f"{name}_sum",] for name in expected} == pytest.approx(expected)
-    assert {found[f"{name}_count",] for name in expected} == {1}
-    assert {name[0] for name in found if name[0].endswith("_bucket")} == {f"{name}_bucket" for name in expected}
+    assert {name: (found[f"{name}_sum",], found[f"{name}_count",]) for name in expected} == expected
+    named = {name[0] for name in found if name[0].endswith("_bucket")}
+    assert named == {f"{name}_bucket" for name in (*expected, "event_loop_lag_seconds")}
     assert found["request_success_total", "stop"] == 1
+    assert (found["prompt_tokens_total",], found["generation_tokens_total",]) == (30, 5)
 
 
 def test_buckets_are_vllm_s():
@@ -105,6 +105,7 @@ def test_buckets_are_vllm_s():
             bounds.setdefault(name.removesuffix("_bucket"), []).append(float(rest[0]))
     assert all(ends == sorted(ends) and ends[-1] == math.inf for ends in bounds.values())
     ends = {name: (one[0], one[-2]) for name, one in bounds.items()}
+    assert ends["event_loop_lag_seconds"] == (0.001, 30)
     assert ends["time_to_first_token_seconds"] == (0.001, 2560)
     assert ends["inter_token_latency_seconds"] == (0.01, 80)
     assert ends["e2e_request_latency_seconds"] == ends["request_queue_time_seconds"] == (0.3, 7680)
@@ -112,16 +113,20 @@ def test_buckets_are_vllm_s():
 
 def test_what_did_not_happen_to_a_request_is_in_no_histogram():
     metrics = make_metrics()
-    metrics.observe(make_handle(4, 0, arrival=1.0, finished=2.0), max_tokens=8, n=1, success_reason="abort")
-    one_token = make_handle(
-        4, 1, arrival=1.0, scheduled=1.0, prefilled=2.0, first_token=2.0, last_token=2.0, finished=2.0
+    common = {"decode_s": 0.0, "n": 1}
+    metrics.observe(
+        RequestTimes(arrival=1.0, finished=2.0), num_tokens=0, max_tokens=8, success_reason="abort", **common
     )
-    metrics.observe(one_token, max_tokens=1, n=1, success_reason="length")
+    one_token = RequestTimes(arrival=1.0, scheduled=1.0, prefilled=2.0, first_token=2.0, last_token=2.0, finished=2.0)
+    metrics.count_chunk(1, None)
+    metrics.count_chunk(0, 0.5)  # nothing came, but how it ended
+    metrics.observe(one_token, num_tokens=1, max_tokens=1, success_reason="length", **common)
     found = values(metrics)
     # One token has no time between tokens, and no token no time to the first.
-    assert found["request_time_per_output_token_seconds_count",] == found["inter_token_latency_seconds_count",] == 0
+    for name in ("request_time_per_output_token", "inter_token_latency", "inter_chunk_latency"):
+        assert found[f"{name}_seconds_count",] == 0
     assert found["time_to_first_token_seconds_count",] == found["request_queue_time_seconds_count",] == 1
-    assert found["request_prompt_tokens_count",] == 2
+    assert found["request_generation_tokens_count",] == 2
     assert found["request_success_total", "abort"] == found["request_success_total", "length"] == 1
 
 
@@ -134,8 +139,6 @@ def test_the_engine_s_statistics_are_read_at_each_scrape():
         ("num_requests_waiting",): 6,
         ("kv_cache_usage_perc",): 0.25,
         ("num_preemptions_total",): 2,
-        ("prompt_tokens_total",): 900,
-        ("generation_tokens_total",): 311,
         ("prefix_cache_queries_total",): 0,
         ("prefix_cache_hits_total",): 0,
         ("spec_decode_num_drafts_total",): 50,
@@ -157,11 +160,11 @@ def test_the_engine_s_statistics_are_read_at_each_scrape():
         ("instance_expert_imbalance", "decode0", "decode"): 1.5,
     }
     assert {key: found.get(key) for key in expected} == expected
-    now[0] = dataclasses.replace(STATS, instances=[], num_running=0, num_generation_tokens=400)
+    now[0] = dataclasses.replace(STATS, instances=[], num_running=0, num_preemptions=4)
     found = values(metrics)
     assert found["num_requests_running",] == 0
     assert found["kv_cache_usage_perc",] == 0
-    assert found["generation_tokens_total",] == 400
+    assert found["num_preemptions_total",] == 4
     assert not [key for key in found if key[0].startswith("instance_")]
 
 
@@ -173,7 +176,7 @@ def test_every_way_to_end_is_there_from_the_start():
 
 def test_servers_of_one_process_keep_their_numbers_and_names_apart():
     one, other = make_metrics(), make_metrics(prefix="cmjax_")
-    one.observe(make_handle(4, 1, arrival=1.0), max_tokens=8, n=1, success_reason="stop")
+    one.count_prompt(4)
     names = [
         {family.name: family for family in text_string_to_metric_families(m.render().decode())} for m in (one, other)
     ]

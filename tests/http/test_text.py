@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmjax.api.errors import ApiError
+from cmjax.api.template import ChatTemplate
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
-from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.stops import StopStrings
-from cmjax.serve.http.template import ChatTemplate
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 LETTERS = st.text("ab\n", max_size=30)
@@ -29,6 +29,10 @@ def test_stop_strings_end_a_text_where_they_end_the_whole_one(text, cuts, stops)
         assert text.startswith(shown)
         if found is not None:
             break
+        # All of it but what could become a stop string.
+        so_far = text[:end]
+        begun = (stop[:size] for stop in stops for size in range(len(stop)))
+        assert len(shown) == end - max((len(one) for one in begun if so_far.endswith(one)), default=0)
     else:
         shown += checker.flush()
     places = [text.find(stop) for stop in stops if stop in text]

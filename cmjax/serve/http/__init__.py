@@ -2,7 +2,7 @@
 
 from cmjax.serve.http.app import create_app
 from cmjax.serve.http.keys import known_keys
-from cmjax.serve.http.server import run_server
+from cmjax.serve.http.server import make_server, run_server
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
-__all__ = ["ListenSettings", "ServerSettings", "create_app", "known_keys", "run_server"]
+__all__ = ["ListenSettings", "ServerSettings", "create_app", "known_keys", "make_server", "run_server"]

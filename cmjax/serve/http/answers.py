@@ -1,25 +1,26 @@
 """What clients get: OpenAI's JSON for completions and chats, whole or in events."""
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
+from cmjax.api import ChatRequest, CompletionRequest, Prompt
 from cmjax.serve import TokenLogprobs
-from cmjax.serve.http.prompts import Prompt
-from cmjax.serve.http.protocol import ChatRequest, CompletionRequest
 from cmjax.serve.http.run import Piece, Run
 from cmjax.serve.http.state import ServerState
+
+_PLACES_AT_ONCE = 256  # log probabilities of so many take some milliseconds
 
 
 class Answer:
     """Builds the answer to one call, piece by piece."""
 
-    def __init__(
-        self, state: ServerState, run: Run, body: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
-    ) -> None:
-        self.state, self.run, self.body, self.prompts = state, run, body, prompts
+    def __init__(self, state: ServerState, run: Run) -> None:
+        self.state, self.run, self.prompts = state, run, run.prompts
+        body: CompletionRequest | ChatRequest = run.body
+        self.body = body
         self.is_chat = isinstance(body, ChatRequest)
         kind = "chat.completion" if self.is_chat else "text_completion"
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + (body.request_id or uuid.uuid4().hex)
@@ -40,7 +41,7 @@ class Answer:
         """Wait for all choices."""
         choices: dict[int, dict[str, Any]] = {}
         async for piece in self.run.pieces():
-            part = self._choice(piece)
+            part = await self._choice(piece)
             if piece.index not in choices:
                 choices[piece.index] = part
                 continue
@@ -67,9 +68,9 @@ class Answer:
         roles = ({"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(count))
         return [self._event(role) for role in roles]
 
-    def event(self, piece: Piece) -> bytes:
+    async def event(self, piece: Piece) -> bytes:
         """One piece as a server-sent event."""
-        part = self._choice(piece)
+        part = await self._choice(piece)
         if self.is_chat:
             part["delta"] = {"content": part.pop("message")["content"]}
         return self._event(part)
@@ -98,7 +99,12 @@ class Answer:
 
     # -- a choice -----------------------------------------------------------------------------------------------------
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    async def _choice(self, piece: Piece) -> dict[str, Any]:
+        if len(piece.prompt_logprobs or ()) > _PLACES_AT_ONCE:
+            return await asyncio.to_thread(self._choice_of, piece)
+        return self._choice_of(piece)
+
+    def _choice_of(self, piece: Piece) -> dict[str, Any]:
         is_first = piece.index not in self._begun
         self._begun.add(piece.index)
         part: dict[str, Any] = {"index": piece.index}
@@ -116,7 +122,7 @@ class Answer:
         if self.body.return_token_ids:
             part["token_ids"] = piece.token_ids
             if is_first:
-                part["prompt_token_ids"] = self.run.prompts[piece.index // self.run.num_choices]
+                part["prompt_token_ids"] = list(self.prompts[piece.index // self.run.num_choices].token_ids)
         return part
 
     @property
@@ -147,7 +153,7 @@ class Answer:
             return None
 
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            of_token = list(self.state.text_tokenizer().token_bytes(token_id))
+            of_token = list(self.state.served.text_tokenizer().token_bytes(token_id))
             return {"token": self.state.token_text(token_id), "logprob": logprob, "bytes": of_token}
 
         content = [

@@ -1,37 +1,34 @@
-"""The routes of the API, and the limits that stand before them."""
+"""The routes of the API, and what stands before them."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 import cmjax
+from cmjax.api import BODIES, FAILED, INLINE_BYTES, ApiError, Asked, ChatTemplate, Kind, Taken, gathered, json_pieces
 from cmjax.checkpoint import GenerationConfig, Tokenizer
-from cmjax.model import check_token_ids, token_id_array
 from cmjax.serve.http.answers import Answer
 from cmjax.serve.http.backend import Backend
-from cmjax.serve.http.errors import FAILED, ApiError, install_handlers
-from cmjax.serve.http.fields import check_fields
-from cmjax.serve.http.limits import Limits
-from cmjax.serve.http.prompts import chat_prompt, completion_prompts, conversation, encode
-from cmjax.serve.http.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from cmjax.serve.http.bodies import ClientGoneError, read_body
+from cmjax.serve.http.errors import error_response, install_handlers
+from cmjax.serve.http.limits import Counted, Limits
 from cmjax.serve.http.run import Run
-from cmjax.serve.http.state import ServerState, refuse_unsupported
+from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 from cmjax.serve.http.status import documentation_route, status_routes
-from cmjax.serve.http.template import ChatTemplate
 from cmjax.serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+_SCHEMAS = "#/components/schemas/"
 
 
 def create_app(
@@ -42,9 +39,21 @@ def create_app(
     generation: GenerationConfig | None = None,
 ) -> FastAPI:
     """The ASGI application over an engine that has been started; its `state.server` is the `ServerState`."""
+    state = ServerState(engine, settings, tokenizer, template, generation)
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(state.lag.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            state.intake.close()
+
     # The pages of FastAPI load scripts from elsewhere.
-    app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None)
-    state = app.state.server = ServerState(engine, settings, tokenizer, template, generation)
+    app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None, lifespan=life)
+    app.state.server = state
     install_handlers(app)
     app.add_middleware(Limits, state=state)
     # Outside of the limits: a preflight has no key, and an error is for the script to see too.
@@ -55,31 +64,68 @@ def create_app(
         allow_headers=settings.allowed_headers,
         allow_credentials=settings.allow_credentials,
     )
+    app.add_middleware(Counted, state=state, routes=app.router.routes)
     _add_completions(app, state)
     _add_tokens(app, state)
     _add_health(app, state)
-    app.router.routes.extend([*status_routes(engine, settings.model_name), documentation_route(app)])
+    _describe_bodies(app)
+    app.router.routes.extend([*status_routes(engine, settings.model_name, state.lag), documentation_route(app)])
     return app
 
 
-def _add_completions(app: FastAPI, state: ServerState) -> None:
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue prompts: texts or token ids, one or several."""
-        state.check_model(body.model)
-        refuse_unsupported(body)
-        prompts = completion_prompts(state, body)
-        run = Run(state, body, [prompt.token_ids for prompt in prompts], _tenant(request))
-        return await _respond(request, Answer(state, run, body, prompts))
+# -- bodies -----------------------------------------------------------------------------------------------------------
 
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
+
+async def _taken(state: ServerState, request: Request, kind: Kind) -> Taken:
+    """What the body of a request asks for. Routes take the bytes themselves: FastAPI would parse them in the loop."""
+    pieces = await read_body(request, state.settings)
+    work = state.intake.take(kind, request.headers.get("content-type", ""), pieces)
+    if sum(map(len, pieces)) <= INLINE_BYTES:
+        return await work  # over before anybody could go
+    return await _unless_gone(request.receive, work)
+
+
+def _body(kind: Kind) -> dict[str, Any]:
+    """What the schema says of a route's body."""
+    schema = {"$ref": _SCHEMAS + BODIES[kind].__name__}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the models of bodies into `/openapi.json`, which has those of FastAPI's own parsing only."""
+    models: Any = [(model, "validation") for model in BODIES.values()]
+    _, described = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(described["$defs"])
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend its schema
+
+
+# -- routes -----------------------------------------------------------------------------------------------------------
+
+
+def _add_completions(app: FastAPI, state: ServerState) -> None:
+    async def complete(request: Request, kind: Kind) -> Response:
+        asked = await _taken(state, request, kind)
+        assert isinstance(asked, Asked)
+        run = Run(state, asked, _tenant(request))
+        await run.start()
+        return await _respond(request, Answer(state, run))
+
+    @app.post("/v1/completions", openapi_extra=_body("completion"))
+    async def completions(request: Request) -> Response:
+        """Continue prompts: texts or token ids, one or several."""
+        return await complete(request, "completion")
+
+    @app.post("/v1/chat/completions", openapi_extra=_body("chat"))
+    async def chat(request: Request) -> Response:
         """Continue a conversation, by the model's chat template."""
-        state.check_model(body.model)
-        refuse_unsupported(body)
-        prompt = chat_prompt(state, body)
-        run = Run(state, body, [prompt.token_ids], _tenant(request))
-        return await _respond(request, Answer(state, run, body, [prompt]))
+        return await complete(request, "chat")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -89,7 +135,7 @@ def _add_completions(app: FastAPI, state: ServerState) -> None:
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         """A model, if it is served."""
-        state.check_model(model)
+        state.served.check_model(model)
         return _described(state)
 
 
@@ -105,38 +151,26 @@ def _described(state: ServerState) -> dict[str, Any]:
 
 
 def _add_tokens(app: FastAPI, state: ServerState) -> None:
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        """Token ids of a text or of a conversation."""
-        state.check_model(body.model)
-        check_fields(body.model_extra)
-        tokenizer = state.text_tokenizer()
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
-        if body.messages is not None:
-            ids = encode(tokenizer, conversation(state, body), bool(body.add_special_tokens))
-        else:
-            ids = encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
-        strings = [tokenizer.backend.id_to_token(i) for i in ids] if body.return_token_strs else None
-        return {
-            "tokens": ids,
-            "count": len(ids),
-            "max_model_len": state.engine.settings.max_model_len,
-            "token_strs": strings,
-        }
+    async def answer(request: Request, kind: Kind) -> Response:
+        pieces = await _taken(state, request, kind)
+        assert isinstance(pieces, list)
+        return JSONPieces(pieces)
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @app.post("/tokenize", openapi_extra=_body("tokenize"))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text or of a conversation."""
+        return await answer(request, "tokenize")
+
+    @app.post("/detokenize", openapi_extra=_body("detokenize"))
+    async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        state.check_model(body.model)
-        ids = check_token_ids(token_id_array(body.tokens, "tokens"), state.engine.model.config)
-        return {"prompt": state.text_tokenizer().decode(ids.tolist(), skip_special_tokens=False)}
+        return await answer(request, "detokenize")
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """What a client needs that makes prompts of conversations itself."""
-        tokenizer = state.text_tokenizer()
-        source = tokenizer.chat_template if state.template is None else state.template.source
+        tokenizer, template = state.served.text_tokenizer(), state.served.template
+        source = tokenizer.chat_template if template is None else template.source
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")),
@@ -153,7 +187,7 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
     async def health() -> Response:
         """200 while the server takes requests."""
         if state.is_draining:
-            raise ApiError(503, "the server is shutting down")
+            raise ApiError(503, SHUTTING_DOWN)
         if not state.engine.is_healthy:
             raise ApiError(503, "a role has no instance that works")
         return Response()
@@ -179,18 +213,30 @@ def _tenant(request: Request) -> str:
 async def _respond(request: Request, answer: Answer) -> Response:
     if answer.body.stream:
         return EventStream(answer)
-    work = asyncio.ensure_future(answer.whole())
-    gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(work.result())
+        found = await _unless_gone(request.receive, answer.whole())
+        pieces: list[bytes] = []
+        for piece in gathered(json_pieces(found)):
+            pieces.append(piece)
+            await asyncio.sleep(0)  # a long one is made bit by bit
+        return JSONPieces(pieces)
     finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
         answer.run.close()
+
+
+async def _unless_gone(receive: Callable[[], Awaitable[Message]], work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of some work, which ends where the client goes; ClientGoneError then."""
+    doing = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientGoneError
+        return doing.result()
+    finally:
+        for task in (doing, gone):
+            task.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
@@ -198,8 +244,25 @@ async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
         pass
 
 
+class JSONPieces(Response):
+    """JSON that is there in pieces; they are never put together."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__()
+        self.headers["content-length"] = str(sum(map(len, pieces)))
+        self.pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 def _error_event(error: ApiError) -> bytes:
-    return b"data: " + bytes(error.response().body) + b"\n\n"
+    return b"data: " + bytes(error_response(error).body) + b"\n\n"
 
 
 class EventStream(Response):
@@ -218,7 +281,7 @@ class EventStream(Response):
             for event in answer.first_events():
                 yield event
             async for piece in answer.run.pieces():
-                yield answer.event(piece)
+                yield await answer.event(piece)
             last = answer.last_event()
             if last is not None:
                 yield last

@@ -1,47 +1,20 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
-
-from typing import Any
+"""Errors as responses: whatever goes wrong is answered in OpenAI's shape."""
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
-from cmjax.errors import UserError
-
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "service_unavailable_error",
-}
-FAILED = "the server failed while it made the answer; its log says why"
+from cmjax.api import FAILED, ApiError
+from cmjax.serve.http.bodies import ClientGoneError
 
 
-class ApiError(Exception):
-    """What a client is told instead of a result.
-
-    Attributes:
-        status: of the response.
-        message: one line naming the thing and what would be right.
-        param: the field it is about.
-        code: for programs, such as "context_length_exceeded".
-    """
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of the response."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        """The response, with `Retry-After` where trying again later makes sense."""
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+def error_response(error: ApiError) -> JSONResponse:
+    """The response, with `Retry-After` where trying again later makes sense. Where the client is late with the rest of
+    its request, or the server is about to end, the connection ends too."""
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 503):
+        headers["Connection"] = "close"
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -49,48 +22,25 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error_response(error)
 
-    async def on_user_error(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(400, str(error)).response()
-
-    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return _of_body(error.errors()[0], request.headers.get("content-type")).response()
+    async def on_gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; it is counted
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, str(error.detail)).response()
+        response = error_response(ApiError(error.status_code, str(error.detail)))
         response.headers.update(error.headers or {})
         return response
 
     async def on_anything(request: Request, _: Exception) -> JSONResponse:
         # The log has the error: it is raised again behind the answer.
         request.app.state.server.metrics.count_internal_error()
-        response = ApiError(500, FAILED).response()
+        response = error_response(ApiError(500, FAILED))
         response.headers["Connection"] = "close"  # which is what happens to it when the error is raised again
         return response
 
     app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(UserError, on_user_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(ClientGoneError, on_gone)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_anything)
-
-
-def _of_body(found: dict[str, Any], content_type: str | None) -> ApiError:
-    """What is wrong with a body, by pydantic's first error and the content type that the client sent."""
-    # Alternatives of a union are named in the path; the field itself comes first.
-    where = [str(part) for part in found["loc"] if part != "body"]
-    if found["type"] == "json_invalid":
-        reason = found.get("ctx", {}).get("error", found["msg"])
-        return ApiError(400, f"the body is not valid JSON: {reason} (character {where[0] if where else 0})")
-    if where:
-        return ApiError(400, f"{where[0]}: {found['msg']}", param=where[0])
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    if found["type"] == "missing":
-        return ApiError(400, "there is no body; it must be a JSON object")
-    if kind != "application/json" and not kind.endswith("+json"):
-        sent = f"it came as {content_type!r}" if content_type else "it came without"
-        return ApiError(400, f"the body must be JSON with the header Content-Type: application/json; {sent}")
-    return ApiError(400, "the body must be a JSON object")

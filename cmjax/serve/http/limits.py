@@ -1,20 +1,25 @@
-"""What stands before the routes: keys, the size of bodies, HEAD, and the id of a request."""
+"""What stands before the routes: keys, a server that is about to end, HEAD, the id of a request, and the count of
+responses."""
 
+import asyncio
 import hmac
-import json
 import uuid
 
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmjax.serve.http.errors import ApiError
-from cmjax.serve.http.state import ServerState
+from cmjax.api import ApiError
+from cmjax.serve.http.errors import error_response
+from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 
 _NEVER_GUARDED = ("/health", "/ping", "/metrics")
 _ALWAYS_GUARDED = ("/tokenize", "/detokenize")
+# What may still be asked of a server that drains: how it does.
+_WHILE_DRAINING = ("/metrics", "/status.json", "/")
 
 
 class Limits:
-    """Asks for keys, bounds bodies, and gives each request an id, which its response bears too."""
+    """Asks for keys, gives each request an id, which its response bears too, and takes nothing while draining."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self.app, self.state = app, state
@@ -27,19 +32,30 @@ class Limits:
             scope = {**scope, "method": "GET"}
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id") or uuid.uuid4().hex.encode()
+        is_begun = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal is_begun
             if message["type"] == "http.response.start":
+                is_begun = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             await send(message)
 
         try:
+            if self.state.is_draining and scope["path"] not in _WHILE_DRAINING:
+                raise ApiError(503, SHUTTING_DOWN)
             self._check_key(scope, headers)
-            body_receive = await self._limited(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            await error_response(error)(scope, receive, send_with_id)
             return
-        await self.app(scope, body_receive, send_with_id)
+        try:
+            with self.state.open_call():
+                await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if is_begun or not self.state.is_draining:
+                raise
+            cut = ApiError(503, f"the request was cancelled: {SHUTTING_DOWN}")
+            await error_response(cut)(scope, receive, send_with_id)
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         keys = self.state.settings.api_keys
@@ -58,49 +74,38 @@ class Limits:
             return True
         return path not in _NEVER_GUARDED and not self.state.settings.open_pages
 
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Read the body, at most so much of it; then hand it on, and after it what else the client does."""
-        limit = self.state.settings.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes")
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        if not length and b"transfer-encoding" not in headers:
-            return receive
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            parts.append(message)
-            size += len(message.get("body", b""))
-            if size > limit:
-                raise too_large
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                break
-        _check_text(b"".join(part.get("body", b"") for part in parts))
-        messages = iter(parts)
 
-        async def replay() -> Message:
-            message = next(messages, None)
-            return await receive() if message is None else message
+class Counted:
+    """Counts responses by method, route and status, whoever makes them: the routes, the limits, a preflight, a failure.
 
-        return replay
+    A client that goes before its answer is counted as 499.
+    """
 
+    def __init__(self, app: ASGIApp, state: ServerState, routes: list[BaseRoute]) -> None:
+        self.app, self.state, self.routes = app, state, routes
 
-def _check_text(body: bytes) -> None:
-    """400 for what is no UTF-8, and for half of a surrogate pair, which JSON can write and no text can have."""
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not JSON in UTF-8: {error.reason} at byte {error.start}") from error
-    # Zeros: `json` takes them for another encoding.
-    if not any(mark in body for mark in (b"\\ud", b"\\uD", b"\0")):
-        return
-    try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        message = (
-            f"the body is not Unicode text: it has half of a surrogate pair, \\u{ord(error.object[error.start]):x}"
-        )
-        raise ApiError(400, message) from error
-    except (ValueError, RecursionError):
-        return  # the routes say what is wrong with it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        method, handler, is_counted = scope["method"], self._handler(scope), False
+
+        async def counting(message: Message) -> None:
+            nonlocal is_counted
+            if message["type"] == "http.response.start":
+                is_counted = True
+                self.state.metrics.count_response(method, handler, message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counting)
+        except Exception:
+            if not is_counted:  # it is answered further out
+                self.state.metrics.count_response(method, handler, 500)
+            raise
+
+    def _handler(self, scope: Scope) -> str:
+        """The path of the route that a request is for, as it is written; a client's own could be any number."""
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        found = (route for route in self.routes if route.matches(asked)[0] is not Match.NONE)
+        return str(getattr(next(found, None), "path", "none"))

@@ -3,56 +3,51 @@
 from collections.abc import Iterator
 from typing import get_args
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cmjax.schedule import EngineStats, FinishReason
-from cmjax.serve import RequestHandle
+from cmjax.schedule import EngineStats, FinishReason, RequestTimes
 from cmjax.serve.http.backend import Backend
 
 _TTFT = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+# Of its own: fine where a loop should be, from a millisecond to a second.
+_LAG = (
+    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0, 30.0,
+)  # fmt: skip
 _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _E2E = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _LABELS = ("model_name", "engine")
+_METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", _TTFT),
-    "inter_token_latency_seconds": ("Mean time between a request's tokens.", _ITL),
-    "request_time_per_output_token_seconds": ("(End to end - time to first token) / (tokens - 1).", _ITL),
+    "inter_token_latency_seconds": ("Gap before a chunk over its tokens, for each of them.", _ITL),
+    "inter_chunk_latency_seconds": ("Gap between a request's chunks.", _ITL),
+    "request_time_per_output_token_seconds": ("(Last token - first token) / (tokens - 1) of a request.", _ITL),
     "e2e_request_latency_seconds": ("From arrival to the end.", _E2E),
     "request_queue_time_seconds": ("From arrival to the first prefill step.", _E2E),
     "request_prefill_time_seconds": ("From there to the first token.", _E2E),
     "request_decode_time_seconds": ("From the first token to the last.", _E2E),
     "request_inference_time_seconds": ("From the first prefill step to the last token.", _E2E),
-    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
-    "request_generation_tokens": ("Generated tokens of a request.", _TOKENS),
+    "request_prompt_tokens": ("Tokens of a prompt, once whatever n is.", _TOKENS),
+    "request_generation_tokens": ("Tokens of an answer, as its usage says.", _TOKENS),
     "request_params_n": ("The n of a request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
     "request_params_max_tokens": ("The max_tokens of a request.", _TOKENS),
+    "event_loop_lag_seconds": ("What a call would have waited for the event loop, 100 times a second.", _LAG),
 }
 
 
@@ -68,7 +63,7 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, engine: Backend, model_name: str, prefix: str = "vllm:") -> None:
-        self._labels = (model_name, "0")
+        self._labels, self._prefix = (model_name, "0"), prefix
         self._registry = CollectorRegistry()
         self._histograms = {
             name: Histogram(prefix + name, text, _LABELS, buckets=buckets, registry=self._registry).labels(
@@ -84,20 +79,62 @@ class Metrics:
         )
         for reason in get_args(FinishReason):  # at 0 from the start, so that the first of each is a growth
             self._success.labels(*self._labels, reason)
-        self._internal_errors = Counter(
-            f"{prefix}internal_errors", "Answers that failed in the server itself.", _LABELS, registry=self._registry
-        ).labels(*self._labels)
+        self._internal_errors = self._counter("internal_errors", "Answers that failed in the server itself.")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, of each prompt once.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens of answers, as their usage says.")
+        # Not under the prefix: it is about HTTP, and is called the same elsewhere.
+        self._responses = Counter(
+            "http_requests",
+            "Responses, by method, route and status.",
+            ("method", "handler", "status"),
+            registry=self._registry,
+        )
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
         self._registry.register(_FromEngine(engine, self._labels, prefix))
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(self._prefix + name, text, _LABELS, registry=self._registry).labels(*self._labels)
 
     def count_internal_error(self) -> None:
         """Take note of an answer that the server failed to make."""
         self._internal_errors.inc()
 
-    def observe(self, handle: RequestHandle, *, max_tokens: int, n: int, success_reason: str) -> None:
-        """Take note of a request that is over, once."""
-        times, num_tokens = handle.times, len(handle.token_ids)
+    def count_response(self, method: str, handler: str, status: int) -> None:
+        """Take note of a response; `handler` is the path of its route."""
+        self._responses.labels(method if method in _METHODS else "other", handler, str(status)).inc()
+
+    def observe_lag(self, seconds: float) -> None:
+        """Take note of how late the event loop was."""
+        self._histograms["event_loop_lag_seconds"].observe(seconds)
+
+    def count_prompt(self, num_tokens: int) -> None:
+        """Take note of a prompt to which there is something of an answer, once."""
+        self._prompt_tokens.inc(num_tokens)
+        self._histograms["request_prompt_tokens"].observe(num_tokens)
+
+    def count_chunk(self, num_tokens: int, gap_s: float | None) -> None:
+        """Take note of a chunk of an answer, so many seconds after the one before; None for the first."""
+        self._generation_tokens.inc(num_tokens)
+        if gap_s is None or num_tokens == 0:
+            return
+        self._histograms["inter_chunk_latency_seconds"].observe(gap_s)
+        for _ in range(num_tokens):
+            self._histograms["inter_token_latency_seconds"].observe(gap_s / num_tokens)
+
+    def observe(
+        self, times: RequestTimes, *, num_tokens: int, decode_s: float, max_tokens: int, n: int, success_reason: str
+    ) -> None:
+        """Take note of a request that is over, once.
+
+        Args:
+            times: the engine's.
+            num_tokens: of its answer.
+            decode_s: seconds from the first chunk of it to the last.
+            max_tokens, n: what it asked for.
+            success_reason: how it ended.
+        """
         values: dict[str, float | None] = {
-            "request_prompt_tokens": len(handle.prompt_ids),
             "request_generation_tokens": num_tokens,
             "request_params_n": n,
             "request_params_max_tokens": max_tokens,
@@ -108,9 +145,7 @@ class Metrics:
             "request_decode_time_seconds": _between(times.first_token, times.last_token),
             "request_inference_time_seconds": _between(times.scheduled, times.last_token),
         }
-        decode_s = values["request_decode_time_seconds"]
-        if num_tokens > 1 and decode_s is not None:
-            values["inter_token_latency_seconds"] = decode_s / (num_tokens - 1)
+        if num_tokens > 1:
             values["request_time_per_output_token_seconds"] = decode_s / (num_tokens - 1)
         for name, value in values.items():
             if value is not None:
@@ -146,8 +181,6 @@ class _FromEngine(Collector):
         }
         counters = {
             "num_preemptions": ("Requests that had to give their blocks back.", stats.num_preemptions),
-            "prompt_tokens": ("Prompt tokens.", stats.num_prompt_tokens),
-            "generation_tokens": ("Generated tokens.", stats.num_generation_tokens),
             "prefix_cache_queries": ("Tokens looked up in the prefix cache; there is none yet.", 0),
             "prefix_cache_hits": ("Tokens found there.", 0),
             "spec_decode_num_drafts": ("Steps of a request with drafts.", stats.num_drafts),

@@ -3,16 +3,17 @@
 import asyncio
 import dataclasses
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 
+from cmjax.api import ApiError, Asked, CompletionRequest, Prompt, choice_seed
 from cmjax.checkpoint import Detokenizer
 from cmjax.errors import UserError
 from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogprobs
-from cmjax.serve.http.errors import ApiError
-from cmjax.serve.http.prompts import bad_words
-from cmjax.serve.http.protocol import CompletionRequest, Sampled
-from cmjax.serve.http.state import ServerState, choice_seed
+from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 from cmjax.serve.http.stops import StopStrings
+
+_SUBMIT_S = 0.002  # for so long requests are submitted at a stretch; other calls have their turn then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,19 @@ class _Choice:
         self.shows_stops = shows_stops
         self.num_tokens = 0
         self.is_done = False
+        self.first_at: float | None = None
+        self.last_at = 0.0
+
+    def gap(self, at: float) -> float | None:
+        """Seconds since the chunk before one that came at `at`; None for the first."""
+        gap = None if self.first_at is None else at - self.last_at
+        self.first_at, self.last_at = self.first_at or at, at
+        return gap
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the first chunk to the last."""
+        return 0.0 if self.first_at is None else self.last_at - self.first_at
 
     def take(self, index: int, update: RequestUpdate, own_stops: Sequence[int], keeps_tokens: bool) -> Piece:
         """The piece that an update is; the choice may be done with it."""
@@ -98,62 +112,68 @@ def _of_client(message: str) -> str:
 
 
 class Run:
-    """All choices of one call; `close` it in any case.
+    """All choices of one call: `start` it, and `close` it in any case.
 
     Attributes:
-        prompts: token ids.
+        prompts: with their token ids.
         num_choices: for each prompt; choice i belongs to prompt i // num_choices.
     """
 
-    def __init__(self, state: ServerState, body: Sampled, prompts: Sequence[list[int]], tenant: str) -> None:
-        """Submit the requests.
+    def __init__(self, state: ServerState, asked: Asked, tenant: str) -> None:
+        body = self.body = asked.body
+        self.state, self.prompts, self.num_choices = state, asked.prompts, body.n
+        self._samplings, self._tenant = asked.samplings, tenant
+        self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
+        self._updates: asyncio.Queue[tuple[int, RequestUpdate, float]] = asyncio.Queue()
+        self._choices: list[_Choice] = []
+        self._counted: set[int] = set()  # prompts
+        self._num_admitted = 0
+        self._is_closed = False
+        self._stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+
+    async def start(self) -> None:
+        """Submit the requests; where that takes a while, others have their turn meanwhile.
 
         Raises:
             ApiError: what they ask for cannot be had; nothing is under way then.
         """
-        self.state, self.body, self.prompts, self.num_choices = state, body, prompts, body.n
-        self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
-        self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
-        self._choices: list[_Choice] = []
-        self._is_closed = False
-        self._bad_words = bad_words(state, body)
-        self._stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-        if self._stops:
-            state.text_tokenizer()
-        state.check_priority(body.priority)
-        state.admit(len(prompts) * body.n)
+        self.state.admit(len(self.prompts) * self.num_choices)
+        self._num_admitted = len(self.prompts) * self.num_choices
         try:
-            # All that can be said against any of them is said before the first is under way.
-            samplings = [state.sampling(body, len(prompt), self._bad_words) for prompt in prompts]
-            for prompt, sampling in zip(prompts, samplings, strict=True):
-                for choice in range(body.n):
-                    seed = sampling.seed if choice == 0 else choice_seed(body.seed, choice)
-                    self._submit(prompt, dataclasses.replace(sampling, seed=seed), tenant)
+            self.state.can_cut(self)
+            since = time.monotonic()
+            for prompt, sampling in zip(self.prompts, self._samplings, strict=True):
+                for choice in range(self.num_choices):
+                    seed = sampling.seed if choice == 0 else choice_seed(self.body.seed, choice)
+                    self._submit(prompt, dataclasses.replace(sampling, seed=seed))
+                    if time.monotonic() - since > _SUBMIT_S:
+                        await asyncio.sleep(0)
+                        since = time.monotonic()
         except BaseException:
             self.close()
             raise
 
-    def _submit(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> None:
-        loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.tokenizer
+    def _submit(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.served.tokenizer
+        ids, body = prompt.token_ids, self.body
         try:
-            handle = self.state.engine.submit(prompt, sampling, priority=self.body.priority, tenant=tenant)
+            handle = self.state.engine.submit(ids, sampling, priority=body.priority, tenant=self._tenant)
         except UserError as error:
             raise ApiError(400, _of_client(str(error))) from error
-        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.body.skip_special_tokens, prompt)
-        shows_stops = self.body.include_stop_str_in_output
-        stops = StopStrings(self._stops, is_shown=shows_stops)
-        self._choices.append(_Choice(handle, sampling, detokenizer, stops, shows_stops))
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, body.skip_special_tokens, ids)
+        stops = StopStrings(self._stops, is_shown=body.include_stop_str_in_output)
+        self._choices.append(_Choice(handle, sampling, detokenizer, stops, body.include_stop_str_in_output))
 
         def forward(update: RequestUpdate) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update, time.monotonic()))
 
         handle.listen(forward)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Of all prompts, each counted once."""
-        return sum(map(len, self.prompts))
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -168,32 +188,49 @@ class Run:
         """
         num_open, own_stops = len(self._choices), self.body.stop_token_ids or ()
         while num_open:
-            index, update = await self._updates.get()
+            index, update, at = await self._updates.get()
             choice = self._choices[index]
             if choice.is_done:
                 continue
             if update.finish_reason == "error":
                 raise ApiError(500, _of_client(update.error or "the request failed"))
             if update.finish_reason == "abort":
-                raise ApiError(503, "the request was cancelled: the server is shutting down")
+                raise ApiError(503, f"the request was cancelled: {SHUTTING_DOWN}")
+            num_before = choice.num_tokens
             piece = choice.take(index, update, own_stops, self._keeps_tokens)
             num_open -= choice.is_done
+            if update.token_ids:
+                self._count(index, choice.num_tokens - num_before, at)
             if piece.text or piece.token_ids or piece.finish_reason or piece.prompt_logprobs:
                 yield piece
+
+    def _count(self, index: int, num_tokens: int, at: float) -> None:
+        prompt = index // self.num_choices
+        if prompt not in self._counted:
+            self._counted.add(prompt)
+            self.state.metrics.count_prompt(len(self.prompts[prompt].token_ids))
+        self.state.metrics.count_chunk(num_tokens, self._choices[index].gap(at))
+
+    def cut(self) -> None:
+        """End what is under way; who waits for it is told."""
+        for choice in self._choices:
+            choice.handle.cancel()
 
     def close(self) -> None:
         """Cancel what is still under way, and count it as over."""
         if self._is_closed:
             return
         self._is_closed = True
-        self.state.leave(len(self.prompts) * self.num_choices)
+        self.state.leave(self._num_admitted)
         for choice in self._choices:
             reason = choice.handle.finish_reason
             if not choice.is_done:
                 choice.handle.cancel()
                 reason = reason or "abort"
             self.state.metrics.observe(
-                choice.handle,
+                choice.handle.times,
+                num_tokens=choice.num_tokens,
+                decode_s=choice.decode_s,
                 max_tokens=choice.sampling.max_tokens,
                 n=self.num_choices,
                 success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",

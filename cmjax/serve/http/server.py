@@ -1,60 +1,89 @@
 """Running the app: uvicorn, and a way down that finishes what runs."""
 
-import signal
+import gc
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from cmjax.serve.http.drain import Drain
+from cmjax.serve.http.patience import patient_protocol
 from cmjax.serve.http.state import ServerState
 from cmjax.serve.settings import ListenSettings
 
 
-class _Server(uvicorn.Server):
-    """Takes nothing new from the first signal on, on connections that are open already too."""
+class Server(uvicorn.Server):
+    """Ends when it has drained.
+
+    Attributes:
+        drain: how far it is on its way down.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, on_ready: Callable[[str], None] | None) -> None:
+        super().__init__(config)
+        self.drain, self._on_ready = drain, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell where."""
+        await super().startup(sockets)
+        if self.started and self._on_ready is not None:
+            listening = [s.getsockname() for one in self.servers for s in one.sockets]
+            self._on_ready(self.config.uds or f"http://{self.config.host}:{listening[0][1]}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        state: ServerState = self.config.app.state.server  # type: ignore[union-attr]  # never an import string
-        state.is_draining = True
-        super().handle_exit(sig, frame)
+        """The listening socket stays open until the end, so that who comes is told."""
+        self.drain.signal()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end; every tenth of a second."""
+        return await super().on_tick(counter) or self.drain.is_over()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close all; who has been cut and does not read is not waited for."""
+        for connection in list(self.server_state.connections):
+            cycle = connection.cycle  # type: ignore[union-attr]  # of our protocol
+            if self.drain.num_cut and cycle is not None and not cycle.response_complete:
+                connection.transport.abort()  # type: ignore[union-attr]  # as above
+        await super().shutdown(sockets)
 
 
-def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> None:
+def make_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> Server:
+    """A server for an app from `create_app`; see `run_server`."""
+    state: ServerState = app.state.server
+    config = uvicorn.Config(
+        app,
+        host=listen.host,
+        port=listen.port,
+        uds=listen.uds,
+        http=patient_protocol(
+            state.settings.receive_timeout_s, lambda status: state.metrics.count_response("other", "none", status)
+        ),
+        log_level=listen.log_level,
+        access_log=listen.log_level == "debug",
+        timeout_graceful_shutdown=5,  # nothing is open then, but for what is about to end
+        lifespan="on",
+    )
+    return Server(config, Drain(state, listen.drain_timeout_s, time.monotonic), on_ready)
+
+
+def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> Drain:
     """Serve until SIGTERM or SIGINT, then finish what runs, within the drain timeout; a second signal ends at once.
 
     Args:
         app: from `create_app`.
         listen: where, and for how long at the end.
         on_ready: called with the address once requests are taken.
+
+    Returns:
+        How it ended: what had to be cut.
     """
-    config = uvicorn.Config(
-        app,
-        host=listen.host,
-        port=listen.port,
-        uds=listen.uds,
-        log_level=listen.log_level,
-        access_log=listen.log_level == "debug",
-        timeout_graceful_shutdown=max(int(listen.drain_timeout_s), 1),
-        lifespan="off",
-    )
-    server = _Server(config)
-    if on_ready is not None:
-        startup = server.startup
-
-        async def start_and_tell(sockets: list[socket.socket] | None = None) -> None:
-            await startup(sockets)
-            if server.started:
-                listening = [s.getsockname() for one in server.servers for s in one.sockets]
-                on_ready(listen.uds or f"http://{listen.host}:{listening[0][1]}")
-
-        server.startup = start_and_tell  # type: ignore[method-assign]  # uvicorn has no hook for it
-    # uvicorn raises the signal again when it is done, which would end the process before what comes after.
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(one, lambda *_: None) for one in signals]
-    try:
-        server.run()
-    finally:
-        for one, handler in zip(signals, before, strict=True):
-            signal.signal(one, handler)
+    server = make_server(app, listen, on_ready)
+    # What there is now lives as long as the process. A full collection would look at all of it, each time, and hold the
+    # event loop meanwhile.
+    gc.collect()
+    gc.freeze()
+    server.run()
+    return server.drain

@@ -12,9 +12,10 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from cmjax.serve.http.backend import Backend
+from cmjax.serve.http.lag import LoopLag
 
 
-def status_routes(engine: Backend, model_name: str) -> list[Route]:
+def status_routes(engine: Backend, model_name: str, lag: LoopLag) -> list[Route]:
     """`/`, a page that needs nothing from elsewhere, and `/status.json`, which it asks every second."""
     page = files("cmjax.serve.http").joinpath("status.html").read_text(encoding="utf-8")
     began = time.monotonic()
@@ -26,7 +27,13 @@ def status_routes(engine: Backend, model_name: str) -> list[Route]:
         stats = engine.stats()
         fields = dataclasses.asdict(stats)
         return JSONResponse(
-            {"model": model_name, "uptime_s": time.monotonic() - began, "kv_usage": stats.kv_usage, **fields}
+            {
+                "model": model_name,
+                "uptime_s": time.monotonic() - began,
+                "kv_usage": stats.kv_usage,
+                "event_loop_lag_s": lag.quantiles(),
+                **fields,
+            }
         )
 
     return [Route("/", show), Route("/status.json", status)]

@@ -13,6 +13,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], is_shown: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._begun = [_Begun(stop) for stop in self._stops]
         self._is_shown = is_shown
         self._held = ""
         self._num_early = 0  # characters of it that came when the text might not end
@@ -34,7 +35,7 @@ class StopStrings:
         if first is not None:
             self._held, stop = "", self._stops[first[1]]
             return held[: first[0]] + (stop if self._is_shown else ""), stop
-        keep = max(_overlap(held, stop) for stop in self._stops)
+        keep = max(begun.feed(text) for begun in self._begun)
         self._held = held[len(held) - keep :]
         self._num_early = max(early - (len(held) - keep), 0)
         return held[: len(held) - keep], None
@@ -45,9 +46,32 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _Begun:
+    """How much of a stop string a text ends with, as it grows: each character costs the same, however long they are."""
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._length = 0
+        self._shorter = [0, 0]  # beginnings -> the longest shorter one that each ends with; as far as it is known
+
+    def feed(self, text: str) -> int:
+        """Length of the longest end of all text so far that is a beginning of the stop string, but not all of it."""
+        stop, length = self._stop, self._length
+        for character in text:
+            while length and stop[length] != character:
+                length = self._shorter_of(length)
+            length += stop[length] == character
+            if length == len(stop):
+                length = self._shorter_of(length)
+        self._length = length
+        return length
+
+    def _shorter_of(self, length: int) -> int:
+        stop, known = self._stop, self._shorter
+        while len(known) <= length:
+            one = known[-1]
+            character = stop[len(known) - 1]
+            while one and stop[one] != character:
+                one = known[one]
+            known.append(one + (stop[one] == character))
+        return known[length]

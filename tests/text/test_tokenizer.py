@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.errors import UserError
+from cmjax.text import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 

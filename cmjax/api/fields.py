@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from cmjax.serve.http.errors import ApiError
+from cmjax.api.errors import ApiError
 
 logger = logging.getLogger(__name__)
 

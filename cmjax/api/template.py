@@ -12,9 +12,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cmjax.checkpoint import Tokenizer
+from cmjax.api.errors import ApiError
 from cmjax.errors import UserError
-from cmjax.serve.http.errors import ApiError
+from cmjax.text import Tokenizer
 
 # What a template is given under names of its own; template arguments cannot replace it.
 _FIELDS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -38,11 +38,15 @@ class ChatTemplate:
             UserError: `where` it comes from, and what is wrong with it.
         """
         self.source = source
+        self._made_of = source, tokenizer, where, tool_source
         self._special_tokens = tokenizer.special_tokens
         environment = _environment()
         self._plain = _compile(environment, source, where)
         self._with_tools = self._plain if tool_source is None else _compile(environment, tool_source, where)
         self.takes_parts = _looks_into_content(environment.parse(source))
+
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[Any, ...]]:
+        return ChatTemplate, self._made_of  # a compiled template cannot be pickled
 
     @classmethod
     def find(cls, folder: Path, tokenizer: Tokenizer, override: str | None = None) -> "ChatTemplate | None":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cmjax.checkpoint.tokenizer import Tokenizer
+from cmjax.text.tokenizer import Tokenizer
 
 
 class Detokenizer:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from cmjax.checkpoint import Detokenizer, Tokenizer, starts_in, token_starts
 from cmjax.cli.options import BUNDLED_MODEL
+from cmjax.text import Detokenizer, Tokenizer, starts_in, token_starts
 
 SPECIAL = ["<s>", "</s>", "<|user|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

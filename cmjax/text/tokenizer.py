@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmjax.checkpoint.safetensors import read_json
 from cmjax.errors import UserError
+from cmjax.text.bound import most_bytes_of_a_token
+from cmjax.text.files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MANY_TOKENS = 256  # decoding them takes a while
 # Decoders that make the text of a token from it alone, and from whether it is the first.
 _STREAMABLE = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")
 
@@ -140,13 +142,26 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             shown = text if len(text) <= 40 else f"{text[:40]}..."
             raise UserError(f"{shown!r} is not Unicode text: {error.reason} at character {error.start}") from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        # Unlike `encode` it lets other threads run meanwhile.
+        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that the text has at least, without tokenizing it; 0 where nothing can be said."""
+        most = self._most_bytes
+        return 0 if most is None else -(-len(text.encode()) // most)
+
+    @functools.cached_property
+    def _most_bytes(self) -> int | None:
+        return most_bytes_of_a_token(self.backend, set(_BYTE_OF))
 
     # -- tokens to text -----------------------------------------------------------------------------------------------
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; special tokens are left out."""
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if len(token_ids) < _MANY_TOKENS:
+            text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:  # lets other threads run meanwhile
+            (text,) = self.backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
         return _cleaned(text) if self._cleans_up else text
 
     @functools.cached_property

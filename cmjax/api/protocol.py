@@ -10,6 +10,10 @@ from cmjax.schedule import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS, MOST_LOGIT_BIAS,
 MAX_CHOICES = 128
 MAX_STOPS = 16
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+# The first mistake is the one that is told; a list of a million would be as many.
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Prompts = Annotated[list[Ids], Field(fail_fast=True)]
 Bias = Annotated[float, Field(ge=-MOST_LOGIT_BIAS, le=MOST_LOGIT_BIAS)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
@@ -68,22 +72,22 @@ class Sampled(_Body):
     repetition_penalty: float | None = _sampled("repetition_penalty")
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=64)] | None = None
     min_tokens: int = Field(0, ge=0)
     bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_BAD_WORD_TOKENS)] | None = None
-    allowed_token_ids: Annotated[list[Id], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     priority: int = Field(0, ge=-(2**31), lt=2**31)
-    request_id: str | None = None
+    request_id: Annotated[str, Field(max_length=256)] | None = None
 
 
 class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[Id] | list[str] | list[list[Id]]
+    prompt: str | Ids | Texts | Prompts
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = _sampled("logprobs")
     prompt_logprobs: int | None = _sampled("prompt_logprobs")
@@ -106,13 +110,13 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -131,7 +135,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -144,7 +148,13 @@ class DetokenizeRequest(_Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[Id], Field(max_length=2**20)]
+    tokens: Annotated[Ids, Field(max_length=2**20)]
 
 
-Kind = Literal["completion", "chat"]
+Kind = Literal["completion", "chat", "tokenize", "detokenize"]
+BODIES: dict[Kind, type[BaseModel]] = {
+    "completion": CompletionRequest,
+    "chat": ChatRequest,
+    "tokenize": TokenizeRequest,
+    "detokenize": DetokenizeRequest,
+}

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from cmjax.api.errors import ApiError
+from cmjax.api.template import ChatTemplate
 from cmjax.checkpoint import Tokenizer
 from cmjax.cli.options import BUNDLED_MODEL
 from cmjax.errors import UserError
-from cmjax.serve.http.errors import ApiError
-from cmjax.serve.http.template import ChatTemplate
 
 TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 USER = {"role": "user", "content": "é <b>"}

@@ -1,0 +1,20 @@
+"""Files of a model folder that are text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cmjax.errors import UserError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; UserError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot read this file: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
