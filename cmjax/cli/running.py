@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cmjax.cli.flags import Given, given_options_for
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools, fabric
 from cmjax.model import Model, ModelConfig
-from cmjax.serve import Engine, EngineSettings
+from cmjax.serve import Engine, EngineSettings, StartProgress
 from cmjax.serve.engine import Progress
 
 MAX_DEFAULT_SEQS = 8
@@ -112,14 +112,28 @@ def prompt_sized(
     )
 
 
-def start_engine(path: Path, layout: InstanceLayout, formats: ModelFormats, engine: Given[EngineSettings]) -> Engine:
-    """An engine for the model in a folder, compiled and started; its sizes do not follow from prompts."""
+def tell_start(progress: StartProgress) -> None:
+    """Say how far an engine is that comes up."""
+    click.echo(str(progress), err=True)
+
+
+def start_engine(
+    path: Path,
+    layout: InstanceLayout,
+    formats: ModelFormats,
+    engine: Given[EngineSettings],
+    tell: Callable[[StartProgress], None] = tell_start,
+    *,
+    wait: bool = True,
+) -> Engine:
+    """An engine for the model in a folder, started; its sizes do not follow from prompts. `tell`, `wait`: see
+    `Engine.start`."""
     pools = carve(layout)
     model = load_in(path, formats, engine.get("max_num_seqs_per_rank"))
     settings = engine.make(max_model_len=min(DEFAULT_MODEL_LEN, model.config.max_position_embeddings))
     with memory_errors(settings):
         started = Engine(model, pools, settings=settings)
-        started.start(lambda progress: click.echo(str(progress), err=True))
+        started.start(tell, wait=wait)
     ease_collector()
     return started
 

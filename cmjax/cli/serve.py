@@ -8,10 +8,10 @@ import click
 from cmjax.checkpoint import GenerationConfig, ModelFormats
 from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import config_option, find_model, model_option
-from cmjax.cli.running import find_tokenizer, serving_options, start_engine
+from cmjax.cli.running import find_tokenizer, serving_options, start_engine, tell_start
 from cmjax.errors import UserError
-from cmjax.mesh import InstanceLayout
-from cmjax.serve import Bounds, EngineSettings, RatioPolicy
+from cmjax.mesh import InstanceLayout, Pools
+from cmjax.serve import Bounds, EngineSettings, RatioPolicy, StartProgress
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
 EXIT_CUT = 3  # answers were not finished
@@ -48,11 +48,12 @@ def serve(
     """Serve a model over HTTP, with OpenAI's API; the status page is at /, metrics at /metrics.
 
     SIGTERM or Ctrl-C: what runs is finished, new requests get a 503, and the exit status is 0; it is 3 where something
-    was cut, after --drain-timeout or by a second signal.
+    was cut, after --drain-timeout or by a second signal. The port answers from the beginning: with 503 until the first
+    request can be served, before most steps are compiled.
     """
     try:
         from cmjax.api import ChatTemplate
-        from cmjax.serve.http import create_app, known_keys, run_server
+        from cmjax.serve.http import create_app, known_keys, run_server, waiting_room
     except ImportError as error:
         raise UserError(f"cmjax serve needs pip install 'cmjax[serve]' ({error})") from error
 
@@ -62,21 +63,30 @@ def serve(
     settings = server.make(model_name=path.resolve().name)
     keys = known_keys(settings, os.environ)
     generation = GenerationConfig.find(path, settings.generation_config)
-    started = start_engine(path, layout, formats, engine)
-    pools = started.pools
-    if max_prefill_instances is not None:
-        prefill = Bounds(len(pools.prefill), max_prefill_instances)
-        decode = Bounds(len(pools.decode), len(pools.decode))
-        started.follow_load(RatioPolicy({"prefill": prefill, "decode": decode}))
-    try:
-        app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
-        drain = run_server(
-            app, listen, lambda address: click.echo(f"serving {settings.model_name} on {address}", err=True)
-        )
-    finally:
-        started.shutdown(timeout=0)
+    with waiting_room(listen) as room:
+
+        def tell(progress: StartProgress) -> None:
+            room.tell(progress)
+            tell_start(progress)
+
+        started = start_engine(path, layout, formats, engine, tell, wait=False)
+        try:
+            if max_prefill_instances is not None:
+                started.follow_load(_ratio(started.pools, max_prefill_instances))
+            app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
+            room.close()
+            name = settings.model_name
+            drain = run_server(app, listen, lambda at: click.echo(f"serving {name} on {at}", err=True), room.socket)
+        finally:
+            started.shutdown(timeout=0)
     if drain.num_cut:
         noun = "request was" if drain.num_cut == 1 else "requests were"
         click.echo(f"cmjax: {drain.num_cut} {noun} cut: not finished within {drain.seconds:.1f} s", err=True)
         return EXIT_CUT
     return 0
+
+
+def _ratio(pools: Pools, max_prefill_instances: int) -> RatioPolicy:
+    """Prefill instances follow the load, decode instances stay."""
+    prefill, decode = len(pools.prefill), len(pools.decode)
+    return RatioPolicy({"prefill": Bounds(prefill, max_prefill_instances), "decode": Bounds(decode, decode)})

@@ -16,6 +16,7 @@ from cmjax.serve.handle import RequestError, RequestHandle
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor, Scorer, TextScores, plan_windows, score_together
 from cmjax.serve.offline import GenerateResult, Timings
 from cmjax.serve.settings import EngineSettings
+from cmjax.serve.startup import StartProgress
 from cmjax.serve.steps import (
     DecodeOutput,
     DecodeState,
@@ -49,6 +50,7 @@ __all__ = [
     "RequestUpdate",
     "SamplingParams",
     "Scorer",
+    "StartProgress",
     "StepSpec",
     "TextScores",
     "Timings",

@@ -69,13 +69,19 @@ def make_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], 
     return Server(config, Drain(state, listen.drain_timeout_s, time.monotonic), on_ready)
 
 
-def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> Drain:
+def run_server(
+    app: FastAPI,
+    listen: ListenSettings,
+    on_ready: Callable[[str], None] | None = None,
+    listening: socket.socket | None = None,
+) -> Drain:
     """Serve until SIGTERM or SIGINT, then finish what runs, within the drain timeout; a second signal ends at once.
 
     Args:
         app: from `create_app`.
         listen: where, and for how long at the end.
         on_ready: called with the address once requests are taken.
+        listening: the socket, where there is one already; see `waiting_room`.
 
     Returns:
         How it ended: what had to be cut.
@@ -85,5 +91,5 @@ def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], N
     # event loop meanwhile.
     gc.collect()
     gc.freeze()
-    server.run()
+    server.run(None if listening is None else [listening])
     return server.drain

@@ -12,8 +12,9 @@ from pathlib import Path
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from cmjax.api import ApiError
 from cmjax.errors import UserError
-from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.errors import error_response
 from cmjax.serve.settings import ListenSettings
 from cmjax.serve.startup import StartProgress
 
@@ -52,7 +53,7 @@ class WaitingRoom:
             return
         progress = self._progress
         how_far = "loading the model" if progress is None else str(progress)
-        response = ApiError(503, f"the server is starting: {how_far}").response()
+        response = error_response(ApiError(503, f"the server is starting: {how_far}"))
         left_s = None if progress is None else progress.left_s
         response.headers["Retry-After"] = str(min(math.ceil(left_s or 1) or 1, _MOST_PATIENCE_S))
         response.headers["Connection"] = "close"
