@@ -43,12 +43,13 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(state.lag.watch())
+        watching = [asyncio.ensure_future(one) for one in (state.lag.watch(), state.history.follow())]
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for one in watching:
+                one.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
             state.intake.close()
 
     # The pages of FastAPI load scripts from elsewhere.
@@ -69,7 +70,7 @@ def create_app(
     _add_tokens(app, state)
     _add_health(app, state)
     _describe_bodies(app)
-    app.router.routes.extend([*status_routes(engine, settings.model_name, state.lag), documentation_route(app)])
+    app.router.routes.extend([*status_routes(state), documentation_route(app)])
     return app
 
 
@@ -287,10 +288,12 @@ class EventStream(Response):
                 yield last
         except ApiError as error:
             # The status has been sent; the event says that what came before is no result.
+            answer.state.history.note_answer(error.status)
             yield _error_event(error)
         except Exception:  # whatever it is: the status has been sent, and a stream must end as streams do
             logger.exception("a stream ends with an error of the server's own")
             answer.state.metrics.count_internal_error()
+            answer.state.history.note_answer(500)
             yield _error_event(ApiError(500, FAILED))
         yield b"data: [DONE]\n\n"
 

@@ -15,7 +15,7 @@ from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 _NEVER_GUARDED = ("/health", "/ping", "/metrics")
 _ALWAYS_GUARDED = ("/tokenize", "/detokenize")
 # What may still be asked of a server that drains: how it does.
-_WHILE_DRAINING = ("/metrics", "/status.json", "/")
+_WHILE_DRAINING = ("/metrics", "/", "/status.json", "/status/history.json", "/status/experts.json")
 
 
 class Limits:
@@ -39,6 +39,7 @@ class Limits:
             if message["type"] == "http.response.start":
                 is_begun = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                self.state.history.note_answer(message["status"])
             await send(message)
 
         try:

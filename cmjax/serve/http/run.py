@@ -227,6 +227,7 @@ class Run:
             if not choice.is_done:
                 choice.handle.cancel()
                 reason = reason or "abort"
+            self.state.history.note_request(choice.handle)
             self.state.metrics.observe(
                 choice.handle.times,
                 num_tokens=choice.num_tokens,

@@ -11,6 +11,7 @@ from cmjax.checkpoint import GenerationConfig, Tokenizer
 from cmjax.errors import UserError
 from cmjax.serve import SamplingParams
 from cmjax.serve.http.backend import Backend
+from cmjax.serve.http.history import History
 from cmjax.serve.http.lag import LoopLag
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.settings import ServerSettings
@@ -31,7 +32,7 @@ class ServerState:
         engine: started.
         served: what requests are checked against.
         intake: takes bodies.
-        lag: of the event loop.
+        metrics, history, lag: what is counted for Prometheus and for the status page, and the event loop's lag.
         is_draining: nothing new is taken any more.
         num_active: requests of the engine that are under way.
     """
@@ -63,6 +64,7 @@ class ServerState:
         self.created = int(time.time())
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)
         self.lag = LoopLag(self.metrics.observe_lag)
+        self.history = History(engine)
         self.is_draining = False
         self.num_active = 0
         self._open: dict[asyncio.Task[Any], Cuttable | None] = {}
