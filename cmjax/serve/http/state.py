@@ -13,7 +13,7 @@ from cmjax.serve.http.fields import check_fields
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
 from cmjax.serve.http.template import ChatTemplate
-from cmjax.serve.settings import ServerSettings
+from cmjax.serve.settings import API_DEFAULTS, ServerSettings
 
 # Fields that are the engine's own; where one is left out, the model's `generation_config.json` may say what holds.
 _SAMPLED = (
@@ -51,7 +51,7 @@ class ServerState:
     def _generation(self, generation: GenerationConfig) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Sampling for what requests leave out, and the tokens that end a text."""
         generation.check(self.engine.model.config.vocab_size)
-        defaults: dict[str, Any] = {"temperature": 1.0, **generation.defaults}
+        defaults: dict[str, Any] = {**API_DEFAULTS, **generation.defaults}
         try:
             SamplingParams(**defaults)
         except UserError as error:
