@@ -182,9 +182,14 @@ class UrlTarget:
         return self._session
 
     async def get_text(self, path: str) -> str | None:
-        """A page of the server; None where it has none."""
-        async with self.session.get(self.url + path) as answer:
-            return await answer.text(errors="replace") if answer.status == 200 else None
+        """A page of the server; None where it cannot be had."""
+        import aiohttp
+
+        try:
+            async with self.session.get(self.url + path) as answer:
+                return await answer.text(errors="replace") if answer.status == 200 else None
+        except aiohttp.ClientError:
+            return None
 
     def body(self, request: TraceRequest) -> dict[str, Any]:
         """What is sent: of the sampling only what the request says, so that the server's own defaults hold."""

@@ -65,7 +65,10 @@ def parse_lag(text: str) -> LoopLag | None:
 async def read_lag(target: UrlTarget) -> LoopLag | None:
     """The lags of a server since its start; None where it does not say them."""
     text = await target.get_text("/metrics")
-    return None if text is None else parse_lag(text)
+    try:
+        return None if text is None else parse_lag(text)
+    except ValueError:  # a page of another kind
+        return None
 
 
 async def watch_idle(target: UrlTarget, seconds: float) -> dict[str, Any] | None:
@@ -78,12 +81,11 @@ async def watch_idle(target: UrlTarget, seconds: float) -> dict[str, Any] | None
     return None if after is None else (after - before).figures()
 
 
-def lag_table(lags: Mapping[str, Mapping[str, Any] | None]) -> Table:
-    """A row for each stretch of time that has figures."""
+def lag_table(lags: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each stretch of time."""
     table = new_table("Lag of the server's event loop, at most, ms", "", *_QUANTILES, "samples", numbers_from=1)
     for name, found in lags.items():
-        if found is not None:
-            values = (found[one] for one in _QUANTILES)
-            cells = ("over the last bucket" if one is None else f"{one:g}" for one in values)
-            table.add_row(name, *cells, f"{found['count']:,}")
+        values = (found[one] for one in _QUANTILES)
+        cells = ("over the last bucket" if one is None else f"{one:g}" for one in values)
+        table.add_row(name, *cells, f"{found['count']:,}")
     return table

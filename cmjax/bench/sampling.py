@@ -78,12 +78,11 @@ class Sample:
 async def measure(
     settings: SamplingBenchSettings, prompts: Prompts, target: Target, on_progress: Callable[[], None]
 ) -> list[Sample]:
-    """Send them all: within a round, what is compared comes one right after another, each time in another order, with
-    prompts of its own, so that no cache of prompts helps one of them."""
-    samples, kinds = [], list(KINDS)
+    """Send them all: within a round, the kinds of one concurrency come one right after another, in an order of chance,
+    each with prompts of its own, so that no cache of prompts helps one of them."""
+    samples, order = [], np.random.default_rng(settings.seed)
     for index, concurrency in itertools.product(range(settings.rounds + 1), settings.each_concurrency):
-        first = index % len(kinds)
-        for kind in kinds[first:] + kinds[:first]:
+        for kind in map(str, order.permutation(list(KINDS))):
             requests = [
                 TraceRequest(0.0, prompts.cut(settings.prompt_len), settings.output_len, sampling=KINDS[kind])
                 for _ in range(concurrency)

@@ -201,9 +201,9 @@ def tables(report: dict[str, Any], percentiles: Sequence[float]) -> list[Table]:
     notes += [f"{count} failed: {why}" for one in reports.values() for why, count in one["errors"].items()]
     notes += [f"{one['num_requests']:,} requests sent {_in_words(one['sampling'])}" for one in report["sent"]]
     table.caption = "\n".join([*notes, *(f"{name}: {text}" for name, text in report["definitions"].items())])
-    lags = [lag_table(one["event_loop_lag_ms"]) for one in reports.values() if one.get("event_loop_lag_ms")]
-    bodies = [bodies_table(one["large_bodies"]) for one in reports.values() if "large_bodies" in one]
-    return [table, *lags, *bodies]
+    lags = {f"{n}: {when}": lag for n, one in reports.items() for when, lag in one.get("event_loop_lag_ms", {}).items()}
+    bodies = [answer for one in reports.values() for answer in one.get("large_bodies", ())]
+    return [table, *([lag_table(lags)] if lags else []), *([bodies_table(bodies)] if bodies else [])]
 
 
 def _in_words(sampling: dict[str, Any]) -> str:
