@@ -305,7 +305,7 @@ def test_mistakes_are_one_line(capsys):
         (["--percentiles", "500"], "give numbers from 0 to 100"),
         (["--compare", "--url", "http://x"], "leave out --url"),
         (["--large-bodies", "1"], "give --url"),
-        (["--temperature", "-1"], "--temperature -1 is negative"),
+        (["--temperature", "-1"], "--temperature -1 is out of range: it must be from 0"),
         (["--url", "http://x", "--top-k", "-5"], "top_k -5 is out of range"),
     ):
         assert main(["bench", "serve", *arguments]) == 2

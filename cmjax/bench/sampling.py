@@ -71,8 +71,8 @@ class Sample:
         """Of "ttft" or "tpot" over its requests; None where one failed or has none."""
         if not all(record.is_complete for record in self.records):
             return None
-        values = [latencies(record).get(name) for record in self.records]
-        return None if None in values else float(np.mean(values))  # type: ignore[arg-type]  # no None among them
+        each = [latencies(record) for record in self.records]
+        return float(np.mean([one[name] for one in each])) if all(name in one for one in each) else None
 
 
 async def measure(
