@@ -1,5 +1,6 @@
 """What several tests share: one tolerance table, payloads that name their origin, skewed choices, tiny models."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ def assert_close(actual: Any, desired: Any, *, scale: float = 1.0) -> None:
         return
     rtol, atol = (scale * value for value in TOLERANCES[actual.dtype.name])
     np.testing.assert_allclose(actual.astype(np.float64), desired.astype(np.float64), rtol=rtol, atol=atol)
+
+
+def assert_only_progress(err: str) -> None:
+    """Standard error has nothing but lines of how far a command is."""
+    lines = [
+        line for line in err.splitlines() if not re.match("(compiling|prefill|decode|evaluating|quantizing)", line)
+    ]
+    assert lines == []
 
 
 def max_error(actual: Any, desired: Any) -> float:

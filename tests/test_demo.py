@@ -13,6 +13,8 @@ from cmjax.cli import main
 from cmjax.cli import options as cli_options
 from cmjax.cli.demo import completion_lines
 from cmjax.cli.options import BUNDLED_MODEL
+from cmjax.cli.picture import draw_picture, layers_shown, left_out
+from tests.helpers import assert_only_progress
 from tests.parity import FOLDER, load_case
 
 PNG = b"\x89PNG\r\n"
@@ -51,7 +53,8 @@ def folder(tmp_path):
 
 def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder):
     status, out, err = run(capsys, "--model", folder, *SMALL, "--quant", "int8", "--json")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     report = json.loads(out)
     assert report["reference"]["source"] == "the same model in int8 on one device"
     assert report["reference"]["num_equal"] == report["reference"]["num_tokens"] > 12
@@ -68,7 +71,8 @@ def test_a_quantized_model_is_compared_with_itself_on_one_device(capsys, folder)
 def test_the_demo_at_ep320(num_prompts, num_tokens, capsys, tmp_path):
     options = () if num_tokens == 32 else ("--prompts", num_prompts, "--max-tokens", num_tokens)
     status, out, err = run(capsys, *options, "--json", "--out", tmp_path)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     report = json.loads(out)
     compared = report["reference"]
     assert "transformers" in compared["source"]
@@ -95,7 +99,8 @@ def test_the_demo_at_ep320(num_prompts, num_tokens, capsys, tmp_path):
 
 def test_tables_and_the_verdict(folder, capsys, tmp_path):
     status, out, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path / "new" / "folder")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     titles = ("Supernode", "Instances", "Planes", "Expert placement", "token ids", "Phases", "Traffic", "Load of")
     positions = [out.index(title) for title in titles]
     assert positions == sorted(positions)
@@ -106,7 +111,8 @@ def test_tables_and_the_verdict(folder, capsys, tmp_path):
 def test_with_a_tokenizer_completions_are_text(folder, capsys, tmp_path):
     shutil.copy(BUNDLED_MODEL / "tokenizer.json", folder)
     status, out, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     assert "token ids" not in out
     decode = Tokenizer.from_folder(folder).decode
     outputs = [{"prompt": decode(one["prompt_ids"]), "text": decode(one["token_ids"][:4])} for one in completions()]
@@ -232,3 +238,26 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys, tmp_path):
     status, _, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path / "file")
     assert status == 2
     assert err.startswith("cmjax demo: error: --out ")
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_says_which_layers_it_leaves_out(tmp_path):
+    load = np.ones((6, 4), np.int64)  # five layers, and the MTP module's
+    assert layers_shown(5) == [0, 1, 2, 4]
+    assert left_out([1, 2, 3, 4, 5], load) == "not shown: layer 4 and the MTP module's"
+    load[5] = 0  # it was not used
+    assert left_out([1, 2, 3, 4, 5], load) == "not shown: layer 4"
+    assert left_out([3, 4, 5, 6], load[:4]) == ""
+    assert left_out([], np.zeros((0, 4), np.int64)) == ""
+    many = np.ones((58, 4), np.int64)
+    assert layers_shown(58) == [0, 19, 38, 57]
+    assert left_out(range(3, 61), many) == "not shown: layers 4-21, 23-40, 42-59"
+    assert left_out(range(3, 9), np.ones((6, 4), np.int64)) == "not shown: layers 5, 7"
+    # It is in the picture: a line that one with nothing left out has not.
+    pictures = [
+        draw_picture(tmp_path / f"{count}.svg", range(1, count + 1), load[:count], np.ones((4, 4)), {})
+        for count in (4, 5)
+    ]
+    assert [path.read_text().count("not shown: layer 4") for path in pictures] == [0, 1]

@@ -174,7 +174,7 @@ def evaluate_together(
         instance: devices of any number.
         context, stride: see `Scorer`.
         settings: sizes and formats.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in all), first with none done.
 
     Returns:
         For each model: `areas` (by name), `all` (every token alike), `area_mean` (every area alike), each with the
@@ -204,6 +204,7 @@ def evaluate_together(
         if progress is not None:
             progress(done, total)
 
+    notify(0)
     scores = score_together(list(scorers.values()), [[bos, *ids] for ids, _ in encoded], notify)
     ends = [ends for _, ends in encoded]
     return {

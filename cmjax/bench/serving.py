@@ -161,7 +161,7 @@ def plot(records: Sequence[Record], path: str) -> None:
     running.plot(times, np.searchsorted(starts, times) - np.searchsorted(ends, times))
     running.set(title="requests under way", xlabel="s")
     chunks = [(at, r.num_output / len(r.chunks)) for r in complete for at in r.chunks]
-    counts, edges = np.histogram([at for at, _ in chunks], bins=60, weights=[n for _, n in chunks])
+    counts, edges = np.histogram([at for at, _ in chunks], bins=rate_bins(complete), weights=[n for _, n in chunks])
     rate.stairs(counts / np.diff(edges), edges)
     rate.set(title="tokens/s", xlabel="s")
     each = [latencies(record) for record in complete]
@@ -171,6 +171,19 @@ def plot(records: Sequence[Record], path: str) -> None:
         axes.set(title=f"share of requests with a {name.upper()} up to", xlabel="ms", ylim=(0, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+_MAX_BINS = 30
+
+
+def rate_bins(complete: Sequence[Record]) -> int:
+    """Of tokens over time: the sequences of a call get their tokens at the same moment, so a bin spans at least five
+    calls, told by the median gap between a request's chunks; in bins of about a call they come or do not."""
+    gaps = [gap for record in complete for gap in np.diff(record.chunks)]
+    moments = [at for record in complete for at in (record.chunks[0], record.chunks[-1])]
+    widest = max(moments, default=0.0) - min(moments, default=0.0)
+    fitting = widest / (5 * float(np.median(gaps))) if gaps and np.median(gaps) > 0 else _MAX_BINS
+    return int(min(max(fitting, 1), _MAX_BINS))
 
 
 def tables(report: dict[str, Any], percentiles: Sequence[float]) -> list[Table]:

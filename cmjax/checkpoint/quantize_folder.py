@@ -44,7 +44,7 @@ def quantize_folder(
         out: must not exist, or be empty.
         input_ids: `int[sequences, length]`, the calibration text.
         techniques: what to calibrate with, everything by default.
-        progress: called after each layer.
+        progress: called at the start, and after each layer.
 
     Raises:
         UserError: what is wrong with the source, the output or the calibration text.
@@ -80,6 +80,7 @@ class _Job:
             raise UserError(f"{self.out}: already exists; a checkpoint is saved to a new folder")
         self._claim()
         config, total = self.config, self.config.num_cache_layers
+        progress(0, total)
         rows = self.input_ids.reshape(-1)
         x = self._read("model.embed_tokens.weight").astype(np.float32)[rows]
         batch = len(self.input_ids)

@@ -20,14 +20,14 @@ from cmjax.cli.report import machine_report, placed_instances, run_report
 from cmjax.cli.running import (
     carve,
     find_tokenizer,
+    generation_progress,
     load_in,
     memory_errors,
-    progress_bar,
     prompt_sized,
     prompt_sized_options,
     seqs_per_rank,
 )
-from cmjax.cli.tables import outputs_table, placement_table, readable, result_tables, topology_tables
+from cmjax.cli.tables import outputs_table, placement_table, print_tables, readable, result_tables, topology_tables
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, fabric
 from cmjax.mesh.fabric import TrafficSnapshot
@@ -85,8 +85,8 @@ def demo(
     sampling = [SamplingParams(max_tokens=len(one.token_ids)) for one in expected]
     settings = prompt_sized(engine, model.config, prompt_ids, max(one.max_tokens for one in sampling), pools)
     load_s = time.perf_counter() - begin
-    stdout, stderr = Console(file=sys.stdout), Console(stderr=True)
-    with memory_errors(settings), progress_bar(stderr) as progress:
+    stdout = Console(file=sys.stdout)
+    with memory_errors(settings), generation_progress() as progress:
         running = Engine(model, pools, settings=settings)
         if not as_json:
             _show_machine(running, stdout)
@@ -118,8 +118,7 @@ def demo(
 def _show_machine(engine: Engine, console: Console) -> None:
     report = machine_report(engine.pools)
     report["instances"] = placed_instances(engine, report)
-    for table in (*topology_tables(report), placement_table(report)):
-        console.print(table)
+    print_tables(console, (*topology_tables(report), placement_table(report)))
 
 
 def _show_result(report: dict[str, Any], verdict: str, console: Console) -> None:
@@ -128,9 +127,8 @@ def _show_result(report: dict[str, Any], verdict: str, console: Console) -> None
         for line in completion_lines(outputs):
             console.print(line, soft_wrap=True)
     else:
-        console.print(outputs_table(outputs, OUTPUTS_SHOWN))
-    for table in result_tables(report):
-        console.print(table)
+        print_tables(console, [outputs_table(outputs, OUTPUTS_SHOWN)])
+    print_tables(console, result_tables(report))
     picture = report["picture"]
     drawn = f"Picture: {picture}" if picture else "No picture: matplotlib is missing (pip install 'cmjax[plot]')"
     source = f"Reference: {report['reference']['source']}."

@@ -4,14 +4,11 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.bench import ablation as bench_ablation
 from cmjax.bench import evaluate
@@ -20,7 +17,9 @@ from cmjax.bench.evaluate import TextSettings
 from cmjax.checkpoint import CalibrationSettings, ModelFormats, Tokenizer, calibration_ids, read_texts
 from cmjax.cli.flags import options_for
 from cmjax.cli.options import CALIBRATION, HELDOUT, count_option, data_option, find_model, json_option, model_option
+from cmjax.cli.progress import shown_progress
 from cmjax.cli.running import load_in
+from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
 from cmjax.model import Model
@@ -80,16 +79,21 @@ def evaluate_command(
     path = find_model(folder)
     tokenizer = Tokenizer.from_folder(path)
     pools = InstanceLayout(ep_size=ep, num_prefill_instances=0).carve()
-    console = Console(stderr=True)
     if ablation.is_asked:
-        models = _ablation(path, formats, ablation, console)
+        models = _ablation(path, formats, ablation)
     else:
         models = _models(path, others, formats, rows=-(-engine.max_num_batched_tokens // ep))
     model = next(iter(models.values()))
     windows = text.windows(model.config)
-    with progress_bar(console) as progress:
+    with shown_progress("tokens") as progress:
         reports = evaluate.evaluate_together(
-            models, tokenizer, files, pools.decode[0], **windows, settings=engine, progress=progress
+            models,
+            tokenizer,
+            files,
+            pools.decode[0],
+            **windows,
+            settings=engine,
+            progress=lambda done, total: progress("evaluating", done, total),
         )
     report: dict[str, Any] = {
         "model": folder,
@@ -105,8 +109,7 @@ def evaluate_command(
         click.echo(json.dumps(report))
         return
     out = Console(file=sys.stdout)
-    for table in (evaluate if len(reports) == 1 else bench_ablation).tables(report):
-        out.print(table)
+    print_tables(out, (evaluate if len(reports) == 1 else bench_ablation).tables(report))
     if len(reports) == 1 and report["expert_balance"]:
         balance = ", ".join(f"layer {name} {value:.2f}x" for name, value in report["expert_balance"].items())
         out.print(f"Busiest routed expert over the mean: {balance}.", highlight=False, soft_wrap=True)
@@ -115,27 +118,24 @@ def evaluate_command(
 
 def _models(path: Path, others: tuple[str, ...], formats: ModelFormats, rows: int) -> dict[str, Model]:
     """The model, and those beside it, by their folders' names."""
-    models = {path.name: load_in(path, formats, rows)}
+    folders = {path.name: path}
     for other in others:
-        name = Path(other).name if Path(other).name not in models else other
-        if name in models:
+        name = Path(other).name if Path(other).name not in folders else other
+        if name in folders:
             raise UserError(f"--compare {other}: given twice")
-        models[name] = load_in(Path(other), formats, rows)
-    return models
+        folders[name] = find_model(other)
+    return {name: load_in(folder, formats, rows) for name, folder in folders.items()}
 
 
-def _ablation(path: Path, formats: ModelFormats, asked: AblationSettings, console: Console) -> dict[str, Model]:
-    with tempfile.TemporaryDirectory(prefix="cmjax-eval-") as work, console.status("quantizing"):
+def _ablation(path: Path, formats: ModelFormats, asked: AblationSettings) -> dict[str, Model]:
+    with tempfile.TemporaryDirectory(prefix="cmjax-eval-") as work, shown_progress("models") as progress:
         ids = calibration_ids(path, CALIBRATION, asked.calibration_sequences, CalibrationSettings.length, 0)
         return bench_ablation.make_models(
-            path, Path(work), ids, dtype=formats.dtype, kinds=asked.kinds, alone=asked.alone
+            path,
+            Path(work),
+            ids,
+            dtype=formats.dtype,
+            kinds=asked.kinds,
+            alone=asked.alone,
+            progress=lambda name: progress(f"making {name}", 0, None),
         )
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A callback (tokens done, tokens in all) that draws a bar on a terminal."""
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("evaluating", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import click
@@ -18,17 +18,33 @@ MAX_TOKEN_ID = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Given(Generic[T]):
-    """What a command line says of settings that it may leave some of open."""
+    """What a command line says of settings that it may leave some of open.
+
+    Attributes:
+        kind: of the settings.
+        values: field -> what was given, or the default.
+        left_open: the fields that the command fills in itself, as its `--help` says.
+    """
 
     kind: type[T]
     values: Mapping[str, Any]
+    left_open: Collection[str] = ()
 
     def get(self, field: str) -> Any:
         """What was given, or the default; None where it is open."""
         return self.values.get(field)
 
     def make(self, **open_fields: Any) -> T:
-        """The settings; `open_fields` says what holds for fields left open."""
+        """The settings; `open_fields` says what holds for fields left open.
+
+        Raises:
+            TypeError: these are not the fields that `--help` says are filled in: it would show other defaults than
+                there are.
+        """
+        settings = options_of(self.kind)
+        open_by_help = {field for field in open_fields if settings[field][0].default is not dataclasses.MISSING}
+        if open_by_help != set(self.left_open):
+            raise TypeError(f"{sorted(open_fields)} are filled in, --help says it of {sorted(self.left_open)}")
         return self.kind(**{**open_fields, **self.values})
 
 
@@ -119,7 +135,7 @@ def _options(
         def command(*args: Any, **parsed: Any) -> Any:
             found = {option.field: parsed.pop(f"{name}__{option.field}") for option in options}
             values = {field: _value(kind, field, value) for field, value in found.items() if value is not None}
-            return function(*args, **{name: finish(Given(kind, values))}, **parsed)
+            return function(*args, **{name: finish(Given(kind, values, left_open.keys()))}, **parsed)
 
         # As `click.option` does; the last one comes first in the help.
         params: list[click.Parameter] = command.__dict__.setdefault("__click_params__", [])

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,14 +16,14 @@ from cmjax.cli.report import run_report
 from cmjax.cli.running import (
     carve,
     find_tokenizer,
+    generation_progress,
     load_in,
     memory_errors,
-    progress_bar,
     prompt_sized,
     prompt_sized_options,
     seqs_per_rank,
 )
-from cmjax.cli.tables import outputs_table, placement_table, result_tables
+from cmjax.cli.tables import outputs_table, placement_table, print_tables, readable, result_tables
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, fabric
 from cmjax.serve import Engine, EngineSettings, SamplingParams
@@ -33,6 +35,10 @@ from cmjax.serve import Engine, EngineSettings, SamplingParams
       cmjax generate --prompt "def mean(values):" --max-tokens 32 --ep 8
       cmjax generate --model DIR --prompt-ids 1,2,3 --prompt-ids 7,8 --ep 64 --json
       cmjax generate --model DIR --prompt-ids 1,2,3 --dispatch-dtype int8 --stop-token-ids 257
+      cmjax generate --prompt "import os" --stats
+    \b
+    Standard output has each prompt and what follows it: as text, or as token ids where the model has no tokenizer.
+    How it went is said on standard error.
     \b
     The best token is taken unless --temperature is given. The model's own eos_token_id ends nothing unless
     --stop-token-ids names it."""
@@ -46,6 +52,7 @@ from cmjax.serve import Engine, EngineSettings, SamplingParams
 @options_for("layout", InstanceLayout)
 @options_for("formats", ModelFormats)
 @prompt_sized_options
+@click.option("--stats", is_flag=True, help="Then tables: tokens, phases, experts, and what travelled.")
 @json_option
 def generate(
     folder: str,
@@ -55,6 +62,7 @@ def generate(
     layout: InstanceLayout,
     formats: ModelFormats,
     engine: Given[EngineSettings],
+    stats: bool,
     as_json: bool,
 ) -> None:
     """Continue prompts, through prefill instances and an expert-parallel decode instance."""
@@ -68,7 +76,7 @@ def generate(
     model = load_in(path, formats, seqs_per_rank(engine, len(prompts), pools))
     settings = prompt_sized(engine, model.config, prompts, sampling.max_tokens, pools)
     load_s = time.perf_counter() - begin
-    with memory_errors(settings), progress_bar(Console(stderr=True)) as progress:
+    with memory_errors(settings), generation_progress() as progress:
         running = Engine(model, pools, settings=settings)
         result = running.generate(prompts, sampling, progress=progress)
     report = run_report(running, result, fabric.traffic.snapshot(), tokenizer)
@@ -77,5 +85,40 @@ def generate(
         click.echo(json.dumps(report))
         return
     console = Console(file=sys.stdout)
-    for table in (placement_table(report), outputs_table(report["outputs"]), *result_tables(report)):
-        console.print(table)
+    _print_outputs(console, report["outputs"])
+    click.echo(_summary(report), err=True)
+    if stats:
+        tables = (outputs_table(report["outputs"]), placement_table(report), *result_tables(report))
+        print_tables(console, tables)
+
+
+def _print_outputs(console: Console, outputs: Sequence[dict[str, Any]]) -> None:
+    """Each prompt and its continuation, to a terminal with the two told apart and nothing that would control it; of
+    several, each has a heading, as `head` gives files."""
+    for index, output in enumerate(outputs):
+        if index:
+            click.echo()
+        if len(outputs) > 1:
+            click.echo(f"==> prompt {index + 1} of {len(outputs)} <==")
+        if "text" in output:
+            parts = [output["prompt"], output["text"]]
+        else:
+            parts = [",".join(map(str, output[name])) for name in ("prompt_ids", "token_ids")]
+            parts.insert(1, " -> ")
+        if console.is_terminal:
+            *before, after = map(readable, parts)
+            after.stylize("bold green")
+            console.print(*before, after, sep="", soft_wrap=True)
+        else:
+            click.echo("".join(parts))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    outputs, seconds = report["outputs"], report["timings"]
+    num_tokens = sum(len(output["token_ids"]) for output in outputs)
+    reasons = ", ".join(sorted({output["finish_reason"] for output in outputs}))
+    load_s, compile_s = seconds["load_s"], seconds["compile_s"]
+    return (
+        f"{num_tokens:,} tokens (ended by {reasons}) in {seconds['total_s'] - load_s - compile_s:.1f} s, after "
+        f"{load_s:.1f} s of loading and {compile_s:.1f} s of compiling"
+    )

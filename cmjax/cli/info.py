@@ -11,7 +11,7 @@ from cmjax.cli.flags import options_for
 from cmjax.cli.options import json_option
 from cmjax.cli.report import machine_report
 from cmjax.cli.running import carve
-from cmjax.cli.tables import collectives_table, topology_tables
+from cmjax.cli.tables import collectives_table, print_tables, topology_tables
 from cmjax.mesh import InstanceLayout
 
 
@@ -46,5 +46,4 @@ def show(report: dict[str, Any]) -> None:
         f"{devices['num_devices']} {kind}",
         highlight=False,
     )
-    for table in (*topology_tables(report), collectives_table(report["collectives"])):
-        console.print(table)
+    print_tables(console, (*topology_tables(report), collectives_table(report["collectives"])))

@@ -29,10 +29,12 @@ def model_option(function: Function) -> Function:
 
 
 def find_model(folder: str) -> Path:
-    """What `--model` names; a UserError where it is the bundled one, and this is no clone."""
+    """The folder that `--model` names; a UserError where there is none, before anything is looked for in it."""
     path = Path(folder)
     if path == BUNDLED_MODEL and not path.is_dir():
         raise UserError(f"{path}: the bundled model is part of a clone of the repository; give --model")
+    if not path.is_dir():
+        raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
     return path
 
 

@@ -18,7 +18,7 @@ def draw_picture(
     """Save the picture as PNG.
 
     Args:
-        moe_layer_ids: layer numbers of the first rows of `load`.
+        moe_layer_ids: layer numbers of the first rows of `load`; one more row is the MTP module's.
         load: `int64[moe layers, routed experts]`, rows by expert.
         sent: `int64[ranks, ranks]`, bytes from each rank (first axis) to each other.
         kinds: what the ranks hold, marked along the axes: name -> ranks.
@@ -26,18 +26,43 @@ def draw_picture(
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(13, 6), layout="constrained")
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.1, 1))[0]
-        load = load[: len(moe_layer_ids)]
-        num_bars = min(len(load), MAX_BAR_LAYERS)
-        if num_bars:
-            panels = left.subplots(num_bars, 1, sharex=True, squeeze=False)[:, 0]
-            # A model with more layers than panels shows them at equal distances, the last one among them.
-            for panel, index in zip(panels, np.linspace(len(load) - 1, 0, num_bars).astype(int)[::-1], strict=True):
+        shown = layers_shown(len(moe_layer_ids))
+        if shown:
+            panels = left.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+            for panel, index in zip(panels, shown, strict=True):
                 _draw_load(panel, moe_layer_ids[index], load[index])
             panels[-1].set_xlabel("routed expert")
-        left.suptitle(f"Decode: rows that each expert received (EP{len(sent)})")
+        title = f"Decode: rows that each expert received (EP{len(sent)})"
+        left.suptitle("\n".join(line for line in (title, left_out(moe_layer_ids, load)) if line))
         _draw_traffic(right, right.subplots(), sent, kinds)
         figure.savefig(path, dpi=120)
     return path
+
+
+def layers_shown(num_layers: int) -> list[int]:
+    """Which of the layers have a panel: where they are too many, some at equal distances, the last one among them."""
+    return sorted({int(index) for index in np.linspace(num_layers - 1, 0, min(num_layers, MAX_BAR_LAYERS))})
+
+
+def left_out(moe_layer_ids: Sequence[int], load: np.ndarray) -> str:
+    """What received rows and has no panel, in words; "" where nothing has been left out. The arguments are those of
+    `draw_picture`."""
+    shown = layers_shown(len(moe_layer_ids))
+    hidden = [layer_id for index, layer_id in enumerate(moe_layer_ids) if index not in shown and load[index].any()]
+    parts = [f"{'layers' if len(hidden) > 1 else 'layer'} {_spans(hidden)}"] if hidden else []
+    parts += ["the MTP module's"] if load[len(moe_layer_ids) :].any() else []
+    return f"not shown: {' and '.join(parts)}" if parts else ""
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Numbers that rise, as `4-6, 8`."""
+    found = ""
+    for number, before, after in zip(numbers, [None, *numbers], [*numbers[1:], None], strict=False):
+        if before is None or number != before + 1:
+            found += f"{', ' if found else ''}{number}"
+        elif after != number + 1:
+            found += f"-{number}"
+    return found
 
 
 def _draw_load(axes: Axes, layer_id: int, rows: np.ndarray) -> None:

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmjax.bench.ablation import TECHNIQUES
 from cmjax.checkpoint import CalibrationSettings, Techniques, calibration_ids, quantize_folder
 from cmjax.cli.flags import options_for
 from cmjax.cli.options import CALIBRATION, data_option, find_model
+from cmjax.cli.progress import shown_progress
 from cmjax.errors import UserError
 
 
@@ -46,12 +45,8 @@ def quantize(source: Path, out: Path, data: Path, text: CalibrationSettings, cho
     techniques = parse_techniques(chosen, seed)
     find_model(str(source))
     ids = calibration_ids(source, data, text.sequences, text.length, seed) if chosen != "none" else _no_text()
-    console = Console(stderr=True)
-    with _bar(console) as bars:
-        task = bars.add_task("quantizing", total=None)
-        quantize_folder(
-            source, out, ids, techniques, lambda done, total: bars.update(task, completed=done, total=total)
-        )
+    with shown_progress("layers") as report:
+        quantize_folder(source, out, ids, techniques, lambda done, total: report("quantizing", done, total))
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, out)]
     click.echo(f"{out}: {sizes[1] / 1e6:,.1f} MB, from {sizes[0] / 1e6:,.1f} MB.")
 
@@ -68,8 +63,3 @@ def parse_techniques(chosen: str, seed: int) -> Techniques:
 def _no_text() -> np.ndarray:
     """What layers are run on where nothing is learnt from it."""
     return np.zeros((1, 3), np.int32)
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)

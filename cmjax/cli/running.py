@@ -11,12 +11,10 @@ from pathlib import Path
 
 import click
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
 from cmjax.checkpoint import ModelFormats, Tokenizer, load
 from cmjax.cli.flags import Given, given_options_for
+from cmjax.cli.progress import shown_progress
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools, fabric
 from cmjax.model import Model, ModelConfig
@@ -140,19 +138,16 @@ def memory_errors(settings: EngineSettings) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    """A callback for `Engine.generate` that draws a bar on a terminal, and starts counting traffic anew once the
-    steps are compiled: compiling runs each of them once, on padding."""
-    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    bars = Bars(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-    task = bars.add_task("loading", total=None)
-    phases_seen: list[str] = []
+def generation_progress() -> Iterator[Progress]:
+    """A callback for `Engine.generate` that shows how far it is, and starts counting traffic anew once the steps are
+    compiled: compiling runs each of them once, on padding."""
+    phases_seen: set[str] = set()
+    with shown_progress("tokens") as show:
 
-    def notify(phase: str, num_tokens: int, num_total: int) -> None:
-        if phase == "prefill" and "prefill" not in phases_seen:
-            fabric.traffic.reset()
-        phases_seen.append(phase)
-        bars.update(task, description=PHASES[phase], completed=num_tokens, total=num_total)
+        def notify(phase: str, num_tokens: int, num_total: int) -> None:
+            if phase == "prefill" and phase not in phases_seen:
+                fabric.traffic.reset()
+            phases_seen.add(phase)
+            show(PHASES[phase], num_tokens, None if phase == "compile" else num_total)
 
-    with bars:
         yield notify

@@ -1,12 +1,14 @@
 """How reports are shown: tables of what `cmjax.cli.report` says, and the benchmarks' own under their machine."""
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +16,21 @@ from cmjax.bench.tables import new_table
 
 GB = 1e9
 IDS_SHOWN = 12
-CHARACTERS_SHOWN = 400
+
+
+def print_tables(console: Console, tables: Iterable[Table]) -> None:
+    """Print tables. Where the console is too narrow, cells go on in the next line between two words, and never inside
+    one: a name that is cut can be neither searched for nor copied."""
+    for table in tables:
+        for column in table.columns:
+            cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+            column.min_width = max(cell.minimum for cell in cells)
+            column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+        with console.capture() as printed:
+            console.print(table, crop=False)
+        # Blanks at the end of lines would go on in the next line of a terminal that is narrower than the table.
+        text = re.sub(r"(?: |\x1b\[[\d;]*m)+$", lambda found: found[0].replace(" ", ""), printed.get(), flags=re.M)
+        console.out(text, end="", highlight=False)
 
 
 def topology_tables(report: dict[str, Any]) -> tuple[Table, ...]:
@@ -91,29 +107,18 @@ def placement_table(report: dict[str, Any]) -> Table:
 
 
 def outputs_table(outputs: Sequence[dict[str, Any]], max_outputs: int | None = None) -> Table:
-    """Prompts and what follows them, as text where there is text; at most `max_outputs` of them."""
-    has_text = any("text" in output for output in outputs)
-    table = new_table("Generated", "prompt", "tokens", "continuation" if has_text else "token ids", "ended by")
+    """The token ids of prompts and of what follows them, and what ended it; at most `max_outputs` of them."""
+    table = new_table("Generated", "prompt", "tokens", "token ids", "ended by")
     for output in outputs[:max_outputs]:
-        if has_text:
-            before, after = readable(output["prompt"], CHARACTERS_SHOWN), readable(output["text"])
-        else:
-            before = Text(_shortened(output["prompt_ids"]))
-            after = Text(" ".join(str(token) for token in output["token_ids"]))
-        # Text of several lines needs a gap below it.
-        table.add_row(before, str(len(output["token_ids"])), after, output["finish_reason"], end_section=has_text)
+        before, after = _shortened(output["prompt_ids"]), " ".join(str(token) for token in output["token_ids"])
+        table.add_row(before, f"{len(output['token_ids']):,}", after, output["finish_reason"])
     if max_outputs is not None and len(outputs) > max_outputs:
         table.caption = f"and {len(outputs) - max_outputs} more"
     return table
 
 
-def readable(text: str, max_characters: int | None = None) -> Text:
-    """Text for the terminal as it is: no markup, and what would control the terminal as an escape sequence.
-
-    Of a text longer than `max_characters`, its end.
-    """
-    if max_characters is not None and len(text) > max_characters:
-        text = f"... {text[-max_characters:]}"
+def readable(text: str) -> Text:
+    """Text for the terminal as it is: no markup, and what would control the terminal as an escape sequence."""
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return Text("".join(shown))
 
@@ -179,8 +184,7 @@ def print_report(report: dict[str, Any], tables: Sequence[Table], as_json: bool)
         return
     console = Console(file=sys.stdout)
     console.print(machine_line(report["machine"]), highlight=False, soft_wrap=True)
-    for table in tables:
-        console.print(table)
+    print_tables(console, tables)
 
 
 def machine_line(machine: dict[str, Any]) -> str:

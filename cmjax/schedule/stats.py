@@ -41,10 +41,15 @@ class SlotLoad:
         total, self.total = self.total, np.zeros_like(self.total)
         return total
 
+    @property
+    def recent(self) -> np.ndarray:
+        """`int64[moe layers, slots]` of the window; the caller's own."""
+        return self._window.sum(0)
+
     def imbalance(self, num_ranks: int) -> float:
         """Rows of the busiest of `num_ranks` devices over their mean, in the window; the mean of the MoE layers, 1
         where nothing has been received."""
-        by_rank = self._window.sum(0)
+        by_rank = self.recent
         if by_rank.size == 0:
             return 1.0
         by_rank = by_rank.reshape(len(by_rank), num_ranks, -1).sum(-1)

@@ -276,6 +276,18 @@ class Engine:
             decode = [one.logical_load(scheduler.decode[n].slot_load.take()) for n, one in self.fleet.decode.items()]
         return np.sum(prefill, axis=0), np.sum(decode, axis=0)
 
+    def expert_load(self) -> dict[Role, np.ndarray]:
+        """Role -> the rows that its instances' routed experts have received in their last steps (see `SlotLoad`),
+        `int64[moe layers, routed experts]`, the MTP module's layer last."""
+        scheduler = self.core.scheduler
+        with self.core.changed:
+            prefill = [(one, scheduler.prefill[name].slot_load.recent) for name, one in self.fleet.prefill.items()]
+            decode = [(one, scheduler.decode[name].slot_load.recent) for name, one in self.fleet.decode.items()]
+        return {
+            "prefill": np.sum([one.logical_load(rows) for one, rows in prefill], axis=0),
+            "decode": np.sum([one.logical_load(rows) for one, rows in decode], axis=0),
+        }
+
     def stats(self) -> EngineStats:
         """What the engine does at present, and what it has done since its start."""
         traffic: dict[str, int] = {}

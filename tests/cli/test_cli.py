@@ -148,6 +148,20 @@ def test_info_json_of_other_sizes(capsys):
     assert report["supernode"]["num_ranks"] == Supernode.preset("cloudmatrix384-dies").num_ranks == 768
 
 
+@pytest.mark.parametrize("columns", ["20", "60", None])
+def test_info_cuts_no_name(columns, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    out = run(capsys, "info", "--ep", "8")[1]
+    report = json.loads(run(capsys, "info", "--ep", "8", "--json")[1])
+    names = [one["name"] for one in report["instances"]] + [plane["name"] for plane in report["planes"]]
+    reasons = [form["reason"] for form in report["collectives"].values()]
+    for word in (*names, *report["collectives"], *" ".join(reasons).split(), "NPU-NPU", "prefill"):
+        assert word in out.split()
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
 def test_info_tables(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     status, out, err = run(capsys, "info", "--ep", "8")

@@ -76,6 +76,10 @@ def test_what_is_left_open_is_the_commands_to_say():
     assert open_one.make(minutes=44) == Oven(degrees=200.0, minutes=44)
     assert given.make(minutes=44) == Oven(minutes=3)
     assert "[default: what the cake needs]" in " ".join(invoke("--help").split())
+    # What the help says is left open is what is filled in, no more and no less.
+    for other in ({}, {"minutes": 44, "degrees": 1.0}, {"shelf": 1}):
+        with pytest.raises(TypeError, match=r"--help says it of \['minutes'\]"):
+            given.make(**other)
 
 
 def test_mistakes_name_the_option():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from cmjax.cli.tables import readable
 from cmjax.errors import UserError
 from cmjax.serve import EngineSettings
 from tests.conftest import ROOT
-from tests.helpers import save_with_tokenizer, tiny_model
+from tests.helpers import assert_only_progress, save_with_tokenizer, tiny_model
 from tests.parity import FOLDER, load_case
 
 EP320, SMALL = "v3-ep320", "v3-small"
@@ -42,7 +43,8 @@ def prompt_options(prompts: np.ndarray) -> list[str]:
 
 def generate(capsys: pytest.CaptureFixture[str], *args: object) -> dict:
     status, out, err = run(capsys, "generate", *args, "--json")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     return json.loads(out)
 
 
@@ -92,11 +94,17 @@ def test_stop_tokens_end_a_request_and_tables_show_it(capsys):
     case = load_case(EP320)
     stop = int(case.generated[0, 2])
     options = [*prompt_options(case.prompt), "--max-tokens", 24, *EP2, "--stop-token-ids", stop]
-    status, out, err = run(capsys, "generate", "--model", case.path, *options)
-    assert (status, err) == (0, "")
-    for title in ("Expert placement", "Generated", "Phases", "Traffic", "Load of the routed experts"):
-        assert title in out
-    assert "stop" in out
+    status, out, err = run(capsys, "generate", "--model", case.path, *options, "--stats")
+    assert status == 0
+    assert "(ended by length, stop) in " in err.splitlines()[-1]
+    titles = ("Generated", "Expert placement", "Phases", "Traffic", "Load of the routed experts")
+    positions = [out.index(title) for title in titles]
+    assert positions == sorted(positions)
+    assert "stop" in out[positions[0] : positions[1]]
+    # What was generated comes first, and without --stats nothing else.
+    ids = [",".join(map(str, one)) for one in (case.prompt[0], case.generated[0, :3])]
+    assert out.startswith(f"==> prompt 1 of {len(case.prompt)} <==\n{ids[0]} -> {ids[1]}\n\n==> prompt 2 of ")
+    assert run(capsys, "generate", "--model", case.path, *options)[1] == out[: positions[0]]
     report = generate(capsys, "--model", case.path, *options)
     first = report["outputs"][0]
     assert (first["token_ids"], first["finish_reason"]) == (case.generated[0, :3].tolist(), "stop")
@@ -163,22 +171,30 @@ def test_text_prompts_come_before_those_of_ids(text_model, capsys):
     assert alone["outputs"] == outputs
 
 
-def test_the_table_shows_text_as_it_is(text_model, capsys):
-    text = "def f(a):\n    # [bold]not markup[/bold] [/]\n    return a[0"
-    status, out, err = run(capsys, "generate", "--model", text_model, "--prompt", text, "--max-tokens", 3, *EP2)
-    assert (status, err) == (0, "")
-    lines = out.splitlines()
-    start = next(i for i, line in enumerate(lines) if "continuation" in line)
-    assert lines[start + 2].startswith("  def f(a):")
-    assert lines[start + 3].startswith("      # [bold]not markup[/bold] [/]")
-    assert lines[start + 4].startswith("      return a[0")
-    assert "token ids" not in out
+def test_what_is_printed_is_the_text_as_it_is(text_model, capsys):
+    text = "def f(a):\n    # [bold]not markup[/bold] [/] " + "x" * 200 + "\n    return a[0"
+    options = ("--model", text_model, "--prompt", text, "--max-tokens", 3, *EP2)
+    report = generate(capsys, *options)
+    status, out, err = run(capsys, "generate", *options)
+    assert (status, out) == (0, f"{text}{report['outputs'][0]['text']}\n")
+    assert re.fullmatch(
+        r"3 tokens \(ended by length\) in .* s, after .* s of loading and .* s of compiling", err.split("\n")[-2]
+    )
+
+
+def test_a_terminal_tells_prompt_and_continuation_apart(text_model, capsys, monkeypatch):
+    text = "a = [red] \x1b[31m"
+    options = ("--model", text_model, "--prompt", text, "--max-tokens", 3, *EP2)
+    expected = readable(generate(capsys, *options)["outputs"][0]["text"]).plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, _ = run(capsys, "generate", *options)
+    assert (status, out) == (0, f"a = [red] \\x1b[31m\x1b[1;32m{expected}\x1b[0m\n")
 
 
 def test_readable_text():
     assert readable("a\tb\n[red]\x1b[31m\x00\r").plain == "a\tb\n[red]\\x1b[31m\\x00\\r"
     assert readable("[red]x[/red]").spans == []
-    assert readable("x" * 9 + "yz", 3).plain == "... xyz"
 
 
 def test_sampling_and_drafts(capsys):
@@ -247,6 +263,7 @@ BAD_OPTIONS = {
     "huge prefill step": (["--max-num-batched-tokens", "100000000000"], "max_num_batched_tokens (100000000000)"),
     "unknown dtype": (["--dispatch-dtype", "int4"], "Invalid value for '--dispatch-dtype'"),
     "no folder": (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
+    "no folder for a text": (["--model", "/no/such/folder", "--prompt", "x"], "/no/such/folder: no such folder"),
     "a file": (["--model", str(FOLDER / EP320 / "config.json")], "config.json: not a folder"),
 }
 
@@ -347,7 +364,8 @@ def test_the_command_prints_one_object():
     done = command(
         "--model", FOLDER / SMALL, "--prompt-ids", "1,2,3", "--max-tokens", 2, "--ep", 2, "--json", xla_flags=flags
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert_only_progress(done.stderr)
     report = json.loads(done.stdout)
     assert len(report["outputs"][0]["token_ids"]) == 2
     assert report["prefill_shares_decode_devices"] is True

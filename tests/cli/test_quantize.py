@@ -6,7 +6,7 @@ import pytest
 
 from cmjax.checkpoint import load
 from cmjax.cli import main
-from tests.helpers import save_with_tokenizer, tiny_model
+from tests.helpers import assert_only_progress, save_with_tokenizer, tiny_model
 
 CALIBRATION = ("--sequences", "4", "--length", "32")
 
@@ -36,14 +36,17 @@ def data(tmp_path):
 def test_quantize_then_compare(capsys, folder, data, tmp_path):
     out = tmp_path / "int8"
     status, text, err = run(capsys, "quantize", folder, out, "--data", data, *CALIBRATION)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert err.startswith("quantizing: 0 of 4 layers\n")
+    assert_only_progress(err)
     assert text.startswith(f"{out}: ")
     assert load(out).quant == "int8"
     assert (out / "tokenizer.json").is_file()
 
     sizes = ("--data", data, "--context", 32, "--max-num-batched-tokens", 128)
     status, text, err = run(capsys, "eval", "--model", folder, "--compare", out, *sizes, "--json")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert_only_progress(err)
     report = json.loads(text)
     first, second = report["comparison"]
     assert (first["model"], second["model"]) == ("model", "int8")
@@ -58,7 +61,8 @@ def test_ablation_with_outliers(capsys, folder, data):
     sizes = ("--data", data, "--context", 32, "--max-num-batched-tokens", 128)
     which = ("--ablation", "--planted", "inputs", "--alone", "--calibration-sequences", 8)
     status, text, err = run(capsys, "eval", "--model", folder, *which, *sizes, "--json")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert err.startswith("making floats\nmaking int8\nmaking scales\n")
     rows = {row["model"]: row["kl_divergence"] for row in json.loads(text)["comparison"]}
     assert list(rows)[:4] == ["floats", "int8", "scales alone", "rotations alone"]
     assert rows["scales alone"] < 0.2 * rows["int8"]
@@ -82,6 +86,16 @@ def test_mistakes(capsys, folder, data, tmp_path, args, message):
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(capsys, folder, data, tmp_path):
+    """Whichever argument names it, and before anything is computed."""
+    missing = tmp_path / "missing"
+    for command in (("quantize", missing, tmp_path / "out"), ("eval", "--model", missing)):
+        status, _, err = run(capsys, *command, "--data", data)
+        assert (status, err) == (2, f"cmjax {command[0]}: error: {missing}: no such folder\n")
+    status, _, err = run(capsys, "eval", "--model", folder, "--compare", missing, "--data", data)
+    assert (status, err) == (2, f"cmjax eval: error: {missing}: no such folder\n")
 
 
 def test_options_that_go_with_the_ablation(capsys, folder, data):

@@ -32,7 +32,7 @@ def served(
     app = create_app(
         engine, server_settings, tokenizer, ChatTemplate.find(BUNDLED_MODEL, tokenizer, template), generation
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

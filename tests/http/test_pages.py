@@ -45,7 +45,8 @@ def test_a_model_is_found_by_its_name(http, address, engine):
 def test_everything_asks_for_a_key_but_health_and_metrics(guarded, engine):
     for path in ("/health", "/ping", "/metrics"):
         assert guarded.get(path).status_code == 200
-    rest = ("/", "/status.json", "/docs", "/openapi.json", "/version", "/tokenizer_info")
+    status = ("/", "/status.json", "/status/history.json", "/status/experts.json")
+    rest = (*status, "/docs", "/openapi.json", "/version", "/tokenizer_info")
     for path in (*rest, "/v1/models", "/v1/models/demo", "/nothing"):
         assert guarded.get(path).status_code == 401, path
         assert guarded.get(path, headers=KEY).status_code == (404 if path == "/nothing" else 200), path

@@ -1,6 +1,7 @@
 """The routes of the API, and the limits that stand before them."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -42,9 +43,20 @@ def create_app(
     generation: GenerationConfig | None = None,
 ) -> FastAPI:
     """The ASGI application over an engine that has been started; its `state.server` is the `ServerState`."""
+    state = ServerState(engine, settings, tokenizer, template, generation)
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        sampling = asyncio.ensure_future(state.history.follow())
+        try:
+            yield
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+
     # The pages of FastAPI load scripts from elsewhere.
-    app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None)
-    state = app.state.server = ServerState(engine, settings, tokenizer, template, generation)
+    app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None, lifespan=life)
+    app.state.server = state
     install_handlers(app)
     app.add_middleware(Limits, state=state)
     # Outside of the limits: a preflight has no key, and an error is for the script to see too.
@@ -58,7 +70,7 @@ def create_app(
     _add_completions(app, state)
     _add_tokens(app, state)
     _add_health(app, state)
-    app.router.routes.extend([*status_routes(engine, settings.model_name), documentation_route(app)])
+    app.router.routes.extend([*status_routes(state), documentation_route(app)])
     return app
 
 
@@ -224,10 +236,12 @@ class EventStream(Response):
                 yield last
         except ApiError as error:
             # The status has been sent; the event says that what came before is no result.
+            answer.state.history.note_answer(error.status)
             yield _error_event(error)
         except Exception:  # whatever it is: the status has been sent, and a stream must end as streams do
             logger.exception("a stream ends with an error of the server's own")
             answer.state.metrics.count_internal_error()
+            answer.state.history.note_answer(500)
             yield _error_event(ApiError(500, FAILED))
         yield b"data: [DONE]\n\n"
 

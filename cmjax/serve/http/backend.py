@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from cmjax.model import Model
-from cmjax.schedule import EngineStats, SamplingParams
+from cmjax.schedule import EngineStats, Role, SamplingParams
 from cmjax.serve import EngineSettings, RequestHandle
 
 
@@ -40,4 +42,8 @@ class Backend(Protocol):
 
     def stats(self) -> EngineStats:
         """What it does at present."""
+        ...
+
+    def expert_load(self) -> dict[Role, np.ndarray]:
+        """Rows by routed expert, of late; see `Engine.expert_load`."""
         ...

@@ -66,7 +66,9 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_anything(request: Request, _: Exception) -> JSONResponse:
         # The log has the error: it is raised again behind the answer.
-        request.app.state.server.metrics.count_internal_error()
+        state = request.app.state.server
+        state.metrics.count_internal_error()
+        state.history.note_answer(500)  # this one is sent outside of `Limits`, which sees all others
         response = ApiError(500, FAILED).response()
         response.headers["Connection"] = "close"  # which is what happens to it when the error is raised again
         return response

@@ -31,6 +31,7 @@ class Limits:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                self.state.history.note_answer(message["status"])
             await send(message)
 
         try:

@@ -192,6 +192,7 @@ class Run:
             if not choice.is_done:
                 choice.handle.cancel()
                 reason = reason or "abort"
+            self.state.history.note_request(choice.handle)
             self.state.metrics.observe(
                 choice.handle,
                 max_tokens=choice.sampling.max_tokens,

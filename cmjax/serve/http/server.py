@@ -37,7 +37,6 @@ def run_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], N
         log_level=listen.log_level,
         access_log=listen.log_level == "debug",
         timeout_graceful_shutdown=max(int(listen.drain_timeout_s), 1),
-        lifespan="off",
     )
     server = _Server(config)
     if on_ready is not None:

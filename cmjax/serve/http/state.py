@@ -10,6 +10,7 @@ from cmjax.serve import SamplingParams
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.errors import ApiError
 from cmjax.serve.http.fields import check_fields
+from cmjax.serve.http.history import History
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.http.protocol import ChatRequest, CompletionRequest, Sampled
 from cmjax.serve.http.template import ChatTemplate
@@ -28,6 +29,7 @@ class ServerState:
         engine: started.
         tokenizer: of the model; None: prompts and answers are token ids only.
         template: for conversations; None where the model has none.
+        metrics, history: what is counted for Prometheus, and for the status page.
         is_draining: nothing new is taken any more.
     """
 
@@ -44,6 +46,7 @@ class ServerState:
         self._defaults, self._eos_ids = self._generation(generation or GenerationConfig())
         self.created = int(time.time())
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)
+        self.history = History(engine)
         self.is_draining = False
         self.num_active = 0
         self._token_texts: dict[int, str] = {}

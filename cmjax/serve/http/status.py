@@ -1,8 +1,8 @@
 """Pages for people that load nothing from elsewhere: what the server does, at `/`, and what it takes, at `/docs`."""
 
+import asyncio
 import dataclasses
 import html
-import time
 from importlib.resources import files
 from typing import Any
 
@@ -11,25 +11,58 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
-from cmjax.serve.http.backend import Backend
+import cmjax
+from cmjax.model import placed_layer_names
+from cmjax.serve.http.errors import ApiError
+from cmjax.serve.http.history import SPAN_S
+from cmjax.serve.http.state import ServerState
 
 
-def status_routes(engine: Backend, model_name: str) -> list[Route]:
-    """`/`, a page that needs nothing from elsewhere, and `/status.json`, which it asks every second."""
+def status_routes(state: ServerState) -> list[Route]:
+    """`/`, a page that needs nothing from elsewhere, and what it asks for: `/status.json`, the present, every second;
+    `/status/history.json` and `/status/experts.json` now and then."""
     page = files("cmjax.serve.http").joinpath("status.html").read_text(encoding="utf-8")
-    began = time.monotonic()
+    engine, past = state.engine, state.history
 
     async def show(_: Request) -> HTMLResponse:
         return HTMLResponse(page)
 
     async def status(_: Request) -> JSONResponse:
         stats = engine.stats()
-        fields = dataclasses.asdict(stats)
-        return JSONResponse(
-            {"model": model_name, "uptime_s": time.monotonic() - began, "kv_usage": stats.kv_usage, **fields}
-        )
+        own = {
+            "model": state.settings.model_name,
+            "version": cmjax.__version__,
+            "uptime_s": past.uptime_s,
+            "kv_usage": stats.kv_usage,
+            "num_refused": past.num_refused,
+            "num_failed": past.num_failed,
+            "recent": past.recent(),
+        }
+        return JSONResponse(own | dataclasses.asdict(stats))
 
-    return [Route("/", show), Route("/status.json", status)]
+    async def history(request: Request) -> JSONResponse:
+        given = request.query_params.get("after_s", "-1")
+        try:
+            after_s = float(given)
+        except ValueError as error:
+            raise ApiError(400, f"after_s: {given!r} is no number of seconds", param="after_s") from error
+        samples = [vars(one) for one in past.since(after_s)]
+        return JSONResponse({"span_s": SPAN_S, "uptime_s": past.uptime_s, "samples": samples})
+
+    def experts_now() -> JSONResponse:
+        names = placed_layer_names(engine.model.config)
+        load = engine.expert_load().items()
+        return JSONResponse({role: dict(zip(names, rows.tolist(), strict=True)) for role, rows in load})
+
+    async def experts(_: Request) -> JSONResponse:
+        return await asyncio.to_thread(experts_now)  # hundreds of experts a layer
+
+    return [
+        Route("/", show),
+        Route("/status.json", status),
+        Route("/status/history.json", history),
+        Route("/status/experts.json", experts),
+    ]
 
 
 def documentation_route(app: FastAPI) -> Route:
