@@ -160,7 +160,7 @@ def plot(records: Sequence[Record], path: str) -> None:
     times = np.linspace(0, max(ends, default=1.0), 200)
     running.plot(times, np.searchsorted(starts, times) - np.searchsorted(ends, times))
     running.set(title="requests under way", xlabel="s")
-    chunks = [(at, r.num_output / len(r.chunks)) for r in complete for at in r.chunks]
+    chunks = [chunk for r in complete for chunk in zip(r.chunks, r.counts, strict=True)]
     counts, edges = np.histogram([at for at, _ in chunks], bins=rate_bins(complete), weights=[n for _, n in chunks])
     rate.stairs(counts / np.diff(edges), edges)
     rate.set(title="tokens/s", xlabel="s")

@@ -11,7 +11,7 @@ from cmjax.bench.load import ClientSettings, EngineTarget, UrlTarget
 from cmjax.bench.sampling import KINDS, SamplingBenchSettings
 from cmjax.bench.trace import Prompts
 from cmjax.checkpoint import ModelFormats
-from cmjax.cli.bench_serve import bar
+from cmjax.cli.bench_serve import each_done
 from cmjax.cli.flags import Given, options_for
 from cmjax.cli.options import HELDOUT, find_model, json_option, model_option
 from cmjax.cli.running import find_tokenizer, serving_options, start_engine
@@ -62,13 +62,13 @@ def bench_sampling(
             async with UrlTarget.of(client) as target:
                 return await sampling.measure(settings, prompts, target, on_progress)
 
-        with bar("kinds", total) as on_progress:
+        with each_done("turns", total) as on_progress:
             samples = asyncio.run(on_url(on_progress))
     else:
         started = start_engine(path, layout, formats, engine)
         try:
             prompts = Prompts(rng, started.model.config.vocab_size, tokenizer, HELDOUT)
-            with bar("kinds", total) as on_progress:
+            with each_done("turns", total) as on_progress:
                 samples = asyncio.run(sampling.measure(settings, prompts, EngineTarget(started), on_progress))
         finally:
             started.shutdown(timeout=0)

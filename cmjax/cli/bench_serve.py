@@ -1,11 +1,10 @@
 """`cmjax bench serve`: a request trace against an engine or a server."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from cmjax.bench import serving
 from cmjax.bench.figures import FigureSettings
@@ -14,6 +13,7 @@ from cmjax.bench.trace import SAMPLED, TraceSettings, make_trace
 from cmjax.checkpoint import ModelFormats
 from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import HELDOUT, find_model, json_option, model_option
+from cmjax.cli.progress import shown_progress
 from cmjax.cli.running import DEFAULT_MODEL_LEN, find_tokenizer, serving_options, start_engine
 from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
@@ -69,13 +69,13 @@ def serve(
         if tokenizer is None:
             raise UserError("--url: --model must have a tokenizer, which says what ids there are")
         sent = load(tokenizer.vocab_size, engine.get("max_model_len") or DEFAULT_MODEL_LEN)
-        with bar("requests", len(sent.trace)) as on_progress:
+        with each_done("requests", len(sent.trace)) as on_progress:
             results, records = serving.run_on_url(sent, on_progress)
     else:
         started = start_engine(path, layout, formats, engine)
         try:
             sent = load(started.model.config.vocab_size, started.settings.max_model_len)
-            with bar("requests", len(sent.trace)) as on_progress:
+            with each_done("requests", len(sent.trace)) as on_progress:
                 results, records = serving.run_on_engine(started, sent, on_progress)
             if client.compare:
                 results |= serving.run_over_http(started, path, tokenizer, sent)
@@ -88,9 +88,8 @@ def serve(
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A callback for each thing that has been done, which draws a bar on a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda: bars.advance(task)
+def each_done(unit: str, total: int) -> Iterator[Callable[[], None]]:
+    """A callback for each of so many things that has been done, which shows how far the command is."""
+    with shown_progress(unit) as show:
+        done = itertools.count(1)
+        yield lambda: show("sending", next(done), total)
