@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,12 @@ import numpy as np
 
 from cmjax.checkpoint import Tokenizer
 from cmjax.errors import UserError
-from cmjax.options import check_bounds, option
+from cmjax.options import check_bounds, option, options_of
+from cmjax.serve import SamplingParams
+from cmjax.serve.settings import API_DEFAULTS
+
+# What a request may say of its sampling; how many tokens it asks for is the trace's own.
+SAMPLED = tuple(name for name, (one, _) in options_of(SamplingParams).items() if one.flag and name != "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,10 @@ class TraceRequest:
         prompt_ids: token ids.
         max_tokens: to generate; the end of a text is ignored, so that there are as many.
         priority, tenant: as for `Engine.submit`; over HTTP a tenant is told by its key, so it is not sent.
+        sampling: fields of `SamplingParams` that are sent, some of `SAMPLED`; for all others OpenAI's defaults hold.
+
+    Raises:
+        UserError: a field of `sampling` is out of bounds.
     """
 
     arrival_s: float
@@ -30,13 +39,28 @@ class TraceRequest:
     max_tokens: int
     priority: int = 0
     tenant: str = ""
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ = self.params
+
+    @property
+    def params(self) -> SamplingParams:
+        """For an engine: what a server would make of what is sent."""
+        return SamplingParams(**{**API_DEFAULTS, **self.sampling, "max_tokens": self.max_tokens})
+
+    @property
+    def line(self) -> str:
+        """The request as a line of a trace's file; see `read_trace`."""
+        fields = {"arrival_s": self.arrival_s, "prompt": self.prompt_ids, "max_tokens": self.max_tokens}
+        return json.dumps({**fields, "priority": self.priority, "tenant": self.tenant, **self.sampling})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceSettings:
     """The requests of a load: from a file, or drawn."""
 
-    file: Path | None = option(None, "JSON lines: see docs/serving.md.", flag="--trace", metavar="FILE")
+    file: Path | None = option(None, "JSON lines: see docs/load.md.", flag="--trace", metavar="FILE")
     speed: float = option(1.0, "Play it so many times as fast.", flag="--trace-speed", minimum=0, is_open=True)
     num_prompts: int = option(100, "Requests to draw.", flag="--num-prompts", minimum=1)
     request_rate: float = option(
@@ -118,23 +142,35 @@ class Prompts:
 
 
 def make_trace(
-    settings: TraceSettings, tokenizer: Tokenizer | None, texts: Path, *, vocab_size: int, max_model_len: int
+    settings: TraceSettings,
+    tokenizer: Tokenizer | None,
+    texts: Path,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    sampling: Mapping[str, Any] | None = None,
 ) -> list[TraceRequest]:
-    """The trace that the settings say, of prompts cut from `texts` (see `Prompts`)."""
+    """The trace that the settings say, of prompts cut from `texts` (see `Prompts`).
+
+    Args:
+        sampling: what each request sends, where it has no line that says otherwise.
+    """
     rng = np.random.default_rng(settings.seed)
     prompts = Prompts(rng, vocab_size, tokenizer, texts)
     if settings.file is not None:
-        return read_trace(settings.file, prompts, tokenizer, max_model_len=max_model_len, speed=settings.speed)
-    lengths = (Lengths.parse(settings.input_len), Lengths.parse(settings.output_len))
-    return poisson_trace(
-        settings.num_prompts,
-        settings.request_rate,
-        *lengths,
-        prompts,
-        rng,
-        max_model_len=max_model_len,
-        burstiness=settings.burstiness,
-    )
+        trace = read_trace(settings.file, prompts, tokenizer, max_model_len=max_model_len, speed=settings.speed)
+    else:
+        trace = poisson_trace(
+            settings.num_prompts,
+            settings.request_rate,
+            Lengths.parse(settings.input_len),
+            Lengths.parse(settings.output_len),
+            prompts,
+            rng,
+            max_model_len=max_model_len,
+            burstiness=settings.burstiness,
+        )
+    return [dataclasses.replace(one, sampling={**(sampling or {}), **one.sampling}) for one in trace]
 
 
 def poisson_trace(
@@ -169,8 +205,8 @@ def read_trace(
     """Requests from a file of JSON lines.
 
     A line has a time, `arrival_s` in seconds or `timestamp` in milliseconds; a prompt, `prompt` as text or token ids,
-    or `input_length`; and `max_tokens` or `output_length`; perhaps `priority` and `tenant`. Requests longer than
-    `max_model_len` are cut to it.
+    or `input_length`; and `max_tokens` or `output_length`; perhaps `priority`, `tenant` and fields of `SAMPLED`.
+    Requests longer than `max_model_len` are cut to it.
 
     Raises:
         UserError: a line that does not say so, by its number.
@@ -184,6 +220,8 @@ def read_trace(
         if line.strip():
             try:
                 requests.append(_parse(json.loads(line), prompts, tokenizer, max_model_len, speed))
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from error
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number}: no request of a trace: {error!r}") from error
     if not requests:
@@ -211,4 +249,6 @@ def _parse(
     if wanted < 1 or not ids or arrival < 0:
         raise ValueError("times, prompts and output lengths must be positive")
     tokens = min(wanted, max_model_len - len(ids))
-    return TraceRequest(arrival / speed, ids, tokens, int(line.get("priority", 0)), str(line.get("tenant", "")))
+    sampling = {name: line[name] for name in SAMPLED if line.get(name) is not None}
+    priority, tenant = int(line.get("priority", 0)), str(line.get("tenant", ""))
+    return TraceRequest(arrival / speed, ids, tokens, priority, tenant, sampling)

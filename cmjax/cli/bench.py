@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cmjax.bench import decode, engine, fabric, peer, pipeline, quant, speculative, training
 from cmjax.checkpoint import ModelFormats, load
+from cmjax.cli.bench_sampling import bench_sampling
 from cmjax.cli.bench_serve import serve
 from cmjax.cli.command import Commands
 from cmjax.cli.flags import options_for
@@ -38,6 +39,7 @@ def bench() -> None:
 
 
 bench.add_command(serve)
+bench.add_command(bench_sampling)
 
 
 @bench.command("fabric", epilog="\b\nExamples:\n  cmjax bench fabric\n  cmjax bench fabric --json")

@@ -1,24 +1,27 @@
 """`cmjax bench serve`: a request trace against an engine or a server."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from cmjax.bench import serving
+from cmjax.bench.figures import FigureSettings
 from cmjax.bench.load import ClientSettings
-from cmjax.bench.serving import FigureSettings
-from cmjax.bench.trace import TraceSettings, make_trace
+from cmjax.bench.trace import SAMPLED, TraceSettings, make_trace
 from cmjax.checkpoint import ModelFormats
-from cmjax.cli.flags import Given, options_for
+from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import HELDOUT, find_model, json_option, model_option
+from cmjax.cli.progress import shown_progress
 from cmjax.cli.running import DEFAULT_MODEL_LEN, find_tokenizer, serving_options, start_engine
 from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
-from cmjax.serve import EngineSettings
+from cmjax.serve import EngineSettings, SamplingParams
+
+# A request says what is given here, and nothing else. The command's `--seed` is the trace's.
+_SENT = [name for name in SAMPLED if name != "seed"]
 
 
 @click.command(
@@ -27,12 +30,17 @@ from cmjax.serve import EngineSettings
       cmjax bench serve --ep 64 --num-prompts 200 --request-rate 10     an engine in this process
       cmjax bench serve --url http://localhost:8000 --num-prompts 100   any server with OpenAI's API
       cmjax bench serve --trace requests.jsonl --slo ttft:2000 --slo tpot:100 --plot load.png
-      cmjax bench serve --compare --num-prompts 1000                    engine, HTTP whole, HTTP streaming"""
+      cmjax bench serve --url http://localhost:8000 --temperature 0 --max-concurrency 8
+      cmjax bench serve --url http://localhost:8000 --large-bodies 4    what others see of bodies of 15 MB
+      cmjax bench serve --compare --num-prompts 1000                    engine, HTTP whole, HTTP streaming
+    \b
+    Sampling is sent as given: without --temperature and the like a request says nothing, as most clients do, and the
+    API's defaults hold: temperature 1. The end of a text is ignored, so that all generate as much as they ask for."""
 )
 @options_for("client", ClientSettings)
 @options_for("trace", TraceSettings)
+@given_options_for("sampling", SamplingParams, dict.fromkeys(_SENT, "not sent"), only=_SENT)
 @options_for("wanted", FigureSettings)
-@click.option("--plot", "picture", type=click.Path(), help="Draw the load to this file; needs cmjax[plot].")
 @model_option
 @options_for("layout", InstanceLayout)
 @options_for("formats", ModelFormats)
@@ -42,8 +50,8 @@ def serve(
     folder: str,
     client: ClientSettings,
     trace: TraceSettings,
+    sampling: Given[SamplingParams],
     wanted: FigureSettings,
-    picture: str | None,
     layout: InstanceLayout,
     formats: ModelFormats,
     engine: Given[EngineSettings],
@@ -52,36 +60,36 @@ def serve(
     """Time to first token, time per output token, throughput and goodput of an engine or a server under a trace."""
     path = find_model(folder)
     tokenizer = find_tokenizer(path)
+
+    def load(vocab_size: int, longest: int) -> serving.Load:
+        sizes = {"vocab_size": vocab_size, "max_model_len": longest}
+        return serving.Load(make_trace(trace, tokenizer, HELDOUT, sampling=sampling.values, **sizes), client, wanted)
+
     if client.url:
         if tokenizer is None:
             raise UserError("--url: --model must have a tokenizer, which says what ids there are")
-        longest = engine.get("max_model_len") or DEFAULT_MODEL_LEN
-        requests = make_trace(trace, tokenizer, HELDOUT, vocab_size=tokenizer.vocab_size, max_model_len=longest)
-        load = serving.Load(requests, client, wanted)
-        with _bar(len(requests)) as on_progress:
-            results, records = serving.run_on_url(load, on_progress)
+        sent = load(tokenizer.vocab_size, engine.get("max_model_len") or DEFAULT_MODEL_LEN)
+        with each_done("requests", len(sent.trace)) as on_progress:
+            results, records = serving.run_on_url(sent, on_progress)
     else:
         started = start_engine(path, layout, formats, engine)
         try:
-            longest, vocab_size = started.settings.max_model_len, started.model.config.vocab_size
-            requests = make_trace(trace, tokenizer, HELDOUT, vocab_size=vocab_size, max_model_len=longest)
-            load = serving.Load(requests, client, wanted)
-            with _bar(len(requests)) as on_progress:
-                results, records = serving.run_on_engine(started, load, on_progress)
+            sent = load(started.model.config.vocab_size, started.settings.max_model_len)
+            with each_done("requests", len(sent.trace)) as on_progress:
+                results, records = serving.run_on_engine(started, sent, on_progress)
             if client.compare:
-                results |= serving.run_over_http(started, path, tokenizer, load)
+                results |= serving.run_over_http(started, path, tokenizer, sent)
         finally:
             started.shutdown(timeout=0)
-    if picture:
-        serving.plot(records, picture)
-    report = serving.make_report(results, load)
+    if wanted.plot:
+        serving.plot(records, wanted.plot)
+    report = serving.make_report(results, sent)
     print_report(report, serving.tables(report, wanted.each_percentile), as_json)
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A callback for each request that has ended, which draws a bar on a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("requests", total=total)
-        yield lambda _: bars.advance(task)
+def each_done(unit: str, total: int) -> Iterator[Callable[[], None]]:
+    """A callback for each of so many things that has been done, which shows how far the command is."""
+    with shown_progress(unit) as show:
+        done = itertools.count(1)
+        yield lambda: show("sending", next(done), total)

@@ -110,14 +110,15 @@ def options_for(
 
 
 def given_options_for(
-    name: str, kind: type[T], left_open: Mapping[str, str] | None = None
+    name: str, kind: type[T], left_open: Mapping[str, str] | None = None, *, only: Sequence[str] = ()
 ) -> Callable[[Function], Function]:
     """As `options_for`, where the command fills in some fields: it gets a `Given[kind]`.
 
     Args:
         left_open: field -> what holds where it is not given, in place of the settings' own default.
+        only: for these fields.
     """
-    return _options(name, kind, (), {}, left_open or {}, lambda given: given)
+    return _options(name, kind, only, {}, left_open or {}, lambda given: given)
 
 
 def _options(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,8 @@ from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 
 _MICROBATCHES = (1, 2, "auto")
+# Of a request over HTTP that does not say otherwise: OpenAI's, which are not those of `SamplingParams`.
+API_DEFAULTS: Mapping[str, Any] = MappingProxyType({"temperature": 1.0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

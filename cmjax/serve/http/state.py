@@ -14,7 +14,7 @@ from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.history import History
 from cmjax.serve.http.lag import LoopLag
 from cmjax.serve.http.metrics import Metrics
-from cmjax.serve.settings import ServerSettings
+from cmjax.serve.settings import API_DEFAULTS, ServerSettings
 
 
 class Cuttable(Protocol):
@@ -136,7 +136,7 @@ SHUTTING_DOWN = "the server is shutting down"
 def _generation(engine: Backend, generation: GenerationConfig) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Sampling for what requests leave out, and the tokens that end a text."""
     generation.check(engine.model.config.vocab_size)
-    defaults: dict[str, Any] = {"temperature": 1.0, **generation.defaults}
+    defaults: dict[str, Any] = {**API_DEFAULTS, **generation.defaults}
     try:
         SamplingParams(**defaults)
     except UserError as error:
