@@ -49,7 +49,7 @@ def create_app(
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-            state.intake.close()
+            await state.close()
 
     # The pages of FastAPI load scripts from elsewhere.
     app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None, lifespan=life)
