@@ -192,7 +192,7 @@ class Run:
             piece = choice.take(index, update, own_stops, self._keeps_tokens)
             if update.token_ids:
                 self._count(index, choice.num_tokens - num_before, at)
-            if choice.is_done:
+            if piece.finish_reason is not None:
                 num_open -= 1
                 self._end(choice)
             if piece.text or piece.token_ids or piece.finish_reason or piece.prompt_logprobs:
