@@ -22,12 +22,12 @@ class Prompt:
         starts: where each token begins in the text, in characters.
     """
 
-    token_ids: array[int]
+    token_ids: "array[int]"
     text: str = ""
-    starts: array[int] = dataclasses.field(default_factory=lambda: _int32())
+    starts: "array[int]" = dataclasses.field(default_factory=lambda: _int32())
 
 
-def _int32(values: Sequence[int] = ()) -> array[int]:
+def _int32(values: Sequence[int] = ()) -> "array[int]":
     return array("i", values)
 
 

@@ -105,10 +105,10 @@ def _validated(model: type[BaseModel], found: Any) -> BaseModel:
 def _asked(served: Served, body: CompletionRequest | ChatRequest) -> Asked:
     refuse_unsupported(body)
     served.check_priority(body.priority)
-    served.check_number(body.n)
     if body.stop:
         served.text_tokenizer()
     if isinstance(body, ChatRequest):
+        served.check_number(body.n)
         prompts = [chat_prompt(served, body)]
         body.messages, body.tools, body.chat_template_kwargs = [], None, None
     else:

@@ -20,11 +20,11 @@ TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
 STREAM = {"prompt": "import os\n", "max_tokens": 40, "ignore_eos": True, "temperature": 0, "stream": True}
 MEGABYTES = 15
 LARGE = {
-    "a text": ("/v1/completions", {"prompt": "import os\n" * (MEGABYTES * 100_000)}, "context_length_exceeded"),
+    "a text": ("/v1/completions", {"prompt": "import os\n" * (MEGABYTES * 90_000)}, "context_length_exceeded"),
     "a list of ids": ("/v1/completions", {"prompt": [5] * (MEGABYTES * 330_000)}, "context_length_exceeded"),
     "a chat": (
         "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "import os\n" * (MEGABYTES * 100_000)}]},
+        {"messages": [{"role": "user", "content": "import os\n" * (MEGABYTES * 90_000)}]},
         "context_length_exceeded",
     ),
     "what is unknown": ("/v1/completions", {"prompt": "a", "user": "x" * (MEGABYTES * 1_000_000), "n": 129}, None),
@@ -158,16 +158,16 @@ def test_a_loop_that_is_held_is_late_for_all_that_came_meanwhile():
     now, seen = [100.0], []
     lag = LoopLag(seen.append, lambda: now[0])
     assert lag.quantiles() == {"p50": 0.0, "p99": 0.0, "p999": 0.0, "max": 0.0, "count": 0}
-    now[0] += 1.0  # a second, in which nothing was sampled
+    now[0] += 1.005  # a second, in which nothing was sampled
     lag.take()
     found = lag.quantiles()
     assert (found["count"], len(seen)) == (100, 100)
-    assert (found["p50"], found["max"]) == (pytest.approx(0.5, abs=0.02), pytest.approx(0.99))
+    assert (found["p50"], found["max"]) == (pytest.approx(0.5, abs=0.02), pytest.approx(0.995))
     for _ in range(6000):  # a minute later it is forgotten
         now[0] += 0.01
         lag.take()
-    assert lag.quantiles()["max"] == pytest.approx(0, abs=1e-6)
-    assert max(seen) == pytest.approx(0.99)
+    assert lag.quantiles()["max"] == pytest.approx(0.005)
+    assert max(seen) == pytest.approx(0.995)
     now[0] += 1e6  # a machine that slept
     lag.take()
     assert lag.quantiles()["count"] == 6000

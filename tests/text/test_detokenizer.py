@@ -119,9 +119,10 @@ def test_tokens_begin_where_their_text_does(kind, data, skip):
             own_text = own.decode()
         except UnicodeDecodeError:
             continue
-        if place == 0 or start == 0:
-            own_text = own_text.lstrip(" ")
-        assert text[start:].startswith(own_text) or text[start:].startswith(own.decode())
+        forms = {own_text}
+        if place == 0 or start == 0:  # where decoders leave blanks out, that of "metaspace" within the token too
+            forms |= {own_text.lstrip(" "), own_text.replace(" ", "")}
+        assert text[start:].startswith(tuple(forms))
 
 
 def test_special_tokens_around_a_text_begin_at_its_ends():

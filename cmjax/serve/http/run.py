@@ -13,7 +13,7 @@ from cmjax.serve import RequestHandle, RequestUpdate, SamplingParams, TokenLogpr
 from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 from cmjax.serve.http.stops import StopStrings
 
-_SUBMIT_S = 0.002  # for so long requests are submitted at a stretch; other calls have their turn then
+_TURN_S = 0.002  # for so long requests are submitted, or ended, at a stretch; other calls have their turn then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Choice:
         self.handle, self.sampling, self.detokenizer, self.stops = handle, sampling, detokenizer, stops
         self.shows_stops = shows_stops
         self.num_tokens = 0
-        self.is_done = False
+        self.is_done = self.has_left = False
         self.first_at: float | None = None
         self.last_at = 0.0
 
@@ -117,11 +117,15 @@ class Run:
     Attributes:
         prompts: with their token ids.
         num_choices: for each prompt; choice i belongs to prompt i // num_choices.
+        num_prompt_tokens: of all prompts, each counted once.
+        num_completion_tokens: of all choices so far.
     """
 
     def __init__(self, state: ServerState, asked: Asked, tenant: str) -> None:
         body = self.body = asked.body
         self.state, self.prompts, self.num_choices = state, asked.prompts, body.n
+        self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        self.num_completion_tokens = 0
         self._samplings, self._tenant = asked.samplings, tenant
         self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
         self._updates: asyncio.Queue[tuple[int, RequestUpdate, float]] = asyncio.Queue()
@@ -141,14 +145,12 @@ class Run:
         self._num_admitted = len(self.prompts) * self.num_choices
         try:
             self.state.can_cut(self)
-            since = time.monotonic()
+            turn = _Turn()
             for prompt, sampling in zip(self.prompts, self._samplings, strict=True):
                 for choice in range(self.num_choices):
                     seed = sampling.seed if choice == 0 else choice_seed(self.body.seed, choice)
                     self._submit(prompt, dataclasses.replace(sampling, seed=seed))
-                    if time.monotonic() - since > _SUBMIT_S:
-                        await asyncio.sleep(0)
-                        since = time.monotonic()
+                    await turn.over()
         except BaseException:
             self.close()
             raise
@@ -170,16 +172,6 @@ class Run:
 
         handle.listen(forward)
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
-        return sum(len(prompt.token_ids) for prompt in self.prompts)
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Of all choices so far."""
-        return sum(choice.num_tokens for choice in self._choices)
-
     async def pieces(self) -> AsyncIterator[Piece]:
         """What comes, in the order it comes, until all choices are done.
 
@@ -198,13 +190,16 @@ class Run:
                 raise ApiError(503, f"the request was cancelled: {SHUTTING_DOWN}")
             num_before = choice.num_tokens
             piece = choice.take(index, update, own_stops, self._keeps_tokens)
-            num_open -= choice.is_done
             if update.token_ids:
                 self._count(index, choice.num_tokens - num_before, at)
+            if piece.finish_reason is not None:
+                num_open -= 1
+                self._end(choice)
             if piece.text or piece.token_ids or piece.finish_reason or piece.prompt_logprobs:
                 yield piece
 
     def _count(self, index: int, num_tokens: int, at: float) -> None:
+        self.num_completion_tokens += num_tokens
         prompt = index // self.num_choices
         if prompt not in self._counted:
             self._counted.add(prompt)
@@ -217,22 +212,48 @@ class Run:
             choice.handle.cancel()
 
     def close(self) -> None:
-        """Cancel what is still under way, and count it as over."""
+        """Cancel what is still under way, and count it as over; where that is much, behind the back of the caller."""
         if self._is_closed:
             return
         self._is_closed = True
-        self.state.leave(self._num_admitted)
-        for choice in self._choices:
-            reason = choice.handle.finish_reason
-            if not choice.is_done:
-                choice.handle.cancel()
-                reason = reason or "abort"
-            self.state.history.note_request(choice.handle)
-            self.state.metrics.observe(
-                choice.handle.times,
-                num_tokens=choice.num_tokens,
-                decode_s=choice.decode_s,
-                max_tokens=choice.sampling.max_tokens,
-                n=self.num_choices,
-                success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",
-            )
+        self.state.leave(self._num_admitted - len(self._choices))
+        left = [choice for choice in self._choices if not choice.has_left]
+        if left:
+            self.state.in_background(self._end_all(left))
+
+    async def _end_all(self, choices: Sequence[_Choice]) -> None:
+        turn = _Turn()
+        for choice in choices:
+            self._end(choice)
+            await turn.over()
+
+    def _end(self, choice: _Choice) -> None:
+        """A choice is over, whether it is done or not."""
+        reason = choice.handle.finish_reason
+        if not choice.is_done:
+            choice.handle.cancel()
+            reason = reason or "abort"
+        choice.has_left = True
+        self.state.leave(1)
+        self.state.history.note_request(choice.handle)
+        self.state.metrics.observe(
+            choice.handle.times,
+            num_tokens=choice.num_tokens,
+            decode_s=choice.decode_s,
+            max_tokens=choice.sampling.max_tokens,
+            n=self.num_choices,
+            success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",
+        )
+
+
+class _Turn:
+    """A turn in the event loop, which ends before others have to wait."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    async def over(self) -> None:
+        """Let others have theirs, if it has been long enough."""
+        if time.monotonic() - self._since > _TURN_S:
+            await asyncio.sleep(0)
+            self._since = time.monotonic()

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any, Protocol
 
 from cmjax.api import ApiError, ChatTemplate, Intake, Served
@@ -68,6 +68,7 @@ class ServerState:
         self.is_draining = False
         self.num_active = 0
         self._open: dict[asyncio.Task[Any], Cuttable | None] = {}
+        self._background: set[asyncio.Task[None]] = set()
         self._token_texts: dict[int, str] = {}
 
     # -- what is open -------------------------------------------------------------------------------------------------
@@ -102,6 +103,17 @@ class ServerState:
             else:
                 answer.cut()
         return len(self._open)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that no answer waits for."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Finish what is done in the background, and end the intake."""
+        await asyncio.gather(*self._background)
+        self.intake.close()
 
     def admit(self, num_requests: int) -> None:
         """Count requests as under way, until `leave`; 429 beyond the limit."""
