@@ -41,7 +41,8 @@ class Given(Generic[T]):
             TypeError: these are not the fields that `--help` says are filled in: it would show other defaults than
                 there are.
         """
-        settings = options_of(self.kind)
+        kind: Any = self.kind  # mypy takes type[T] for unhashable
+        settings = options_of(kind)
         open_by_help = {field for field in open_fields if settings[field][0].default is not dataclasses.MISSING}
         if open_by_help != set(self.left_open):
             raise TypeError(f"{sorted(open_fields)} are filled in, --help says it of {sorted(self.left_open)}")

@@ -21,11 +21,15 @@ IDS_SHOWN = 12
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
     """Print tables. Where the console is too narrow, cells go on in the next line between two words, and never inside
     one: a name that is cut can be neither searched for nor copied."""
+    unbounded = console.options.update(width=sys.maxsize)
     for table in tables:
         for column in table.columns:
-            cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+            cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
             column.min_width = max(cell.minimum for cell in cells)
             column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+        needed = Measurement.get(console, unbounded, table).minimum
+        if needed > console.width:
+            table.width = needed
         with console.capture() as printed:
             console.print(table, crop=False)
         # Blanks at the end of lines would go on in the next line of a terminal that is narrower than the table.

@@ -100,7 +100,7 @@ class History:
         """Take a sample."""
         now, stats = self._clock(), self._engine.stats()
         ended = [one for one in self._requests if one.at > self._sampled]
-        ttft, tpot = (_quantiles(values, (50,)) for values in _times(ended))
+        ttft, tpot = (float(np.median(values)) if values else None for values in _times(ended))
         self._sampled = now
         self._samples.append(
             Sample(
@@ -110,8 +110,8 @@ class History:
                 kv_usage=stats.kv_usage,
                 num_prompt_tokens=stats.num_prompt_tokens,
                 num_generation_tokens=stats.num_generation_tokens,
-                ttft_s=ttft and ttft["p50"],
-                tpot_s=tpot and tpot["p50"],
+                ttft_s=ttft,
+                tpot_s=tpot,
                 num_refused=self.num_refused,
                 num_failed=self.num_failed,
             )
@@ -125,7 +125,7 @@ class History:
         """Median and p99 of the times of the requests that ended within `RECENT_S`, in seconds; None without any."""
         now = self._clock()
         ended = [one for one in self._requests if one.at > now - RECENT_S]
-        ttft, tpot = (_quantiles(values, (50, 99)) for values in _times(ended))
+        ttft, tpot = map(_quantiles, _times(ended))
         return {"span_s": RECENT_S, "num_requests": len(ended), "ttft_s": ttft, "tpot_s": tpot}
 
 
@@ -135,8 +135,8 @@ def _times(requests: Sequence[Times]) -> tuple[list[float], list[float]]:
     return ttft, [one.tpot for one in requests if one.tpot is not None]
 
 
-def _quantiles(values: Sequence[float], percentiles: Sequence[int]) -> dict[str, float] | None:
+def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
-    found = np.percentile(values, percentiles)
-    return {f"p{percent}": float(value) for percent, value in zip(percentiles, found, strict=True)}
+    median, p99 = np.percentile(values, (50, 99))
+    return {"p50": float(median), "p99": float(p99)}
