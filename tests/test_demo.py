@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     status, _, err = run(capsys, *SMALL, "--model", folder, "--out", tmp_path / "file")
     assert status == 2
-    assert err.startswith("cmjax demo: error: --out ")
+    assert err.splitlines()[-1].startswith("cmjax demo: error: --out ")
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

@@ -45,5 +45,6 @@ def show(report: dict[str, Any]) -> None:
         f"cmjax {versions['cmjax']}, jax {versions['jax']}, Python {versions['python']}: "
         f"{devices['num_devices']} {kind}",
         highlight=False,
+        soft_wrap=True,
     )
     print_tables(console, (*topology_tables(report), collectives_table(report["collectives"])))

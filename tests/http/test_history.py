@@ -64,7 +64,7 @@ def test_samples_go_back_so_far_and_no_further(past, clock):
     assert (samples[0].at_s, samples[-1].at_s) == (PERIOD_S * (1000 - len(samples)), PERIOD_S * 999)
     assert [(one.ttft_s, one.tpot_s) for one in samples if one.ttft_s is not None] == [(0.5, 0.5)]
     assert past.since(samples[-3].at_s) == samples[-2:]
-    for field in ("num_running", "num_waiting", "kv_usage", "num_prompt_tokens", "num_generation_tokens"):
+    for field in ("num_running", "num_waiting", "kv_usage", "num_generation_tokens"):
         assert getattr(samples[-1], field) == getattr(STATS, field)
     for _ in range(2 * MAX_REQUESTS):
         past.note_request(ended(3, arrival=0.0, first_token=0.5, last_token=1.5))

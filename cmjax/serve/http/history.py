@@ -40,7 +40,7 @@ class Sample:
 
     Attributes:
         at_s: seconds since its start.
-        num_running, num_waiting, kv_usage, num_prompt_tokens, num_generation_tokens: see `EngineStats`.
+        num_running, num_waiting, kv_usage, num_generation_tokens: see `EngineStats`.
         ttft_s, tpot_s: medians of the requests that ended since the sample before; None where none did.
         num_refused, num_failed: answers with a status of 4xx and of 5xx since the start.
     """
@@ -49,7 +49,6 @@ class Sample:
     num_running: int
     num_waiting: int
     kv_usage: float
-    num_prompt_tokens: int
     num_generation_tokens: int
     ttft_s: float | None
     tpot_s: float | None
@@ -108,7 +107,6 @@ class History:
                 num_running=stats.num_running,
                 num_waiting=stats.num_waiting,
                 kv_usage=stats.kv_usage,
-                num_prompt_tokens=stats.num_prompt_tokens,
                 num_generation_tokens=stats.num_generation_tokens,
                 ttft_s=ttft,
                 tpot_s=tpot,
