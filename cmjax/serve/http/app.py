@@ -47,16 +47,10 @@ def create_app(
         try:
             yield
         finally:
-<<<<<<< HEAD
             for one in watching:
                 one.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
-            state.intake.close()
-=======
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
             await state.close()
->>>>>>> i19-http
 
     # The pages of FastAPI load scripts from elsewhere.
     app = FastAPI(title="cmjax", version=cmjax.__version__, docs_url=None, redoc_url=None, lifespan=life)
