@@ -178,8 +178,10 @@ def max_tokens(body: Sampled) -> int | None:
 def _too_long(limit: int, num_prompt: int, max_tokens: int) -> ApiError:
     if num_prompt == 0:
         return ApiError(400, "prompt: it has no tokens; at least one is needed", param="prompt")
+    # Clients know it by these words: litellm and others look for "prompt is too long".
     message = (
-        f"a prompt of {num_prompt} tokens and max_tokens {max_tokens} exceed the maximum context length of {limit}"
+        f"the prompt is too long for max_tokens {max_tokens}: "
+        f"with its {num_prompt} tokens that exceeds the maximum context length of {limit}"
     )
     return ApiError(400, message, param="prompt", code="context_length_exceeded")
 
