@@ -69,8 +69,9 @@ def check_length(served: Served, body: Sampled, prompt: str | Sequence[int]) -> 
 def too_long(limit: int, num_prompt: int | str, wanted: int | None) -> ApiError:
     """The error for a prompt, or a prompt and its answer, that do not fit."""
     answer = "" if wanted is None else f" and max_tokens {wanted}"
-    message = f"a prompt of {num_prompt} tokens{answer} exceed{'' if answer else 's'} the maximum context length of "
-    return ApiError(400, f"{message}{limit}", param="prompt", code="context_length_exceeded")
+    # Clients know it by words: litellm looks for "prompt is too long".
+    message = f"the prompt is too long: {num_prompt} tokens{answer} exceed the maximum context length of {limit}"
+    return ApiError(400, message, param="prompt", code="context_length_exceeded")
 
 
 def _truncated(served: Served, prompt: Prompt, body: Sampled) -> Prompt:
