@@ -15,12 +15,12 @@ TIMES = ("ttft", "tpot", "itl", "icl", "e2el")
 
 # docs/load.md says the same, and how other load generators call them.
 DEFINITIONS = {
-    "ttft": "of a request: from sending to the first chunk, which holds one token or several, as every chunk",
-    "tpot": "of a request: (e2el - ttft) / (tokens - 1)",
-    "itl": "of a token: the gap between its chunk and the one before, over the tokens of the chunk; the first has none",
-    "icl": "of a chunk: the gap between it and the one before",
-    "e2el": "of a request: from sending to the last chunk",
-    "goodput": "complete requests a second that keep every target",
+    "ttft": "a request: from sending it to its first chunk, which holds one token or several, as every chunk may",
+    "tpot": "a request: (e2el - ttft) / (tokens - 1)",
+    "itl": "a token: the gap between its chunk and the one before, over the tokens of the chunk; the first has none",
+    "icl": "a chunk: the gap between it and the one before",
+    "e2el": "a request: from sending it to its last chunk",
+    "goodput": "a load: complete requests a second that keep every target",
 }
 
 

@@ -213,10 +213,13 @@ def tables(report: dict[str, Any], percentiles: Sequence[float]) -> list[Table]:
     notes = [f"{name.replace('_', ' ')}: {value:.2f}" for name, value in report["ratios"].items()]
     notes += [f"{count} failed: {why}" for one in reports.values() for why, count in one["errors"].items()]
     notes += [f"{one['num_requests']:,} requests sent {_in_words(one['sampling'])}" for one in report["sent"]]
-    table.caption = "\n".join([*notes, *(f"{name}: {text}" for name, text in report["definitions"].items())])
+    table.caption = "\n".join(notes)
+    words = new_table("What they are", "", "of", "")
+    for name, text in report["definitions"].items():
+        words.add_row(name.upper(), *text.split(": ", 1))
     lags = {f"{n}: {when}": lag for n, one in reports.items() for when, lag in one.get("event_loop_lag_ms", {}).items()}
     bodies = [answer for one in reports.values() for answer in one.get("large_bodies", ())]
-    return [table, *([lag_table(lags)] if lags else []), *([bodies_table(bodies)] if bodies else [])]
+    return [table, *([lag_table(lags)] if lags else []), *([bodies_table(bodies)] if bodies else []), words]
 
 
 def _in_words(sampling: dict[str, Any]) -> str:
