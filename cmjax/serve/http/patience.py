@@ -26,7 +26,7 @@ def patient_protocol(patience_s: float, count: Callable[[int], None]) -> type[Ht
         _has_begun = False
         _has_head = False
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # narrowed in uvicorn too
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # the transport as uvicorn has it
             super().connection_made(transport)
             self._wait()
 

@@ -15,7 +15,7 @@ from cmjax.serve.http.state import ServerState
 from cmjax.serve.settings import ListenSettings
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Ends when it has drained.
 
     Attributes:
@@ -44,13 +44,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close all; who has been cut and does not read is not waited for."""
         for connection in list(self.server_state.connections):
-            cycle = connection.cycle  # type: ignore[union-attr]  # of our protocol
+            cycle = connection.cycle  # type: ignore[union-attr]  # the protocol is ours
             if self.drain.num_cut and cycle is not None and not cycle.response_complete:
-                connection.transport.abort()  # type: ignore[union-attr]  # as above
+                connection.transport.abort()  # type: ignore[union-attr]  # see above
         await super().shutdown(sockets)
 
 
-def make_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> Server:
+def make_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], None] | None = None) -> DrainingServer:
     """A server for an app from `create_app`; see `run_server`."""
     state: ServerState = app.state.server
     config = uvicorn.Config(
@@ -66,7 +66,7 @@ def make_server(app: FastAPI, listen: ListenSettings, on_ready: Callable[[str], 
         timeout_graceful_shutdown=5,  # nothing is open then, but for what is about to end
         lifespan="on",
     )
-    return Server(config, Drain(state, listen.drain_timeout_s, time.monotonic), on_ready)
+    return DrainingServer(config, Drain(state, listen.drain_timeout_s, time.monotonic), on_ready)
 
 
 def run_server(
