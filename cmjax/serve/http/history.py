@@ -26,7 +26,7 @@ class Times:
     Attributes:
         at: when it was over, by the history's clock.
         ttft: from its arrival to its first token; None: it got none.
-        tpot: from its first token to its last, over the tokens but the first; None: it got fewer than two.
+        tpot: from its first token to its last, over the tokens but the first; None: they came all at once.
     """
 
     at: float
@@ -86,7 +86,7 @@ class History:
         ttft = tpot = None
         if times.first_token is not None and times.last_token is not None:
             ttft = times.first_token - times.arrival
-            tpot = (times.last_token - times.first_token) / (num_tokens - 1) if num_tokens > 1 else None
+            tpot = (times.last_token - times.first_token) / max(num_tokens - 1, 1) or None
         self._requests.append(Times(self._clock(), ttft, tpot))
 
     async def follow(self) -> None:

@@ -145,7 +145,7 @@ class Metrics:
             "request_decode_time_seconds": _between(times.first_token, times.last_token),
             "request_inference_time_seconds": _between(times.scheduled, times.last_token),
         }
-        if num_tokens > 1:
+        if num_tokens > 1 and decode_s > 0:  # none where all came in one chunk
             values["request_time_per_output_token_seconds"] = decode_s / (num_tokens - 1)
         for name, value in values.items():
             if value is not None:
