@@ -35,9 +35,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_anything(request: Request, _: Exception) -> JSONResponse:
         # The log has the error: it is raised again behind the answer.
-        state = request.app.state.server
-        state.metrics.count_internal_error()
-        state.history.note_answer(500)  # this one is sent outside of `Limits`, which sees all others
+        request.app.state.server.metrics.count_internal_error()
         response = error_response(ApiError(500, FAILED))
         response.headers["Connection"] = "close"  # which is what happens to it when the error is raised again
         return response

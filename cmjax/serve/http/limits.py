@@ -39,7 +39,6 @@ class Limits:
             if message["type"] == "http.response.start":
                 is_begun = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
-                self.state.history.note_answer(message["status"])
             await send(message)
 
         try:
@@ -95,15 +94,19 @@ class Counted:
             nonlocal is_counted
             if message["type"] == "http.response.start":
                 is_counted = True
-                self.state.metrics.count_response(method, handler, message["status"])
+                self._count(method, handler, message["status"])
             await send(message)
 
         try:
             await self.app(scope, receive, counting)
         except Exception:
             if not is_counted:  # it is answered further out
-                self.state.metrics.count_response(method, handler, 500)
+                self._count(method, handler, 500)
             raise
+
+    def _count(self, method: str, handler: str, status: int) -> None:
+        self.state.metrics.count_response(method, handler, status)
+        self.state.history.note_answer(status)
 
     def _handler(self, scope: Scope) -> str:
         """The path of the route that a request is for, as it is written; a client's own could be any number."""
