@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-_LIST_AT_ONCE = 256  # items; of log probabilities some 100 KB, a millisecond
+_LIST_AT_ONCE = 256  # numbers or short texts
+_LISTS_AT_ONCE = 8  # items that hold others, as the log probabilities of a place do: some 10 KB
 _TEXT_AT_ONCE = 1 << 20  # characters
 _dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -20,9 +21,10 @@ def json_pieces(value: Any) -> Iterator[bytes]:
             yield from json_pieces(one)
         yield b"}"
     elif isinstance(value, list) and len(value) > _LIST_AT_ONCE:
-        for begin in range(0, len(value), _LIST_AT_ONCE):
+        step = _LISTS_AT_ONCE if isinstance(value[-1], dict | list) else _LIST_AT_ONCE
+        for begin in range(0, len(value), step):
             yield b"," if begin else b"["
-            yield _dumps(value[begin : begin + _LIST_AT_ONCE])[1:-1].encode()
+            yield _dumps(value[begin : begin + step])[1:-1].encode()
         yield b"]"
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for place, one in enumerate(value):

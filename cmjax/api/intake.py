@@ -115,8 +115,11 @@ class _Worker:
                 start_new_session=True,  # a terminal's Ctrl-C is the server's
             )
         frame = pickle.dumps(served)
-        self._channel.sendall(LENGTH.pack(len(frame)))
-        self._channel.sendall(frame)
+        try:
+            self._channel.sendall(LENGTH.pack(len(frame)))
+            self._channel.sendall(frame)
+        except OSError as error:
+            raise IntakeError(f"the process that takes large bodies did not start (status {self.end()})") from error
         self._channel.setblocking(False)
 
     async def ask(self, head: object, pieces: Sequence[bytes], size: int) -> list[Any]:

@@ -21,8 +21,8 @@ _SAMPLED = (
 def sampling_of(
     served: Served, body: Sampled, bad_words: tuple[tuple[int, ...], ...] = ()
 ) -> Callable[[int], SamplingParams]:
-    """How the engine continues a prompt of so many tokens, for the first of its choices; the others differ by their
-    seed. Prompts with as much to be generated share theirs.
+    """How the engine continues a prompt of so many tokens, but for the seed, which each of its choices has of its own.
+    Prompts with as much to be generated share theirs.
 
     Raises:
         ApiError: 400, naming the field; from the function too.

@@ -1,7 +1,13 @@
 """`cmjax serve`: the engine behind an OpenAI-compatible API."""
 
+import contextlib
 import dataclasses
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,10 +17,14 @@ from cmjax.cli.options import config_option, find_model, model_option
 from cmjax.cli.running import find_tokenizer, serving_options, start_engine, tell_start
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools
-from cmjax.serve import Bounds, EngineSettings, RatioPolicy, StartProgress
+from cmjax.serve import Bounds, Engine, EngineSettings, RatioPolicy, StartProgress
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
+if TYPE_CHECKING:
+    from cmjax.serve.http import WaitingRoom
+
 EXIT_CUT = 3  # answers were not finished
+_END_S = 2.0  # for the engine's threads to end
 
 
 @click.command(
@@ -63,27 +73,59 @@ def serve(
     settings = server.make(model_name=path.resolve().name)
     keys = known_keys(settings, os.environ)
     generation = GenerationConfig.find(path, settings.generation_config)
-    with waiting_room(listen) as room:
 
+    def start(room: "WaitingRoom") -> Engine:
         def tell(progress: StartProgress) -> None:
             room.tell(progress)
             tell_start(progress)
 
         started = start_engine(path, layout, formats, engine, tell, wait=False)
+        if max_prefill_instances is not None:
+            started.follow_load(_ratio(started.pools, max_prefill_instances))
+        return started
+
+    with _ending_at_once(), waiting_room(listen) as room:
+        started = start(room)
         try:
-            if max_prefill_instances is not None:
-                started.follow_load(_ratio(started.pools, max_prefill_instances))
             app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
             room.close()
             name = settings.model_name
             drain = run_server(app, listen, lambda at: click.echo(f"serving {name} on {at}", err=True), room.socket)
         finally:
-            started.shutdown(timeout=0)
+            ending = threading.Thread(target=started.shutdown, args=(0,), daemon=True)
+            ending.start()
+            ending.join(_END_S)
     if drain.num_cut:
         noun = "request was" if drain.num_cut == 1 else "requests were"
         click.echo(f"cmjax: {drain.num_cut} {noun} cut: not finished within {drain.seconds:.1f} s", err=True)
-        return EXIT_CUT
-    return 0
+    status = EXIT_CUT if drain.num_cut else 0
+    if ending.is_alive():
+        _leave(status)
+    return status
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """What comes up ends at once when it is told to, with status 0 after SIGTERM, 130 after Ctrl-C."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as told:
+        _leave(130 if isinstance(told, KeyboardInterrupt) else int(told.code or 0))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(status: int) -> None:
+    """End the process without its threads: a step that is being compiled cannot be interrupted, and takes as long as
+    half a minute."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _ratio(pools: Pools, max_prefill_instances: int) -> RatioPolicy:

@@ -1,6 +1,7 @@
 """Which of several compiled variants is fastest, found while they work."""
 
 import collections
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,9 @@ class Autotune:
             self._seconds[variant].append(seconds)
 
 
+_MOST_UNITS = 1024  # of tokens, that work is counted in
+
+
 class StepTimes:
     """How long steps of a few sizes take, and so how work that has come is best cut into steps.
 
@@ -60,23 +64,27 @@ class StepTimes:
         """The largest of the steps for `sizes` tokens (ascending) that together compute `num_tokens` in the least time,
         in the fewest steps where that takes as long.
 
-        A size of which nothing is known is taken to be as fast a token as the nearest one.
+        A size of which nothing is known is hoped to be as fast as it can be, so that it is tried.
         """
-        costs = [self._cost(size) for size in sizes]
-        units = [size // sizes[0] for size in sizes]
-        # (seconds, steps, largest step) for so many times the smallest size.
+        costs = [self._least_cost(size) for size in sizes]
+        unit = max(math.gcd(*sizes), -(-sizes[-1] // _MOST_UNITS))
+        # (seconds, steps, largest step) for so many times `unit` tokens.
         best = [(0.0, 0, 0)]
-        for unit in range(1, -(-num_tokens // sizes[0]) + 1):
+        for count in range(1, -(-num_tokens // unit) + 1):
             options = []
-            for size, cost, num_units in zip(sizes, costs, units, strict=True):
-                seconds, num_steps, largest = best[max(unit - num_units, 0)]
+            for size, cost in zip(sizes, costs, strict=True):
+                seconds, num_steps, largest = best[max(count - size // unit, 0)]
                 options.append((seconds + cost, num_steps + 1, max(largest, size)))
             best.append(min(options))
         return best[-1][2]
 
-    def _cost(self, size: int) -> float:
-        """Seconds of a step; 0 where nothing is known."""
-        if not self._seconds:
-            return 0.0
-        nearest = min(self._seconds, key=lambda known: abs(known - size))
-        return float(np.median(self._seconds[nearest])) * size / nearest
+    def _least_cost(self, size: int) -> float:
+        """Seconds of a step; where they are not known, the least that they can be: those of a smaller step, or as many
+        a token as in a larger one; 0 where nothing is known.
+        """
+        smaller, larger = ([one for one in self._seconds if (one <= size) == is_it] for is_it in (True, False))
+        if smaller:
+            return float(np.median(self._seconds[max(smaller)]))
+        if larger:
+            return float(np.median(self._seconds[min(larger)])) * size / min(larger)
+        return 0.0

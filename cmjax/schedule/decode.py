@@ -364,7 +364,9 @@ class DecodePlanner(Planner):
         if isinstance(plan, RestartPlan):
             self._arrivals.clear()  # what had arrived before it is gone
         if isinstance(plan, CompilePlan) and plan.variants:
+            before = self.variants[-1].num_slots
             self.variants = tuple(one for one in plan.variants if isinstance(one, DecodeVariant))
+            self._note_largest(before, self.variants[-1].num_slots)
             for attempt in self.attempts.values():
                 needed = SamplingShape.for_all([attempt.request.sampling])
                 self._shape_idx[self._places.place_of(attempt)] = self._shape_index(needed)

@@ -102,7 +102,7 @@ class Planner(abc.ABC):
 
     def __init__(self, name: str, model: str, num_ranks: int, microbatches: Sequence[int], owner: Owner) -> None:
         self.name, self.model, self.num_ranks, self.owner = name, model, num_ranks, owner
-        self.autotune = Autotune(microbatches)
+        self.autotune, self._microbatches = Autotune(microbatches), microbatches
         self.attempts: dict[int, Attempt] = {}
         self.under_way: Plan | None = None
         self.changes: collections.deque[InstanceChange] = collections.deque()
@@ -258,6 +258,11 @@ class Planner(abc.ABC):
             raise AssertionError(f"{self.name} receives nothing")
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _note_largest(self, before: int, now: int) -> None:
+        """The largest step has another size now: how many microbatches are best for it is to be found anew."""
+        if now != before:
+            self.autotune = Autotune(self._microbatches)
 
     def _next_number(self) -> int:
         self._num_plans += 1

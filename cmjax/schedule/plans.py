@@ -52,7 +52,7 @@ class PrefillPlan:
         next_token_ids: `int32[t]`, the token after each, -1 after a prompt's last.
         joins: `int32[j]`, the rows that begin.
         blocks: of each that begins, for all its tokens.
-        sampling: of the rows, where the variant samples.
+        sampling: of the rows; None where all just take the best token.
         logprob_rows, prompt_logprob_rows: int32, rows whose first token's, and whose chunk's following tokens', log
             probabilities are asked for.
         oldest_step: hidden states of earlier plans are not needed any more.

@@ -153,7 +153,9 @@ class PrefillPlanner(Planner):
             next_token_ids += request.prefill_slice(start + 1, min(stop + 1, attempt.num_prefill))
             if stop == attempt.num_prefill:
                 next_token_ids.append(-1)
-        variant = self._variant_for(len(token_ids), SamplingShape.for_all(one.sampling for one in requests))
+        needed = SamplingShape.for_all(one.sampling for one in requests)
+        is_plain = not needed.is_sampled and needed.num_logprobs is None
+        variant = self._variant_for(len(token_ids), needed)
         begins = [row for row, chunk in enumerate(chunks) if chunk.start == 0]
         wants_first = [
             chunk.is_last and one.sampling.logprobs is not None and not one.is_resumed
@@ -173,7 +175,7 @@ class PrefillPlanner(Planner):
             next_token_ids=np.array(next_token_ids, np.int32),
             joins=np.array(begins, np.int32),
             blocks=Ragged.of([_held(chunks[row].attempt).blocks.ids for row in begins]),
-            sampling=sampling_rows(requests) if variant.sampling.is_sampled else None,
+            sampling=None if is_plain else sampling_rows(requests),
             logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
             prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
             oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),
@@ -267,7 +269,9 @@ class PrefillPlanner(Planner):
 
     def _commit_change(self, plan: Plan) -> None:
         if isinstance(plan, CompilePlan) and plan.variants:
+            before = self.variants[-1].num_tokens
             self.variants = tuple(one for one in plan.variants if isinstance(one, PrefillVariant))
+            self._note_largest(before, self.variants[-1].num_tokens)
 
     def _renew(self) -> None:
         self._pool = BlockPool(self.sizes.num_blocks, self.fence)

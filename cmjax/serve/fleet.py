@@ -105,7 +105,11 @@ class Fleet:
             known = self._used.setdefault(name, set())
             known.add(variant)
             variants = tuple(one for one in self.executors[name].serving_variants() if one in known)
-        self.compile({name: CompilePlan(variants)})
+        try:
+            self.compile({name: CompilePlan(variants)})
+        except BaseException:
+            known.discard(variant)
+            raise
 
     def compile_handoff(self) -> None:
         """Have all prefill instances compile what sends to the decode instances."""

@@ -18,7 +18,6 @@ class StartProgress:
     Attributes:
         num_done, num_steps: steps that are compiled, and all.
         newest: the one that has been compiled last, such as "decode0: 8 sequences a rank"; "" before the first.
-        can_serve: whether requests are taken; the others are compiled behind them.
         elapsed_s: since the beginning.
         left_s: estimate from the steps so far; None before the first.
     """
@@ -26,7 +25,6 @@ class StartProgress:
     num_done: int
     num_steps: int
     newest: str
-    can_serve: bool
     elapsed_s: float
     left_s: float | None
 
@@ -55,8 +53,8 @@ class Startup:
         self._fleet, self._tell, self._clock = fleet, tell, clock
         self._steps = {name: in_order(one.serving_variants()) for name, one in fleet.executors.items()}
         self._lock = threading.Lock()
-        self._seconds: list[float] = []
-        self._can_serve = self._is_stopped = False
+        self._num_done = 0
+        self._is_stopped = False
         self._begin = clock()
         self._thread: threading.Thread | None = None
 
@@ -70,7 +68,6 @@ class Startup:
         self._on_all(lambda name: self._compile(name, self._steps[name][:1]))
         self._fleet.compile_handoff()
         self._fleet.open_for_serving()
-        self._can_serve = True
 
     def compile_rest(self) -> None:
         """Compile the others; each is used from then on. Raises as `compile_first` does."""
@@ -98,12 +95,14 @@ class Startup:
     def _on_all(self, work: Callable[[str], None]) -> None:
         """Do it for every instance, some at a time; what makes one fail does not keep the others from it."""
         workers = min(len(self._steps), max(os.cpu_count() or 1, 2))
-        with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
-            try:
-                errors = [done.exception() for done in [pool.submit(work, name) for name in self._steps]]
-            except BaseException:
-                self._is_stopped = True  # somebody wants to go: the pool waits for what is under way, and no longer
-                raise
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
+        try:
+            errors = [done.exception() for done in [pool.submit(work, name) for name in self._steps]]
+        except BaseException:
+            self._is_stopped = True  # somebody wants to go, and what is under way cannot be interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
         for error in filter(None, errors):
             raise error
 
@@ -111,20 +110,27 @@ class Startup:
         for variant in variants:
             if self._is_stopped:
                 return
-            begin = self._clock()
-            self._fleet.executors[name].prepare(variant)
-            self._fleet.use(name, variant)
+            executor = self._fleet.executors.get(name)
+            if executor is None:
+                return  # it has been taken out meanwhile
+            executor.prepare(variant)
+            try:
+                self._fleet.use(name, variant)
+            except Exception:
+                if name not in self._fleet.executors:
+                    return
+                raise
             with self._lock:
-                self._seconds.append(self._clock() - begin)
+                self._num_done += 1
             self._report(f"{name}: {described(variant)}")
 
     def _report(self, newest: str) -> None:
         with self._lock:
-            num_done, num_steps = len(self._seconds), sum(map(len, self._steps.values()))
+            num_done, num_steps = self._num_done, sum(map(len, self._steps.values()))
             elapsed_s = self._clock() - self._begin
             # Instances compile side by side: what is left takes as long as it has taken so far, step by step.
             left_s = elapsed_s / num_done * (num_steps - num_done) if num_done else None
-            progress = StartProgress(num_done, num_steps, newest, self._can_serve, elapsed_s, left_s)
+            progress = StartProgress(num_done, num_steps, newest, elapsed_s, left_s)
         self._tell(progress)
 
 

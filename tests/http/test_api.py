@@ -438,3 +438,14 @@ def test_events_are_well_formed(http):
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts)
     assert len({event["id"] for event in events}) == 1
+
+
+def test_equal_prompts_of_a_body_are_drawn_apart(http):
+    """But with a seed, by which all that a body asks for can be had again."""
+    body = {"prompt": [TEXTS[0]] * 3, "max_tokens": 24, "n": 2, "temperature": 2.0, "ignore_eos": True}
+
+    def texts(**fields):
+        return [one["text"] for one in http.post("/v1/completions", json={**body, **fields}).json()["choices"]]
+
+    assert len(set(texts())) == 6
+    assert texts(seed=5) == texts(seed=5)

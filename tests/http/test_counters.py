@@ -91,6 +91,19 @@ def test_the_counters_say_what_the_usage_says(server, body):
     assert grown["inter_token_latency_seconds_count",] <= max(usage["completion_tokens"] - num_choices, 0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_is_counted_as_the_client_is_told_it(server, stream):
+    """A stop string in the last tokens, which the engine ends by their number."""
+    body = {"prompt": "import os\n", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    text = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=PATIENCE).json()["choices"][0]["text"]
+    stop = next(text[-size:] for size in range(1, len(text)) if text.find(text[-size:]) == len(text) - size)
+    asked = {**body, "stop": [stop], "stream": stream, "stream_options": {"include_usage": True} if stream else None}
+    grown, usage = growth(server, lambda address: usage_of(address, "/v1/completions", asked))
+    assert usage["completion_tokens"] <= 8
+    reasons = {key[1]: value for key, value in grown.items() if key[0] == "request_success_total" and value}
+    assert reasons == {"stop": 1}
+
+
 def test_a_chat_s_too(server):
     body = {"messages": [{"role": "user", "content": "def f(x):"}], "max_tokens": 9, "n": 2, "stop": "e"}
     grown, usage = growth(server, lambda address: usage_of(address, "/v1/chat/completions", body))

@@ -120,8 +120,9 @@ async def cut_short(process, address, give_up):
             asyncio.ensure_future(read(client, "/v1/completions", number, begun)) for number in range(NUM_STREAMS)
         ]
         await asyncio.wait_for(all_begun.wait(), PATIENCE)
-        whole = asyncio.ensure_future(client.post("/v1/completions", json={**BODY, "n": 64}))
-        await wait_for(lambda: num_waiting(client), lambda found: found > 0)
+        body = {**BODY, "prompt": [BODY["prompt"]] * 4, "n": 64}
+        whole = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        await wait_for(lambda: num_waiting(client), lambda found: found > NUM_STREAMS)  # it has been taken, too
         process.send_signal(signal.SIGTERM)
         await wait_for(lambda: status_of(client, "/health"), lambda found: found == 503)
         refused = await client.post("/v1/completions", json=BODY)

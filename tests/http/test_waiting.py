@@ -26,7 +26,7 @@ def address_of(room):
 
 
 def progress(num_done, elapsed_s, left_s):
-    return StartProgress(num_done, 7, "decode0: 1 sequence a rank", False, elapsed_s, left_s)
+    return StartProgress(num_done, 7, "decode0: 1 sequence a rank", elapsed_s, left_s)
 
 
 def test_whoever_comes_is_told_how_far_it_is():

@@ -1,5 +1,7 @@
 """What a prefill instance computes next, and what becomes of it: host code alone, without steps."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -401,3 +403,21 @@ def test_what_it_says_of_itself():
     after = planner.stats()
     assert (after.num_calls, after.num_tokens, after.busy_s, after.num_used_blocks) == (1, 8, 0.5, 3)
     assert after.expert_imbalance == 1.0
+
+
+def test_microbatches_are_chosen_anew_when_the_largest_step_grows():
+    """By the times of the largest step alone: those of a small one say nothing of it."""
+    planner, _ = make_planner(64, step_tokens=64)
+    planner = PrefillPlanner("prefill0", "", 2, dataclasses.replace(planner.sizes, microbatches=(1, 2)), Recorder())
+    planner.owner.planner, planner.is_compiled = planner, True
+    for variants, seconds, expected in (
+        (planner.sizes.variants[:1], {1: 0.1, 2: 0.2}, 1),
+        (planner.sizes.variants, {1: 0.4, 2: 0.3}, 2),
+    ):
+        planner.change(CompilePlan(variants))
+        planner.commit(planner.plan(0.0), None, 0.0)
+        for _ in range(2 * planner.autotune.ROUNDS):
+            add(planner, range(variants[-1].num_tokens))
+            plan = planner.plan(0.0)
+            planner.commit(plan, result_of(plan, seconds=seconds[plan.microbatches]), 0.0)
+        assert planner.autotune.choice == expected

@@ -73,8 +73,36 @@ def test_one_slow_step_changes_nothing_and_many_do():
     assert times.first_step(600, SIZES) != 512
 
 
-def test_a_size_that_was_never_tried_is_tried_where_it_should_pay():
+def test_a_size_that_was_never_tried_is_tried_where_it_could_pay():
     times = StepTimes()
     times.add(2048, 0.3)
     assert times.first_step(100, SIZES) == 128
     assert times.first_step(600, SIZES) == 512
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(100, [128]), (600, [2048]), (1000, [2048]), (1500, [2048])])
+def test_larger_steps_are_found_to_be_faster_as_they_come(num_tokens, expected):
+    """As an engine comes up: with its smallest step, then the largest, then that between."""
+    seconds, times = {128: 0.1, 512: 0.11, 2048: 0.15}, StepTimes()
+
+    def cut(sizes):
+        left, found = num_tokens, []
+        while left > 0:
+            found.append(times.first_step(left, sizes))
+            times.add(found[-1], seconds[found[-1]])
+            left -= found[-1]
+        return found
+
+    for sizes in ([128], [128, 2048], SIZES):
+        for _ in range(5):
+            cuts = cut(sizes)
+    assert cuts == expected
+
+
+@pytest.mark.parametrize("sizes", [[192, 768, 2016], [256, 1000], [7, 30], [5]])
+def test_sizes_that_are_no_multiples_of_each_other_cover_what_they_hold(sizes):
+    times = StepTimes()
+    assert times.first_step(sizes[-1], sizes) == sizes[-1]
+    for size in sizes:
+        times.add(size, 1.0)
+    assert times.first_step(sizes[-1], sizes) == times.first_step(10 * sizes[-1], sizes) == sizes[-1]

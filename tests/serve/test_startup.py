@@ -80,7 +80,6 @@ def test_it_says_how_far_it_is():
     told = fleet.told
     assert [one.num_done for one in told] == list(range(7))
     assert all(one.num_steps == 6 for one in told)
-    assert [one.can_serve for one in told] == [False] * 3 + [True] * 4
     assert told[0].left_s is None
     assert str(told[0]) == "compiled 0 of 6 steps in 0 s"
     for one in told[1:]:

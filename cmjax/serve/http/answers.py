@@ -70,7 +70,12 @@ class Answer:
 
     async def event(self, piece: Piece) -> bytes:
         """One piece as a server-sent event."""
-        part = await self._choice(piece)
+        if _is_long(piece):
+            return await asyncio.to_thread(self._event_of, piece)
+        return self._event_of(piece)
+
+    def _event_of(self, piece: Piece) -> bytes:
+        part = self._choice_of(piece)
         if self.is_chat:
             part["delta"] = {"content": part.pop("message")["content"]}
         return self._event(part)
@@ -100,7 +105,7 @@ class Answer:
     # -- a choice -----------------------------------------------------------------------------------------------------
 
     async def _choice(self, piece: Piece) -> dict[str, Any]:
-        if len(piece.prompt_logprobs or ()) > _PLACES_AT_ONCE:
+        if _is_long(piece):
             return await asyncio.to_thread(self._choice_of, piece)
         return self._choice_of(piece)
 
@@ -169,6 +174,11 @@ class Answer:
         return {
             str(token): {"logprob": p, "decoded_token": self.state.token_text(token)} for token, p in (*one.top, chosen)
         }
+
+
+def _is_long(piece: Piece) -> bool:
+    """Whether it takes long to write."""
+    return len(piece.prompt_logprobs or ()) > _PLACES_AT_ONCE
 
 
 def _joined(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -54,7 +54,8 @@ class _Choice:
         self.handle, self.sampling, self.detokenizer, self.stops = handle, sampling, detokenizer, stops
         self.shows_stops = shows_stops
         self.num_tokens = 0
-        self.is_done = self.has_left = False
+        self.finish_reason: str | None = None  # what the client is told
+        self.has_left = False
         self.first_at: float | None = None
         self.last_at = 0.0
 
@@ -63,6 +64,11 @@ class _Choice:
         gap = None if self.first_at is None else at - self.last_at
         self.first_at, self.last_at = self.first_at or at, at
         return gap
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end."""
+        return self.finish_reason is not None
 
     @property
     def decode_s(self) -> float:
@@ -100,7 +106,7 @@ class _Choice:
                 finish_reason = "stop" if found is not None else finish_reason
             if ends_by_token and tokens and tokens[-1] in own_stops:
                 stop_reason = tokens[-1]
-        self.is_done = finish_reason is not None
+        self.finish_reason = finish_reason
         self.num_tokens += used
         logprobs = None if update.logprobs is None else update.logprobs[:used]
         return Piece(index, text, tokens[:used], starts, logprobs, update.prompt_logprobs, finish_reason, stop_reason)
@@ -148,7 +154,8 @@ class Run:
             turn = _Turn()
             for prompt, sampling in zip(self.prompts, self._samplings, strict=True):
                 for choice in range(self.num_choices):
-                    seed = sampling.seed if choice == 0 else choice_seed(self.body.seed, choice)
+                    # Without a seed of the client's, every choice of every prompt has one of its own.
+                    seed = choice_seed(self.body.seed, choice)
                     self._submit(prompt, dataclasses.replace(sampling, seed=seed))
                     await turn.over()
         except BaseException:
@@ -229,10 +236,10 @@ class Run:
 
     def _end(self, choice: _Choice) -> None:
         """A choice is over, whether it is done or not."""
-        reason = choice.handle.finish_reason
-        if not choice.is_done:
+        reason = choice.finish_reason
+        if reason is None:
             choice.handle.cancel()
-            reason = reason or "abort"
+            reason = choice.handle.finish_reason or "abort"
         choice.has_left = True
         self.state.leave(1)
         self.state.history.note_request(choice.handle)
@@ -242,7 +249,7 @@ class Run:
             decode_s=choice.decode_s,
             max_tokens=choice.sampling.max_tokens,
             n=self.num_choices,
-            success_reason="stop" if choice.is_done and reason in (None, "abort") else reason or "abort",
+            success_reason=reason,
         )
 
 

@@ -60,6 +60,8 @@ class ServerState:
             tokenizer=tokenizer,
             template=template,
         )
+        if tokenizer is not None:
+            tokenizer.least_tokens("")  # looks at the whole vocabulary, once: not when the first request comes
         self.intake = Intake(self.served)
         self.created = int(time.time())
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)

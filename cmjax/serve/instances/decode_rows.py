@@ -120,16 +120,22 @@ class DecodeRows:
         first = np.searchsorted(ranks, ranks)  # of the same rank: places ascend
         return ranks * num_slots + np.arange(len(places)) - first
 
+    def _rows_of(self, places: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """The row of each place, and the place of each row.
+
+        Rows without a sequence repeat a place, and are switched off by their position.
+        """
+        rows, of_row = self.row_of(places, num_slots), np.zeros(self.num_ranks * num_slots, np.int64)
+        of_row[rows] = places
+        return rows, of_row
+
     def state(self, places: np.ndarray, num_slots: int, shape: SamplingShape, hidden: jax.Array | None) -> DecodeState:
         """These places as the host arrays of a step, `[ranks * num_slots]`, all else empty; without their sampling.
 
         Args:
             hidden: the devices' hidden states of all places, where drafts are made.
         """
-        # Rows without a sequence repeat a place, and are switched off by their position.
-        of_row = np.zeros(self.num_ranks * num_slots, np.int64)
-        rows = self.row_of(places, num_slots)
-        of_row[rows] = places
+        rows, of_row = self._rows_of(places, num_slots)
         positions = np.full(len(of_row), -1, np.int32)
         positions[rows] = self.batch.positions[places]
         batch = DecodeBatch(
@@ -156,9 +162,7 @@ class DecodeRows:
             return None
         if self.sampling is None:
             raise ValueError(f"no rows have been made for {shape}: compile it first")
-        of_row = np.zeros(self.num_ranks * num_slots, np.int64)
-        rows = self.row_of(places, num_slots)
-        of_row[rows] = places
+        rows, of_row = self._rows_of(places, num_slots)
         found = self.sampling.rows(of_row, shape, self.vocab_size)
         # An empty row must not make the others draw, sort or add.
         is_empty = np.ones(len(of_row), bool)

@@ -1,5 +1,6 @@
 """The prefill role: prompts to latents and first tokens."""
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
@@ -69,6 +70,8 @@ class PrefillExecutor(JaxExecutor):
         self.num_places = round_up(most, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
         self.allow_split(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
+        # Settings of a step whose requests have none, by shape: on the host, and on the devices.
+        self._plain: dict[SamplingShape, tuple[PackedSampling, PackedSampling]] = {}
         self._wire = wire or transfer.Wire()
         self._forget()
 
@@ -217,13 +220,22 @@ class PrefillExecutor(JaxExecutor):
         return batch, self._sampling(shape), self._scored(variant)
 
     def _sampling(self, shape: SamplingShape, rows: SamplingRows | None = None) -> PackedSampling | None:
-        """How the first rows of a step are sampled; None where all of them are greedy."""
+        """How the first rows of a step are sampled, on the devices; None where the step only takes the best."""
         if not shape.is_sampled:
             return None
-        state = SamplingState.for_shape(self.num_places, shape, self.model.config.vocab_size)
-        if rows is not None:
-            state.write(np.arange(len(rows.temperature)), rows)
-        return PackedSampling.of(state)
+        vocabulary, by_rank = self.model.config.vocab_size, self.spec.by_rank()
+        if shape not in self._plain:
+            empty = PackedSampling.of(SamplingState.for_shape(self.num_places, shape, vocabulary))
+            self._plain[shape] = empty, jax.device_put(empty, by_rank)
+        empty, on_devices = self._plain[shape]
+        if rows is None:
+            return on_devices
+        index = np.arange(len(rows.temperature))
+        state = SamplingState.for_shape(len(index), shape, vocabulary)
+        state.write(index, rows)
+        words = np.array(empty.words)
+        words[index] = PackedSampling.of(state).words
+        return jax.device_put(dataclasses.replace(empty, words=words), by_rank)
 
     def _scored(self, variant: PrefillVariant, plan: PrefillPlan | None = None) -> np.ndarray | None:
         """The tokens whose log probabilities are asked for, each at the one before it; None where none ever are."""
