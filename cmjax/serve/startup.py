@@ -1,5 +1,7 @@
 """How the steps of a server are compiled: first those that any request can be served with, the others behind it."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import threading
@@ -72,6 +74,7 @@ class Startup:
     def compile_rest(self) -> None:
         """Compile the others; each is used from then on. Raises as `compile_first` does."""
         self._on_all(lambda name: self._compile(name, self._steps[name][1:]))
+        _give_memory_back()
 
     def compile_rest_behind(self, on_error: Callable[[BaseException], None]) -> None:
         """The same in a thread of its own; `on_error` is told what made it fail."""
@@ -132,6 +135,12 @@ class Startup:
             left_s = elapsed_s / num_done * (num_steps - num_done) if num_done else None
             progress = StartProgress(num_done, num_steps, newest, elapsed_s, left_s)
         self._tell(progress)
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what compilation has freed; glibc keeps it otherwise, and others have no need of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_order(variants: Iterable[Variant]) -> list[Variant]:
