@@ -14,7 +14,7 @@ import click
 from cmjax.checkpoint import GenerationConfig, ModelFormats
 from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import config_option, find_model, model_option
-from cmjax.cli.running import find_tokenizer, serving_options, start_engine, tell_start
+from cmjax.cli.running import ease_collector, find_tokenizer, serving_options, start_engine, tell_start
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools
 from cmjax.serve import Bounds, Engine, EngineSettings, RatioPolicy, StartProgress
@@ -88,6 +88,7 @@ def serve(
         started = start(room)
         try:
             app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
+            ease_collector()  # the app, too, lives as long as the process
             room.close()
             name = settings.model_name
             drain = run_server(app, listen, lambda at: click.echo(f"serving {name} on {at}", err=True), room.socket)

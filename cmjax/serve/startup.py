@@ -119,7 +119,7 @@ class Startup:
             executor.prepare(variant)
             try:
                 self._fleet.use(name, variant)
-            except Exception:
+            except Exception:  # whatever stopped it: of an instance that is gone nobody needs the step
                 if name not in self._fleet.executors:
                     return
                 raise

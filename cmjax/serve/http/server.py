@@ -1,6 +1,5 @@
 """Running the app: uvicorn, and a way down that finishes what runs."""
 
-import gc
 import socket
 import time
 from collections.abc import Callable
@@ -87,9 +86,5 @@ def run_server(
         How it ended: what had to be cut.
     """
     server = make_server(app, listen, on_ready)
-    # What there is now lives as long as the process. A full collection would look at all of it, each time, and hold the
-    # event loop meanwhile.
-    gc.collect()
-    gc.freeze()
     server.run(None if listening is None else [listening])
     return server.drain

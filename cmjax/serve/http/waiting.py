@@ -55,7 +55,7 @@ class WaitingRoom:
         how_far = "loading the model" if progress is None else str(progress)
         response = error_response(ApiError(503, f"the server is starting: {how_far}"))
         left_s = None if progress is None else progress.left_s
-        response.headers["Retry-After"] = str(min(math.ceil(left_s or 1) or 1, _MOST_PATIENCE_S))
+        response.headers["Retry-After"] = str(min(math.ceil(left_s or 1), _MOST_PATIENCE_S))
         response.headers["Connection"] = "close"
         await response(scope, receive, send)
 

@@ -27,7 +27,7 @@ def error_of(call, *args, **more):
     """What the library raises, by the names of its classes and its text; None where it raises nothing."""
     try:
         call(*args, **more)
-    except Exception as error:
+    except Exception as error:  # each package has its own; which it is, is what the test looks at
         return {"kinds": [kind.__name__ for kind in type(error).__mro__], "message": str(error)}
     return None
 
