@@ -53,7 +53,7 @@ from cmjax.schedule.sampling import (
 )
 from cmjax.schedule.scheduler import MAX_FAILURES, Scheduler
 from cmjax.schedule.slo import SloController
-from cmjax.schedule.stats import EngineStats, InstanceStats, Role, SlotLoad, Status
+from cmjax.schedule.stats import CacheStats, EngineStats, InstanceStats, Role, SlotLoad, Status
 from cmjax.schedule.transfer import Part, Transfer, make_segments, plan_rounds
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "Autotune",
     "BlockPool",
     "Bounds",
+    "CacheStats",
     "Call",
     "Change",
     "CompilePlan",

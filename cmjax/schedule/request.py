@@ -60,6 +60,7 @@ class RequestUpdate:
         finish_reason: None while it goes on.
         error: what went wrong, where `finish_reason` is "error".
         num_preemptions: how often it has had to give its blocks back so far.
+        num_cached_tokens: of its prompt, those that its first prefill did not have to compute.
     """
 
     token_ids: list[int]
@@ -68,6 +69,7 @@ class RequestUpdate:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,6 +87,7 @@ class Request:
         seed: of its noise.
         attempt: the one under way; None while it waits for a place, and at its end.
         num_preemptions: how often it had to give its blocks back and start over from its tokens.
+        num_cached_tokens: of its prompt, those that the prefill that made its first token did not have to compute.
         num_failures: how many of its attempts a failing instance or hand-off ended.
         finish_reason, error: why it ended, and what went wrong where that is why.
         num_told: how many of its tokens the client has been told.
@@ -104,6 +107,7 @@ class Request:
     seed: int = 0
     attempt: "Attempt | None" = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
     num_failures: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -179,7 +183,9 @@ class Request:
         """What the client has not been told yet."""
         known, total = self.num_told, len(self.token_ids)
         self.num_told = total
-        update = RequestUpdate(self.token_ids[known:], num_preemptions=self.num_preemptions)
+        update = RequestUpdate(
+            self.token_ids[known:], num_preemptions=self.num_preemptions, num_cached_tokens=self.num_cached_tokens
+        )
         if self.sampling.logprobs is not None:
             update.logprobs = self.logprobs[known:total]
         if self.sampling.prompt_logprobs is not None and known == 0 and total:

@@ -94,6 +94,37 @@ class InstanceStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheStats:
+    """The prefix cache of all prefill instances. Counts only grow; tokens, where nothing else is said.
+
+    Attributes:
+        num_queried: of prompts that were looked up.
+        num_hits: of them, found in the blocks of the instance itself.
+        num_pool_queried: of the others, those that the memory pool was asked for.
+        num_pool_hits: of these, loaded from it.
+        num_fetches: fetches of blocks that began.
+        num_declined: blocks that the pool had and that were computed again, which was expected to be faster.
+        num_failed_loads: blocks that were asked for and did not come, in time and whole.
+        num_stored, num_failed_stores: blocks.
+    """
+
+    num_queried: int = 0
+    num_hits: int = 0
+    num_pool_queried: int = 0
+    num_pool_hits: int = 0
+    num_fetches: int = 0
+    num_declined: int = 0
+    num_failed_loads: int = 0
+    num_stored: int = 0
+    num_failed_stores: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens looked up that need not be computed, 0 to 1."""
+        return (self.num_hits + self.num_pool_hits) / max(self.num_queried, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineStats:
     """The engine. Counts only grow.
 
@@ -108,6 +139,7 @@ class EngineStats:
         num_draft_tokens, num_accepted_tokens: drafts made and kept.
         num_accepted_tokens_per_pos: kept at the first, second, ... place.
         plane_bytes: plane ("ub", "rdma", ...) -> bytes that left their device.
+        cache: see `CacheStats`.
     """
 
     instances: list[InstanceStats]
@@ -123,6 +155,7 @@ class EngineStats:
     num_accepted_tokens: int
     num_accepted_tokens_per_pos: list[int]
     plane_bytes: dict[str, int]
+    cache: CacheStats = CacheStats()
 
     @property
     def kv_usage(self) -> float:

@@ -175,6 +175,8 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        namespace: str = "",
+        cache_salt: str = "",
     ) -> RequestHandle:
         """Take a request; returns at once, from any thread.
 
@@ -184,6 +186,8 @@ class Engine:
             request_id: what messages call it; by default a number.
             priority: lower ones go first.
             tenant: waiting requests of one priority take turns by tenant.
+            namespace: of the prefix cache; nothing is shared between namespaces.
+            cache_salt: nothing is shared within a namespace between requests with different ones.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, a request that does not fit the cache, an engine

@@ -25,6 +25,7 @@ class RequestHandle:
         finish_reason: None while it runs.
         times: see `RequestTimes`.
         num_preemptions: how often it had to give its blocks back and start over from its tokens.
+        num_cached_tokens: of its prompt, those that were in the prefix cache.
     """
 
     def __init__(self, request_id: str, prompt_ids: list[int], times: RequestTimes, cancel: Callable[[], None]) -> None:
@@ -34,7 +35,7 @@ class RequestHandle:
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.times = times
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_cached_tokens = 0
         self._logprobs: list[TokenLogprobs] | None = None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._cancel = cancel
@@ -99,7 +100,7 @@ class RequestHandle:
         """Take note of an update and pass it on; called by the engine alone."""
         with self._lock:
             self.token_ids += update.token_ids
-            self.num_preemptions = update.num_preemptions
+            self.num_preemptions, self.num_cached_tokens = update.num_preemptions, update.num_cached_tokens
             if update.logprobs is not None:
                 self._logprobs = self._logprobs or []
                 self._logprobs += update.logprobs
