@@ -283,6 +283,9 @@ class Engine:
         kept = self.core.scheduler.kept_drafts
         return GenerateResult([r.output() for r in requests], timings, prefill_load, decode_load, kept)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks, those of the instances and of the pool; what requests under way use they keep."""
+
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:
