@@ -109,14 +109,13 @@ class PrefillCache:
 
     def add(self, attempt: Attempt) -> None:
         """An attempt has come: name its blocks, and see to those that the instance does not have."""
-        chain = self._chain(attempt)
-        if chain is None:
+        chain = attempt.request.chain
+        if self._sizes is None or chain is None:
             return
         if len(chain.names) < attempt.num_prefill // self._block_tokens:
             chain.extend(attempt.request.prefill_slice(0, attempt.num_prefill))
         first, most = len(self._shared(attempt)), self._most(attempt)
-        assert self._sizes is not None
-        if self._sizes.has_pool and first < most:
+        if self._sizes.has_pool and self._chain(attempt) is not None and first < most:
             self._pulls[attempt.id] = _Pull(attempt, first, tuple(chain.names[first:most]))
 
     def is_waiting(self, attempt: Attempt) -> bool:
