@@ -245,6 +245,7 @@ class PrefillPlanner(Planner):
         for attempt_id in plan.attempt_ids[plan.segments.hidden_rows >= 0].tolist():
             attempt = self.attempts.pop(attempt_id, None)
             if attempt is not None:
+                self.cache.drop(attempt)
                 attempt.leave_source()
 
     def _commit_step(self, plan: PrefillPlan, result: PrefillResult, now: float) -> None:

@@ -147,7 +147,6 @@ class PrefillCache:
             return None
         lease.extend(num_blocks - len(blocks))
         attempt.num_computed = len(shared) * self._block_tokens
-        self._touch(attempt, len(shared))
         if self._chain(attempt) is not None and not attempt.request.is_resumed:
             self._counts.num_queried += attempt.num_prefill
             self._counts.num_hits += attempt.num_computed
@@ -171,7 +170,9 @@ class PrefillCache:
                 self._note_stored(name)
 
     def drop(self, attempt: Attempt) -> None:
-        """An attempt is over, or has been sent."""
+        """An attempt gives back what it holds: it is over, or has been sent."""
+        if self._sizes is not None and attempt.request.chain is not None and attempt.prefill is not None:
+            self._touch(attempt, attempt.num_computed // self._block_tokens)
         pull = self._pulls.pop(attempt.id, None)
         if pull is not None and pull.stage == "load":
             self._unwanted.append(attempt.id)
@@ -310,9 +311,8 @@ class PrefillCache:
         self._prefixes.add(chain.names[index], chain.token_ids[index], next_token, self._blocks(attempt, index))
 
     def _touch(self, attempt: Attempt, num_blocks: int) -> None:
-        if num_blocks:
-            names = self._chain_of(attempt).names
-            self._prefixes.touch((names[i], self._next_token(attempt, i)) for i in range(num_blocks))
+        names = self._chain_of(attempt).names
+        self._prefixes.touch((names[index], self._next_token(attempt, index)) for index in range(num_blocks))
 
     def _is_to_be_stored(self, attempt: Attempt, index: int) -> bool:
         assert self._sizes is not None
@@ -390,7 +390,6 @@ class PrefillCache:
         if not pull.attempt.request.is_resumed:
             self._counts.num_pool_hits += num_tokens
         if plan.is_last:
-            self._touch(pull.attempt, pull.first + pull.num_loaded)
             self._end(pull)
         return num_tokens
 
