@@ -146,13 +146,14 @@ class PrefillPlanner(Planner):
         Example: prompts of 5 and 4 tokens with 6 tokens a step give the tokens 0 to 4 and 0, then 1 to 3.
         """
         sizes = sorted({one.num_tokens for one in self.variants})
-        num_left = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes)
+        num_left, is_full = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes), False
         for attempt in itertools.islice(self._queue.values(), self.sizes.num_places):
             if self.cache.is_asking(attempt) or (num_left == 0 and not self.cache.has_found(attempt)):
                 continue
-            if attempt.prefill is None and not self._begin(attempt, now):
-                return
-            if num_left == 0 or self.cache.is_waiting(attempt):
+            if attempt.prefill is None:
+                # Nobody begins before one that finds no room; those that have begun while it was asking go on.
+                is_full = is_full or not self._begin(attempt, now)
+            if attempt.prefill is None or num_left == 0 or self.cache.is_waiting(attempt):
                 continue
             chunk = Chunk(attempt, attempt.num_computed, min(attempt.num_prefill, attempt.num_computed + num_left))
             num_left -= chunk.stop - chunk.start
