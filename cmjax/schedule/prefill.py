@@ -133,6 +133,7 @@ class PrefillPlanner(Planner):
         return None
 
     def _plan_work(self, now: float) -> Plan | None:
+        self.cache.give_up(now)
         chunks = list(self._next_chunks(now))
         pool_plan = self.cache.plan(now) or self.cache.plan_store()
         if pool_plan is not None:

@@ -213,7 +213,6 @@ class PrefillCache:
 
     def plan(self, now: float) -> PoolPlan | None:
         """What to ask of the pool, or to write into the cache; nothing of it takes long."""
-        self._give_up(now)
         if self._unwanted:
             return self._throw_away(self._unwanted.pop())
         new = [pull for pull in self._pulls.values() if pull.stage == "new"]
@@ -393,7 +392,8 @@ class PrefillCache:
             self._end(pull)
         return num_tokens
 
-    def _give_up(self, now: float) -> None:
+    def give_up(self, now: float) -> None:
+        """Wait no longer for what has not come in time."""
         for pull in [one for one in self._pulls.values() if one.stage in ("lookup", "fetch") and now > one.deadline]:
             self._counts.num_failed_loads += pull.num_blocks
             self._end(pull)
