@@ -16,7 +16,7 @@ from cmjax.schedule.plans import CompilePlan, News, Plan, PrefillPlan, PrefillRe
 from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, PoolPlan, StorePlan
 from cmjax.schedule.prefill_cache import CacheSizes, PrefillCache
 from cmjax.schedule.request import Attempt, PrefillHold, sampling_rows
-from cmjax.schedule.sampling import SamplingShape, token_problem
+from cmjax.schedule.sampling import NOT_FINITE, SamplingShape, token_problem
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import Transfer
 
@@ -267,7 +267,8 @@ class PrefillPlanner(Planner):
                 continue
             start, attempt.num_computed = attempt.num_computed, stop
             self._num_tokens_left -= stop - start
-            self.cache.computed(attempt, start, stop, plan.number, begin)
+            if result.token_ids[row] != NOT_FINITE:
+                self.cache.computed(attempt, start, stop, plan.number, begin)
             if stop == attempt.num_prefill:
                 del self._queue[attempt_id]
                 if self._take_first_token(attempt, int(result.token_ids[row]), now):
