@@ -165,7 +165,7 @@ class PrefillPlanner(Planner):
         if not self._places.num_free:
             return False
         needed = blocks_for(attempt.num_prefill, self.sizes.block_size)
-        blocks = self.cache.hold(attempt, needed, now, self._times.token_s)
+        blocks = self.cache.hold(attempt, needed, now)
         if blocks is None:
             return False
         attempt.prefill = PrefillHold(self._places.take(1), blocks)
@@ -324,7 +324,14 @@ class PrefillPlanner(Planner):
     def _renew(self) -> None:
         sizes = self.sizes
         self._pool = BlockPool(sizes.num_blocks, self.fence)
-        self.cache = PrefillCache(sizes.cache, self._pool, sizes.block_size, self.owner.cache_counts, self._policy)
+        self.cache = PrefillCache(
+            sizes.cache,
+            self._pool,
+            sizes.block_size,
+            self.owner.cache_counts,
+            policy=self._policy,
+            times=self._times,
+        )
         self._places = BlockPool(sizes.num_places, self.fence)
         self._queue: dict[int, Attempt] = {}
         self._outgoing: collections.deque[Transfer] = collections.deque()

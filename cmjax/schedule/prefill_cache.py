@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from cmjax.schedule.autotune import StepTimes
 from cmjax.schedule.blocks import BlockPool, Lease
 from cmjax.schedule.fetch_policy import FetchPolicy, PoolBlock, PoolRate
 from cmjax.schedule.pool_plans import FetchPlan, Found, LoadPlan, LookupPlan, PoolNews, PoolPlan, Stored, StorePlan
@@ -16,7 +17,8 @@ from cmjax.schedule.prefix import BlockChain, PrefixBlocks
 from cmjax.schedule.request import Attempt
 from cmjax.schedule.stats import CacheStats
 
-# A lookup or a fetch may take so long before its prompt is computed instead, or twice as long as that takes.
+# A fetch may take twice as long as computing what it is of, and `LEAST_PATIENCE_S` at least, before that is done
+# instead; a lookup as long as a fetch of all that it might find, and `MOST_PATIENCE_S` at most.
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.1, 5.0
 # Names of blocks that are known to be in the pool.
 _MOST_STORED = 1 << 16
@@ -83,13 +85,20 @@ class PrefillCache:
         sizes: None: nothing is cached.
         pool: the blocks of the instance; block_size: tokens of each.
         counts: of all instances.
-        policy: outlives a failure of the instance.
+        policy, times: what has been learnt of the pool and of steps, which outlives a failure of the instance.
     """
 
     def __init__(
-        self, sizes: CacheSizes | None, pool: BlockPool, block_size: int, counts: CacheStats, policy: FetchPolicy
+        self,
+        sizes: CacheSizes | None,
+        pool: BlockPool,
+        block_size: int,
+        counts: CacheStats,
+        *,
+        policy: FetchPolicy,
+        times: StepTimes,
     ) -> None:
-        self._sizes, self._pool, self._counts, self._policy = sizes, pool, counts, policy
+        self._sizes, self._pool, self._counts, self._policy, self._times = sizes, pool, counts, policy, times
         self._block_tokens = sizes.block_tokens if sizes else 1
         self._per_block = self._block_tokens // block_size
         self._prefixes = PrefixBlocks(pool, needs_next=bool(sizes and sizes.needs_next))
@@ -132,13 +141,9 @@ class PrefillCache:
         pull = self._pulls.get(attempt.id)
         return pull is not None and pull.stage == "found" and bool(pull.found)
 
-    def hold(self, attempt: Attempt, num_blocks: int, now: float, token_s: float | None) -> Lease | None:
+    def hold(self, attempt: Attempt, num_blocks: int, now: float) -> Lease | None:
         """Blocks for an attempt's tokens, those that hold its prefix first; what the pool has of it, and is worth it,
-        will be fetched. None, and nothing is held, where there are too few.
-
-        Args:
-            token_s: seconds that computing a token takes, where that is known.
-        """
+        will be fetched. None, and nothing is held, where there are too few."""
         shared = self._shared(attempt)
         blocks = [block for ids in shared for block in ids]
         lease = self._pool.share(blocks)
@@ -151,7 +156,7 @@ class PrefillCache:
             self._counts.num_queried += attempt.num_prefill
             self._counts.num_hits += attempt.num_computed
         if attempt.id in self._pulls:
-            self._choose(self._pulls[attempt.id], len(shared), now, token_s)
+            self._choose(self._pulls[attempt.id], len(shared), now)
         return lease
 
     def computed(self, attempt: Attempt, start: int, stop: int, step: int, row: int) -> None:
@@ -218,7 +223,8 @@ class PrefillCache:
         new = [pull for pull in self._pulls.values() if pull.stage == "new"]
         if new:
             for pull in new:
-                pull.stage, pull.deadline = "lookup", now + MOST_PATIENCE_S
+                patience_s = min(self._patience_s(len(pull.names)), MOST_PATIENCE_S)
+                pull.stage, pull.deadline = "lookup", now + patience_s
             return LookupPlan(
                 attempt_ids=np.array([pull.attempt.id for pull in new], np.int64),
                 namespaces=tuple(self._chain_of(pull.attempt).namespace for pull in new),
@@ -332,21 +338,29 @@ class PrefillCache:
         for name in pull.names[len(news.blocks) :]:
             self._stored.pop(name, None)  # the pool has let go of it
 
-    def _choose(self, pull: _Pull, num_shared: int, now: float, token_s: float | None) -> None:
+    @property
+    def _block_s(self) -> float | None:
+        """Seconds that computing a cached block takes, where that is known."""
+        token_s = self._times.token_s
+        return None if token_s is None else token_s * self._block_tokens
+
+    def _patience_s(self, num_blocks: int) -> float:
+        block_s = self._block_s
+        return MOST_PATIENCE_S if block_s is None else max(2 * num_blocks * block_s, LEAST_PATIENCE_S)
+
+    def _choose(self, pull: _Pull, num_shared: int, now: float) -> None:
         """Fetch what is worth it, after the blocks that the instance has by now."""
         found = pull.found[num_shared - pull.first :] if num_shared >= pull.first else ()
-        block_s = None if token_s is None else token_s * self._block_tokens
-        count = self._policy.choose(found, self._rates, block_s)
+        count = self._policy.choose(found, self._rates, self._block_s)
+        self._counts.num_declined += len(found) - count
         if not pull.attempt.request.is_resumed:
             self._counts.num_pool_queried += pull.attempt.num_prefill - num_shared * self._block_tokens
-            self._counts.num_declined += len(found) - count
         if not count:
             self._end(pull)
             return
         self._counts.num_fetches += 1
-        patience_s = MOST_PATIENCE_S if block_s is None else max(2 * count * block_s, LEAST_PATIENCE_S)
         pull.names, pull.first = pull.names[num_shared - pull.first :], num_shared
-        pull.stage, pull.num_blocks, pull.deadline = "wanted", count, now + patience_s
+        pull.stage, pull.num_blocks, pull.deadline = "wanted", count, now + self._patience_s(count)
 
     def _plan_fetch(self, pull: _Pull) -> FetchPlan:
         chain, stop = self._chain_of(pull.attempt), pull.first + pull.num_blocks
