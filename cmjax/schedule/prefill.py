@@ -208,7 +208,7 @@ class PrefillPlanner(Planner):
             sampling=None if is_plain else sampling_rows(requests),
             logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
             prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
-            oldest_step=self.cache.oldest_step(min((one.step for one in self._outgoing), default=self._num_plans)),
+            oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),
         )
 
     def _note_begin(self, attempt: Attempt, now: float) -> None:

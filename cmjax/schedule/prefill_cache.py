@@ -1,15 +1,14 @@
 """The prefix cache of a prefill instance (paper section 4.4.2): what its prompts need not compute, because it lies in
 the instance's own blocks or in the memory pool, and what it stores there."""
 
-import collections
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from cmjax.schedule.autotune import StepTimes
+from cmjax.schedule.block_stores import BlockStores, OutgoingBlock
 from cmjax.schedule.blocks import BlockPool, Lease
 from cmjax.schedule.fetch_policy import FetchPolicy, PoolBlock, PoolRate
 from cmjax.schedule.pool_plans import FetchPlan, Found, LoadPlan, LookupPlan, PoolNews, PoolPlan, Stored, StorePlan
@@ -20,8 +19,6 @@ from cmjax.schedule.stats import CacheStats
 # A fetch may take twice as long as computing what it is of, and `LEAST_PATIENCE_S` at least, before that is done
 # instead; a lookup as long as a fetch of all that it might find, and `MOST_PATIENCE_S` at most.
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.1, 5.0
-# Names of blocks that are known to be in the pool.
-_MOST_STORED = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +63,6 @@ class _Pull:
     num_loaded: int = 0
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Outgoing:
-    """A block that is to be stored; its instance's blocks are held until it has been read."""
-
-    name: bytes
-    namespace: str
-    token_ids: np.ndarray
-    lease: Lease
-    step: int
-    hidden_row: int
-
-
 class PrefillCache:
     """What is known of prefixes by one instance, and its transfers from and to the pool.
 
@@ -105,9 +90,7 @@ class PrefillCache:
         self._rates: Mapping[str, PoolRate] = {}
         self._pulls: dict[int, _Pull] = {}
         self._unwanted: list[int] = []  # attempts whose blocks have come too late
-        self._outgoing: collections.deque[_Outgoing] = collections.deque()
-        self._leaving: list[_Outgoing] = []
-        self._stored: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self._stores = BlockStores(sizes.plan_blocks if sizes else 1)
 
     # -- of the planner -----------------------------------------------------------------------------------------------
 
@@ -171,8 +154,7 @@ class PrefillCache:
                 lease = self._pool.share(self._blocks(attempt, index))
                 name, token_ids = chain.names[index], chain.token_ids[index]
                 hidden_row = row + (index + 1) * size - 1 - start
-                self._outgoing.append(_Outgoing(name, chain.namespace, token_ids, lease, step, hidden_row))
-                self._note_stored(name)
+                self._stores.add(OutgoingBlock(name, chain.namespace, token_ids, lease, step, hidden_row))
 
     def drop(self, attempt: Attempt) -> None:
         """An attempt gives back what it holds: it is over, or has been sent."""
@@ -182,14 +164,10 @@ class PrefillCache:
         if pull is not None and pull.stage == "load":
             self._unwanted.append(attempt.id)
 
-    def oldest_step(self, otherwise: int) -> int:
-        """The oldest step of which something is still to be stored."""
-        return min((one.step for one in self._outgoing), default=otherwise)
-
     def clear(self) -> None:
         """Keep nothing, and store all anew."""
         self._prefixes.clear()
-        self._stored.clear()
+        self._stores.clear()
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -198,8 +176,7 @@ class PrefillCache:
         if isinstance(news, Stored):
             self._counts.num_stored += news.num_stored
             self._counts.num_failed_stores += len(news.failed)
-            for name in news.failed:
-                self._stored.pop(name, None)
+            self._stores.forget(news.failed)
             return
         pull = self._pulls.get(news.attempt_id)
         if isinstance(news, Found):
@@ -211,8 +188,7 @@ class PrefillCache:
         else:
             self._counts.num_failed_loads += pull.num_blocks - news.num_blocks
             pull.num_arrived, pull.stage = news.num_blocks, "load"
-            for name in pull.names[news.num_blocks : pull.num_blocks]:
-                self._stored.pop(name, None)
+            self._stores.forget(pull.names[news.num_blocks : pull.num_blocks])
             if not news.num_blocks:
                 self._end(pull)
 
@@ -230,39 +206,19 @@ class PrefillCache:
                 namespaces=tuple(self._chain_of(pull.attempt).namespace for pull in new),
                 names=tuple(pull.names for pull in new),
             )
-        for pull in self._pulls.values():
-            if pull.stage == "wanted":
-                return self._plan_fetch(pull)
-            if pull.stage == "load":
-                return self._plan_load(pull)
-        return None
+        by_stage = {pull.stage: pull for pull in reversed(self._pulls.values())}
+        if "wanted" in by_stage:
+            return self._plan_fetch(by_stage["wanted"])
+        return self._plan_load(by_stage["load"]) if "load" in by_stage else None
 
     def plan_store(self) -> StorePlan | None:
-        """What to store next."""
-        if not self._outgoing:
-            return None
-        assert self._sizes is not None
-        step = self._outgoing[0].step
-        same = itertools.takewhile(lambda one: one.step == step, self._outgoing)
-        self._leaving = list(itertools.islice(same, self._sizes.plan_blocks))
-        for _ in self._leaving:
-            self._outgoing.popleft()
-        return StorePlan(
-            names=tuple(one.name for one in self._leaving),
-            namespaces=tuple(one.namespace for one in self._leaving),
-            token_ids=np.stack([one.token_ids for one in self._leaving]),
-            ranks=np.zeros(len(self._leaving), np.int32),
-            blocks=np.array([one.lease.ids for one in self._leaving], np.int32),
-            step=step,
-            hidden_rows=np.array([one.hidden_row for one in self._leaving], np.int32),
-        )
+        """What to store next; all that a step has computed is read before the next one."""
+        return self._stores.plan()
 
     def commit(self, plan: PoolPlan, *, has_failed: bool = False) -> int:
         """A plan has been run; returns the tokens that an attempt need not compute any more."""
         if isinstance(plan, StorePlan):
-            for one in self._leaving:
-                one.lease.give_back()
-            self._leaving = []
+            self._stores.commit()
             if has_failed:
                 self.take(Stored(0, plan.names))
         elif isinstance(plan, LoadPlan):
@@ -322,21 +278,13 @@ class PrefillCache:
     def _is_to_be_stored(self, attempt: Attempt, index: int) -> bool:
         assert self._sizes is not None
         is_prompt = (index + 1) * self._block_tokens <= len(attempt.request.prompt_ids)
-        is_new = self._chain_of(attempt).names[index] not in self._stored
+        is_new = self._chain_of(attempt).names[index] not in self._stores
         return self._sizes.has_pool and is_new and (is_prompt or self._sizes.keeps_generated)
-
-    def _note_stored(self, name: bytes) -> None:
-        self._stored[name] = None
-        self._stored.move_to_end(name)
-        if len(self._stored) > _MOST_STORED:
-            self._stored.popitem(last=False)
 
     def _take_found(self, pull: _Pull, news: Found) -> None:
         pull.found, pull.stage = news.blocks, "found"
-        for name in pull.names[: len(news.blocks)]:
-            self._note_stored(name)
-        for name in pull.names[len(news.blocks) :]:
-            self._stored.pop(name, None)  # the pool has let go of it
+        self._stores.note(pull.names[: len(news.blocks)])
+        self._stores.forget(pull.names[len(news.blocks) :])  # the pool has let go of them
 
     @property
     def _block_s(self) -> float | None:
