@@ -1,8 +1,7 @@
-"""What a prefill instance stores in the memory pool: blocks on their way there, and those known to be there."""
+"""What an instance stores in the memory pool: blocks on their way there, and those known to be there."""
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,15 +21,17 @@ class OutgoingBlock:
     namespace: str
     token_ids: np.ndarray
     lease: Lease
-    step: int
-    hidden_row: int
+    step: int = -1
+    hidden_row: int = -1
+    rank: int = 0
+    next_token: int = -1
 
 
 class BlockStores:
     """Blocks that are to be stored, in the order they were computed, and the names of those that need not be.
 
     Args:
-        plan_blocks: that a plan stores, at most.
+        plan_blocks: that a plan stores, at most, of each rank.
     """
 
     def __init__(self, plan_blocks: int) -> None:
@@ -65,23 +66,37 @@ class BlockStores:
         """Store all anew."""
         self._known.clear()
 
+    def give_up(self) -> int:
+        """Let go of what waits: its blocks are needed; returns how many."""
+        waiting, self._waiting = self._waiting, collections.deque()
+        self.forget(one.name for one in waiting)
+        for one in waiting:
+            one.lease.give_back()
+        return len(waiting)
+
     def plan(self) -> StorePlan | None:
         """What to store next, of one step."""
         if not self._waiting:
             return None
-        step = self._waiting[0].step
-        same = itertools.takewhile(lambda one: one.step == step, self._waiting)
-        blocks = self._under_way = list(itertools.islice(same, self._plan_blocks))
-        for _ in blocks:
-            self._waiting.popleft()
+        step, num_taken = self._waiting[0].step, collections.Counter[int]()
+        blocks: list[OutgoingBlock] = []
+        left: collections.deque[OutgoingBlock] = collections.deque()
+        for one in self._waiting:
+            if one.step == step and num_taken[one.rank] < self._plan_blocks:
+                num_taken[one.rank] += 1
+                blocks.append(one)
+            else:
+                left.append(one)
+        self._under_way, self._waiting = blocks, left
         return StorePlan(
             names=tuple(one.name for one in blocks),
             namespaces=tuple(one.namespace for one in blocks),
             token_ids=np.stack([one.token_ids for one in blocks]),
-            ranks=np.zeros(len(blocks), np.int32),
+            ranks=np.array([one.rank for one in blocks], np.int32),
             blocks=np.array([one.lease.ids for one in blocks], np.int32),
             step=step,
             hidden_rows=np.array([one.hidden_row for one in blocks], np.int32),
+            next_token_ids=np.array([one.next_token for one in blocks], np.int32),
         )
 
     def commit(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from cmjax.schedule.blocks import Ragged
 from cmjax.schedule.decode_places import DecodePlaces
+from cmjax.schedule.generated_blocks import GeneratedBlocks
 from cmjax.schedule.planner import Owner, Planner
 from cmjax.schedule.plans import (
     Arrival,
@@ -23,7 +24,8 @@ from cmjax.schedule.plans import (
     RestartPlan,
     Result,
 )
-from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, StorePlan
+from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, Stored, StorePlan
+from cmjax.schedule.prefill_cache import CacheSizes
 from cmjax.schedule.request import Attempt, Request, sampling_rows
 from cmjax.schedule.sampling import SamplingShape, token_problem
 from cmjax.schedule.slo import SloController
@@ -46,6 +48,7 @@ class DecodeSizes:
         round_tokens: that a rank receives in a round of a hand-off, at most.
         variants: what its call is compiled for, ascending.
         microbatches: numbers of them to choose from.
+        cache: of prefixes, which generated tokens go into; None: nothing is cached.
     """
 
     num_ranks: int
@@ -57,6 +60,7 @@ class DecodeSizes:
     num_drafts: int = 0
     round_tokens: int = 256
     microbatches: tuple[int, ...] = (1,)
+    cache: CacheSizes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,8 @@ class DecodePlanner(Planner):
         self.attempts = self._places.attempts
         self._arrivals: collections.deque[Arrival] = collections.deque()
         self._num_received = 0  # rounds since the last call
+        self._has_stored = False  # generated blocks since the last call
+        self.generated = GeneratedBlocks(sizes.cache, sizes.block_size, sizes.num_drafts, self.owner.cache_counts)
         self._last_end: float | None = None  # of the last call, while the next one follows on it
         # By place, too: whether the executor has its row, which shape it needs, blocks it has not been told of.
         self._has_joined = np.zeros(size, bool)
@@ -182,9 +188,13 @@ class DecodePlanner(Planner):
         for news in arrivals:
             if isinstance(news, tuple):
                 self._arrivals.append(news)
+            elif isinstance(news, Stored):
+                self.generated.take(news)
 
     def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
-        raise AssertionError(f"{self.name} asks nothing of the pool")
+        assert isinstance(plan, StorePlan)
+        self.generated.commit()
+        self.generated.take(Stored(0, plan.names))
 
     def _plan_urgent(self) -> Plan | None:
         return None
@@ -194,9 +204,13 @@ class DecodePlanner(Planner):
         if self._arrivals and not (can_call and self._num_received == MAX_ROUNDS_PER_CALL):
             return self._plan_receive()
         self._num_received = 0
+        if not (can_call and self._has_stored) and (plan := self.generated.plan()) is not None:
+            self._has_stored = True
+            return plan
         if not can_call:
             self._last_end = None
             return None
+        self._has_stored = False
         self._grow()
         places = self._places.most_urgent(self.limit)
         if not len(places):
@@ -217,6 +231,7 @@ class DecodePlanner(Planner):
         return num_running > 0 and not (self.is_patient and num_running < len(self.attempts))
 
     def _grow(self) -> None:
+        self.generated.make_room(self._places)
         for place, more in self._places.grow(self.call_tokens, self.owner.preempt):
             if self._has_joined[place]:
                 had = int(self._places.num_blocks[place]) - len(more)
@@ -289,6 +304,8 @@ class DecodePlanner(Planner):
     def _commit_work(self, plan: Plan, result: Result, now: float) -> None:
         if isinstance(plan, ReceivePlan):
             self._commit_receive(plan)
+        elif isinstance(plan, StorePlan):
+            self.generated.commit()
         else:
             assert isinstance(plan, DecodePlan)
             assert isinstance(result, DecodeResult)
@@ -350,6 +367,7 @@ class DecodePlanner(Planner):
         self.owner.generated(taken)
         for request, _ in taken:
             if request.finish_reason is not None:
+                self.generated.ended(request)
                 self.owner.finish(request)
         return np.array(counts, np.int64), np.array(is_alive)
 

@@ -54,6 +54,11 @@ class DecodePlaces:
         return sum(pool.num_free for pool in self._pools)
 
     @property
+    def least_free_blocks(self) -> int:
+        """Of the rank that has the fewest."""
+        return min(pool.num_free for pool in self._pools)
+
+    @property
     def num_per_rank(self) -> np.ndarray:
         """`int64[ranks]`, attempts of each rank."""
         return (self.ids.reshape(self.num_ranks, -1) >= 0).sum(1)

@@ -37,6 +37,7 @@ class FetchPlan:
     Attributes:
         names: in the order of its prompt.
         token_ids: `int32[n, block_tokens]`, what they must be of.
+        next_token_ids: `int32[n]`, the token after each.
     """
 
     kind: ClassVar[Literal["cache"]] = "cache"
@@ -45,6 +46,7 @@ class FetchPlan:
     namespace: str
     names: tuple[bytes, ...]
     token_ids: np.ndarray
+    next_token_ids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,10 @@ class StorePlan:
         token_ids: `int32[n, block_tokens]`.
         ranks: `int32[n]`, whose cache they lie in, where each rank has its own.
         blocks: `int32[n, blocks of a cached block]`.
-        step: the prefill plan that computed the last token of each.
+        step: the prefill plan that computed the last token of each; -1: decode calls did.
         hidden_rows: `int32[n]`, which token of that step it is.
+        next_token_ids: `int32[n]`, the token that what the MTP module has of the last one goes by; -1: by none, the
+            hidden state is stored in its place.
     """
 
     kind: ClassVar[Literal["cache"]] = "cache"
@@ -91,6 +95,7 @@ class StorePlan:
     blocks: np.ndarray
     step: int
     hidden_rows: np.ndarray
+    next_token_ids: np.ndarray
 
 
 PoolPlan = LookupPlan | FetchPlan | LoadPlan | StorePlan

@@ -2,7 +2,7 @@
 the instance's own blocks or in the memory pool, and what it stores there."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -253,6 +253,10 @@ class PrefillCache:
         end = (index + 1) * self._block_tokens
         return attempt.request.prefill_slice(end, end + 1)[0] if end < attempt.num_prefill else None
 
+    def _next_tokens(self, attempt: Attempt, blocks: Iterable[int]) -> np.ndarray:
+        """`int32[n]`, after blocks that are not the end of a prompt."""
+        return np.array([self._next_token(attempt, index) for index in blocks], np.int32)
+
     def _blocks(self, attempt: Attempt, index: int) -> list[int]:
         assert attempt.prefill is not None
         return attempt.prefill.blocks.ids[index * self._per_block : (index + 1) * self._per_block]
@@ -320,6 +324,7 @@ class PrefillCache:
             namespace=chain.namespace,
             names=tuple(chain.names[pull.first : stop]),
             token_ids=np.stack(chain.token_ids[pull.first : stop]),
+            next_token_ids=self._next_tokens(pull.attempt, range(pull.first, stop)),
         )
 
     def _plan_load(self, pull: _Pull) -> LoadPlan:
@@ -327,13 +332,12 @@ class PrefillCache:
         first = pull.num_loaded
         stop = min(pull.num_arrived, first + self._sizes.plan_blocks)
         blocks = range(pull.first + first, pull.first + stop)
-        next_tokens = [self._next_token(pull.attempt, index) for index in blocks]
         return LoadPlan(
             attempt_id=pull.attempt.id,
             first=first,
             blocks=np.array([self._blocks(pull.attempt, index) for index in blocks], np.int32),
             last_positions=np.array([(index + 1) * self._block_tokens - 1 for index in blocks], np.int32),
-            next_token_ids=np.array(next_tokens, np.int32),
+            next_token_ids=self._next_tokens(pull.attempt, blocks),
             is_last=stop == pull.num_arrived,
         )
 

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 
@@ -17,6 +18,8 @@ from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.loop import InstanceLoop
 from cmjax.serve.settings import EngineSettings, check_caches_fit
 from cmjax.serve.transfer import Wire
+
+Placed = TypeVar("Placed", PrefillExecutor, DecodeExecutor)
 
 
 class Fleet:
@@ -258,6 +261,9 @@ class Fleet:
         executor = PrefillExecutor(
             self.model, instance, self.settings, num_blocks, self._wire, self._context, self._cache
         )
+        return self._with_news(executor)
+
+    def _with_news(self, executor: Placed) -> Placed:
         if executor.caching is not None:
             executor.caching.port.on_news = self.core.wake
         return executor
@@ -269,11 +275,13 @@ class Fleet:
             self.settings,
             self._num_blocks("decode"),
             self._wire,
+            self._context,
+            self._cache,
             num_redundant_experts=self.settings.num_redundant_experts,
             num_shared_replicas=self.settings.num_shared_replicas,
         )
         self._wire.register(instance.name, executor)
-        return executor
+        return self._with_news(executor)
 
     def _open(self, loop: InstanceLoop) -> None:
         """An instance whose steps are compiled takes part; with the lock held."""

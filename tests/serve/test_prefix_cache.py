@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -74,10 +75,19 @@ def base(model, request):
 
 def forget_own_blocks(engine: Engine) -> None:
     """What the instances keep in place; the pool has it still."""
-    engine.pool.flush()
+    wait_for_stores(engine)
     with engine.core.changed:
         for planner in engine.core.scheduler.prefill.values():
             planner.cache.clear()
+
+
+def wait_for_stores(engine: Engine) -> None:
+    """Until nothing is on its way to the pool."""
+    deadline = time.monotonic() + 60
+    while any(one.executor.expects_arrivals or one.planner.under_way for one in engine.fleet.loops):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    engine.pool.flush()
 
 
 def ask(engine: Engine, prompt: list[int], sampling: SamplingParams | None = None, **fields) -> tuple[list[int], int]:
@@ -225,6 +235,35 @@ def test_a_restart_finds_what_another_process_stored_and_other_models_do_not(mod
             assert tokens == ask(plain, prompt)[0]
     with started(make_engine(model, dataclasses.replace(cache, key_file=str(tmp_path / "another.key")))) as engine:
         assert ask(engine, prompt)[1] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 8.0])
+def test_what_decode_made_is_found_by_the_next_turn(engine, plain, base, temperature):
+    """The blocks that the answer filled, but for what the MTP module has not seen of it."""
+    sampling = SamplingParams(max_tokens=40, temperature=temperature, seed=4)
+    prompt = base[:13]
+    answer, _ = ask(engine, prompt, sampling)
+    assert answer == ask(plain, prompt, sampling)[0]
+    whole = [*prompt, *answer]
+    end = (len(whole) - 1 - 2) // UNIT * UNIT
+    forget_own_blocks(engine)
+    # A block goes by the token after it: where another follows, it is computed.
+    other = [*whole[:end], (whole[end] + 1) % 101]
+    assert ask(engine, other) == (ask(plain, other)[0], end - UNIT)
+    forget_own_blocks(engine)
+    # What prefill has computed for it goes by none.
+    another = [*whole[:end], (whole[end] + 2) % 101]
+    assert ask(engine, another) == (ask(plain, another)[0], end)
+    forget_own_blocks(engine)
+    for after in ([7, 7], [8]):
+        assert ask(engine, [*whole, *after]) == (ask(plain, [*whole, *after])[0], end)
+
+
+def test_what_decode_made_is_not_kept_where_it_is_not_wanted(model, base):
+    with started(make_engine(model, cached(decode_blocks="never"))) as engine:
+        answer, _ = ask(engine, base[:13], SamplingParams(max_tokens=40))
+        wait_for_stores(engine)
+        assert ask(engine, [*base[:13], *answer])[1] == UNIT
 
 
 def test_reset_forgets_all(engine, base):

@@ -22,6 +22,8 @@ _NUM_THREADS = 4
 _NEWEST = 0.3  # weight of the newest measurement
 _MANY_BYTES = 1 << 20
 
+BlockEnd = np.ndarray | int | None
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
@@ -48,22 +50,31 @@ class BlockLayout:
         values = self.block_tokens * self.num_layers * self.width + self.hidden_size
         return values * self.dtype.itemsize + 4 * self.block_tokens
 
-    def parts(self, token_ids: np.ndarray, latents: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """A block as the pool has it: `int32[block_tokens]`, `[block_tokens, layers, width]` and `[hidden]`."""
-        arrays = (token_ids, latents) if hidden is None else (token_ids, latents, hidden)
-        return tuple(np.ascontiguousarray(one).view(np.uint8) for one in arrays)
+    def parts(self, token_ids: np.ndarray, latents: np.ndarray, end: BlockEnd) -> tuple[np.ndarray, ...]:
+        """A block as the pool has it: `int32[block_tokens]`, `[block_tokens, layers, width]`, and of its last token the
+        hidden state `[hidden]`, or the next token, which the MTP module's latent in the block goes by then."""
+        parts = [token_ids, latents]
+        if isinstance(end, int):
+            parts += [np.zeros(0, np.uint8), np.array([end], np.int32)]
+        elif end is not None:
+            parts.append(end)
+        return tuple(np.ascontiguousarray(one).view(np.uint8) for one in parts)
 
-    def read(self, value: Value, token_ids: np.ndarray) -> "CachedBlock | None":
-        """What the pool has; None where that is not a block of these tokens."""
+    def read(self, value: Value, token_ids: np.ndarray, next_token: int) -> "CachedBlock | None":
+        """What the pool has; None where that is not a block of these tokens, or goes by another token after them."""
         expected = [4 * self.block_tokens, self.block_tokens * self.num_layers * self.width * self.dtype.itemsize]
+        has_next = len(value.parts) == 4
         if self.hidden_size:
-            expected.append(self.hidden_size * self.dtype.itemsize)
+            expected += [0, 4] if has_next else [self.hidden_size * self.dtype.itemsize]
         if [len(part) for part in value.parts] != expected:
             return None
         if not np.array_equal(np.frombuffer(value.parts[0], np.int32), token_ids):
             return None
+        if has_next and np.frombuffer(value.parts[3], np.int32)[0] != next_token:
+            return None
         latents = np.frombuffer(value.parts[1], np.uint8).view(self.dtype)
-        hidden = np.frombuffer(value.parts[2], np.uint8).view(self.dtype) if self.hidden_size else None
+        has_hidden = self.hidden_size > 0 and not has_next
+        hidden = np.frombuffer(value.parts[2], np.uint8).view(self.dtype) if has_hidden else None
         return CachedBlock(latents.reshape(self.block_tokens, self.num_layers, self.width), hidden)
 
 
@@ -73,7 +84,7 @@ class CachedBlock:
 
     Attributes:
         latents: `[block_tokens, layers, width]`, read only.
-        hidden: `[hidden]` of its last token; None without an MTP module.
+        hidden: `[hidden]` of its last token; None where no latent follows from it any more.
     """
 
     latents: np.ndarray
@@ -183,13 +194,13 @@ class PoolPort:
         names: Sequence[bytes],
         namespaces: Sequence[str],
         token_ids: np.ndarray,
-        read: Callable[[], tuple[np.ndarray, list[np.ndarray] | None]],
+        read: Callable[[], tuple[np.ndarray, Sequence[BlockEnd]]],
     ) -> None:
         """Begin to store blocks.
 
         Args:
             token_ids: `int32[n, block_tokens]`.
-            read: waits for `([n, block_tokens, layers, width], hidden states of their last tokens)`.
+            read: waits for `[n, block_tokens, layers, width]`, and the end of each, see `BlockLayout.parts`.
         """
         num_bytes = len(names) * self.context.layout.num_bytes
         if not self.context.claim(num_bytes):
@@ -241,8 +252,9 @@ class PoolPort:
     def _fetch(self, plan: FetchPlan, age: int) -> Fetched:
         layout, blocks, places = self.context.layout, [], []
         begin = time.perf_counter()
-        for value, token_ids in zip(self.context.pool.get(plan.namespace, plan.names), plan.token_ids, strict=True):
-            block = None if value is None else layout.read(value, token_ids)
+        values = self.context.pool.get(plan.namespace, plan.names)
+        for value, token_ids, next_token in zip(values, plan.token_ids, plan.next_token_ids.tolist(), strict=True):
+            block = None if value is None else layout.read(value, token_ids, next_token)
             if value is None or block is None:
                 break
             blocks.append(block)
@@ -262,21 +274,16 @@ class PoolPort:
         namespaces: Sequence[str],
         token_ids: np.ndarray,
         latents: np.ndarray,
-        hidden: list[np.ndarray] | None,
+        ends: Sequence[BlockEnd],
     ) -> Stored:
         failed: list[bytes] = []
         pool, begin = self.context.pool, time.perf_counter()
         for namespace in dict.fromkeys(namespaces):
             rows = [row for row, one in enumerate(namespaces) if one == namespace]
             known = pool.contains(namespace, [names[row] for row in rows])
-            rows = [row for row, place in zip(rows, known, strict=True) if place is None]
-            items = [
-                (
-                    names[row],
-                    self.context.layout.parts(token_ids[row], latents[row], None if hidden is None else hidden[row]),
-                )
-                for row in rows
-            ]
+            rows = [row for row, place in zip(rows, known, strict=True) if self._is_wanted(ends[row], place)]
+            parts = [self.context.layout.parts(token_ids[row], latents[row], ends[row]) for row in rows]
+            items = list(zip([names[row] for row in rows], parts, strict=True))
             done = pool.put(namespace, items)
             failed += [names[row] for row, is_done in zip(rows, done, strict=True) if not is_done]
             places = [one for one in pool.contains(namespace, [names[row] for row in rows]) if one is not None]
@@ -284,6 +291,11 @@ class PoolPort:
                 _wait(begin, self._link.delay_s(num_bytes))
                 self._link.account(False, cpu, num_bytes)
         return Stored(len(names) - len(failed), tuple(failed))
+
+    def _is_wanted(self, end: BlockEnd, place: Place | None) -> bool:
+        """Whether to store a block that the pool has at some place: one that goes by a next token is replaced."""
+        is_better = isinstance(end, np.ndarray) and place is not None
+        return place is None or (is_better and place.num_bytes != self.context.layout.num_bytes)
 
     def _rates(self) -> dict[str, PoolRate]:
         """What fetches take by tier: what the pool measures, the modelled delay, and writing into the cache."""

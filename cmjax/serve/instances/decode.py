@@ -28,11 +28,15 @@ from cmjax.schedule import (
     SamplingParams,
     SamplingShape,
     Scheduler,
+    StorePlan,
     Variant,
 )
 from cmjax.serve import transfer
+from cmjax.serve.caching import CacheSettings
+from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
+from cmjax.serve.instances.prefix_caching import GeneratedCaching
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, PackedSampling, decode
 
@@ -56,6 +60,8 @@ class DecodeExecutor(JaxExecutor):
         settings: EngineSettings,
         num_blocks: int,
         wire: transfer.Wire | None = None,
+        context: ContextCache | None = None,
+        cache: CacheSettings | None = None,
         **expert_counts: int | None,
     ) -> None:
         if settings.num_speculative_tokens and model.params.mtp is None:
@@ -75,6 +81,9 @@ class DecodeExecutor(JaxExecutor):
         self.allow_split(may_split=self.num_places % 2 == 0)
         self.idle_parts: transfer.IdleParts | None = None
         self._wire = wire or transfer.Wire()
+        self.caching: GeneratedCaching | None = None
+        if context is not None and cache is not None:
+            self.caching = GeneratedCaching(self, context, cache)
         self._rows = self._new_rows(SamplingShape())
         self._forget()
 
@@ -90,6 +99,7 @@ class DecodeExecutor(JaxExecutor):
             num_drafts=self.num_drafts,
             round_tokens=transfer.round_tokens(self.settings),
             microbatches=tuple(self.specs),
+            cache=self.caching.sizes if self.caching else None,
         )
         planner = scheduler.decode[name] = DecodePlanner(name, self.model.digest, sizes, scheduler)
         return planner
@@ -116,18 +126,24 @@ class DecodeExecutor(JaxExecutor):
         if isinstance(plan, ReceivePlan):
             self._receive(plan)
             return None
+        if isinstance(plan, StorePlan):
+            assert self.caching is not None
+            self.caching.run(plan)
+            return None
         assert isinstance(plan, DecodePlan)
         return self._run_call(plan)
 
     def poll(self) -> list[News]:
-        return [*self._wire.arrived(self)]
+        return [*self._wire.arrived(self), *(self.caching.port.poll() if self.caching else ())]
 
     @property
     def expects_arrivals(self) -> bool:
-        return self._wire.is_expected(self)
+        return self._wire.is_expected(self) or (self.caching is not None and self.caching.port.expects_news)
 
     def _forget(self) -> None:
         self._wire.clear(self)
+        if self.caching is not None:
+            self.caching.port.forget()
         self._rows = self._new_rows(self._rows.shape)
         self._state: DecodeState | None = None
         self._state_is_of: StateKey | None = None
@@ -178,6 +194,8 @@ class DecodeExecutor(JaxExecutor):
         self._state = None  # what is run here takes the hidden states along
         super().compile(plan)
         transfer.compile_write(self)
+        if self.caching is not None:
+            self.caching.compile()
 
     def _programs(self, variants: Iterable[Variant]) -> list[tuple[Variant, int]]:
         programs = itertools.product(variants, self.specs)

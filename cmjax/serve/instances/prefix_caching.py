@@ -1,18 +1,18 @@
-"""What a prefill instance does with the memory pool: its half of lookups, fetches, loads and stores."""
+"""What instances do with the memory pool: their half of lookups, fetches, loads and stores."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from cmjax.mesh import fabric
 from cmjax.model import Params, token_order
-from cmjax.schedule import CacheSizes, FetchPlan, LoadPlan, LookupPlan, PoolNews, PoolPlan, PrefillPlan
+from cmjax.schedule import CacheSizes, FetchPlan, LoadPlan, LookupPlan, PoolNews, PoolPlan, PrefillPlan, StorePlan
 from cmjax.serve.caching import CacheSettings
-from cmjax.serve.caching.context import ContextCache, Link, PoolPort
+from cmjax.serve.caching.context import BlockEnd, BlockLayout, ContextCache, Link, PoolPort
 from cmjax.serve.steps import PrefillOutput
-from cmjax.serve.transfer import CachedBlocks, plan_blocks
+from cmjax.serve.transfer import CachedBlocks, plan_blocks, read_of_ranks
 from cmjax.serve.transfer.wire import Holder
 
 
@@ -31,18 +31,11 @@ class PrefixCaching:
 
     def __init__(self, holder: Holder, context: ContextCache, settings: CacheSettings) -> None:
         layout = context.layout
-        num_blocks = plan_blocks(layout.block_tokens, holder.settings.max_model_len)
-        self._holder, self._blocks = holder, CachedBlocks(holder, layout, num_blocks)
+        self.sizes = _sizes(holder, layout, settings)
+        self._holder, self._blocks = holder, CachedBlocks(holder, layout, self.sizes.plan_blocks)
         self._hidden: dict[int, tuple[jax.Array, np.ndarray]] = {}  # step -> [tokens, hidden], where each token is
         self._is_compiled = False
         self.port = PoolPort(context, _link(holder, settings.plane))
-        self.sizes = CacheSizes(
-            block_tokens=layout.block_tokens,
-            needs_next=holder.model.params.mtp is not None,
-            plan_blocks=num_blocks,
-            keeps_generated=settings.decode_blocks != "never",
-            is_priced=settings.fetch == "auto",
-        )
 
     @property
     def wants_hidden(self) -> bool:
@@ -77,8 +70,8 @@ class PrefixCaching:
             found, count = self._blocks.read(plan.blocks), len(plan.names)
             kept = self._hidden[plan.step] if self.wants_hidden else None
 
-            def read() -> tuple[np.ndarray, list[np.ndarray] | None]:
-                hidden = None if kept is None else _rows(*kept, plan.hidden_rows)
+            def read() -> tuple[np.ndarray, Sequence[BlockEnd]]:
+                hidden = [None] * count if kept is None else _rows(*kept, plan.hidden_rows)
                 return self._blocks.on_host(found, count), hidden
 
             self.port.store(plan.names, plan.namespaces, plan.token_ids, read)
@@ -98,6 +91,43 @@ class PrefixCaching:
         cache = jax.block_until_ready(self._blocks.write(params, plan, found))
         self.port.loaded(time.perf_counter() - begin)
         return cache
+
+
+class GeneratedCaching:
+    """A decode instance's access to the pool: it stores what it has made.
+
+    Attributes:
+        port, sizes: as of `PrefixCaching`.
+    """
+
+    def __init__(self, holder: Holder, context: ContextCache, settings: CacheSettings) -> None:
+        self._holder = holder
+        self.port = PoolPort(context, _link(holder, settings.plane))
+        self.sizes = _sizes(holder, context.layout, settings)
+
+    def run(self, plan: StorePlan) -> None:
+        """Read a block of some ranks, and begin to store them."""
+        found = read_of_ranks(self._holder, plan.ranks, plan.blocks)
+        has_mtp = self.sizes.needs_next
+        ends = [token if has_mtp else None for token in plan.next_token_ids.tolist()]
+        self.port.store(
+            plan.names, plan.namespaces, plan.token_ids, lambda: (np.concatenate([*map(np.asarray, found)]), ends)
+        )
+
+    def compile(self) -> None:
+        """Compile what reads blocks, by reading some."""
+        per_block = self.sizes.block_tokens // self._holder.settings.block_size
+        jax.block_until_ready(read_of_ranks(self._holder, np.zeros(1, np.int32), np.zeros((1, per_block), np.int32)))
+
+
+def _sizes(holder: Holder, layout: BlockLayout, settings: CacheSettings) -> CacheSizes:
+    return CacheSizes(
+        block_tokens=layout.block_tokens,
+        needs_next=holder.model.params.mtp is not None,
+        plan_blocks=plan_blocks(layout.block_tokens, holder.settings.max_model_len),
+        keeps_generated=settings.decode_blocks != "never",
+        is_priced=settings.fetch == "auto",
+    )
 
 
 def _rows(hidden: jax.Array, order: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ reads and sends them one after another, and the decode side writes what has arri
 count as traffic of the RDMA plane, apart from the exchanges of decode.
 """
 
-from cmjax.serve.transfer.cached import CachedBlocks, plan_blocks
+from cmjax.serve.transfer.cached import CachedBlocks, plan_blocks, read_of_ranks
 from cmjax.serve.transfer.latents import compile_read, compile_write, read, write
 from cmjax.serve.transfer.rounds import prefill_tp_rank, round_tokens
 from cmjax.serve.transfer.wire import IdleParts, Wire
@@ -20,6 +20,7 @@ __all__ = [
     "plan_blocks",
     "prefill_tp_rank",
     "read",
+    "read_of_ranks",
     "round_tokens",
     "write",
 ]

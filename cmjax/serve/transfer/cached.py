@@ -116,13 +116,15 @@ class CachedBlocks:
         ends = None
         if layout.hidden_size:
             hidden = np.zeros((size, layout.hidden_size), layout.dtype)
+            end_slots = np.full(size, -1, np.int32)
             for index, block in enumerate(found):
-                hidden[index] = block.hidden
+                if block.hidden is not None:
+                    hidden[index], end_slots[index] = block.hidden, slots[(index + 1) * tokens - 1]
             ends = (
                 hidden,
                 _padded(plan.next_token_ids, size, 0),
                 _padded(plan.last_positions, size, 0),
-                _padded(slots[tokens - 1 : count * tokens : tokens], size, -1),
+                end_slots,
             )
         return _write(params, holder.cache, by_rank, slots, ends, spec=holder.spec)
 
@@ -134,6 +136,19 @@ class CachedBlocks:
         block_size, num_ranks = self._holder.settings.block_size, self._holder.instance.ep_size
         slots = (blocks.reshape(-1, 1) * block_size + np.arange(block_size)).reshape(-1).astype(np.int32)
         return _padded(slots, -(-size * self.layout.block_tokens // num_ranks) * num_ranks, filler)
+
+
+def read_of_ranks(holder: Holder, ranks: np.ndarray, blocks: np.ndarray) -> list[jax.Array]:
+    """Begin to read a cached block of some ranks of a decode instance, each `[1, block_tokens, layers, width]` on its
+    device; blocks `int32[n, blocks of a cached block]`."""
+    block_size = holder.settings.block_size
+    slots = np.zeros((holder.instance.ep_size, blocks.shape[1] * block_size), np.int32)
+    slots[ranks] = (blocks[:, :, None] * block_size + np.arange(block_size)).reshape(len(blocks), -1)
+    shards = {
+        shard.index[0].start or 0: shard.data
+        for shard in _read(holder.cache, slots, spec=holder.spec).addressable_shards
+    }
+    return [shards[rank] for rank in ranks.tolist()]
 
 
 def _padded(values: np.ndarray, length: int, filler: int) -> np.ndarray:
