@@ -13,15 +13,23 @@ from cmjax.schedule import (
     MAX_STEP_STOPS,
     NOT_FINITE,
     NOT_FINITE_MESSAGE,
-    Arrival,
     Attempt,
+    BlockChain,
+    CacheSizes,
+    CacheStats,
     CompilePlan,
     DecodePlan,
     DecodePlanner,
     Executor,
+    FetchPlan,
     InstanceChange,
+    LoadPlan,
+    LookupPlan,
+    News,
     Plan,
     Planner,
+    PoolPlan,
+    PoolRate,
     PrefillPlan,
     PrefillPlanner,
     ReceivePlan,
@@ -34,9 +42,10 @@ from cmjax.schedule import (
     SamplingParams,
     SendPlan,
     SloController,
+    StorePlan,
 )
-from cmjax.schedule.virtual import VirtualCluster, VirtualError
-from tests.schedule.clusters import BLOCK, decode_sizes, expected_tokens, logprob_of, prefill_sizes
+from cmjax.schedule.virtual import VirtualBlock, VirtualCluster, VirtualError
+from tests.schedule.clusters import BLOCK, decode_sizes, expected_tokens, logprob_of, make_chain, prefill_sizes
 from tests.schedule.invariants import check_scheduler
 
 TIMEOUT_S = 1.0
@@ -55,7 +64,13 @@ PLAN_NAMES = {
     ReceivePlan: "receive",
     CompilePlan: "compile",
     RestartPlan: "restart",
+    LookupPlan: "lookup",
+    FetchPlan: "fetch",
+    LoadPlan: "load",
+    StorePlan: "store",
 }
+# A tier that is worth it, and one that is not.
+RATES = {"dram": PoolRate(0.002, 1000.0), "disk": PoolRate(0.01, 10.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Layout:
         prefill_blocks, decode_blocks: of an instance, of a rank; what is more than enough for one request.
         is_limited: a controller says how many sequences run together.
         is_patient: calls wait until all have arrived.
+        cache: of prefixes, if there is one.
     """
 
     seed: int
@@ -82,6 +98,7 @@ class Layout:
     decode_blocks: int = 20
     is_limited: bool = False
     is_patient: bool = False
+    cache: CacheSizes | None = None
 
 
 class Wrapped:
@@ -105,11 +122,13 @@ class Wrapped:
         return pickle.loads(pickle.dumps(self._chaos.spoil(self._name, plan, result)))
 
     def _fail(self, plan: Plan, moment: Moment) -> NoReturn:
-        only_sends = isinstance(plan, SendPlan) or (isinstance(plan, CompilePlan) and not plan.gives_cache)
-        self._is_broken = self._is_broken or not only_sends
+        # Of other plans a failing one takes the cache along.
+        costs_nothing = isinstance(plan, SendPlan | LookupPlan | FetchPlan | StorePlan)
+        costs_nothing = costs_nothing or (isinstance(plan, CompilePlan) and not plan.gives_cache)
+        self._is_broken = self._is_broken or not costs_nothing
         raise VirtualError(f"{PLAN_NAMES[type(plan)]} {moment}")
 
-    def poll(self) -> list[Arrival]:
+    def poll(self) -> list[News]:
         return self._inner.poll()
 
     @property
@@ -142,10 +161,18 @@ class Chaos:
             run_s=self._run_s,
             commit_s=self._commit_s,
             handoff_s=self._handoff_s,
-            wrap=lambda name, inner: Wrapped(name, inner, self),
+            wrap=self._wrap,
             timeout_s=TIMEOUT_S,
         )
-        self.scheduler = self.cluster.scheduler
+        self.scheduler, self.pool = self.cluster.scheduler, self.cluster.pool
+        self.pool.rates, self.pool.tier_of = RATES, lambda name: "disk" if name[0] % 4 == 0 else "dram"
+        self.pool.delay_s, self.pool.is_refused = self._pool_s, self._is_refused
+        # Prompts begin with one of these; some of them begin alike.
+        stem = self._random_tokens(LONGEST_PROMPT)
+        self._stems = [stem, stem, stem[:8] + self._random_tokens(LONGEST_PROMPT - 8)]
+        self._chains: list[BlockChain] = []
+        if layout.cache is not None:
+            self._fill_pool(layout.cache.block_tokens)
         self.told: dict[Request, Told] = {}
         self.changes: list[InstanceChange] = []
         self.sending: SendPlan | None = None
@@ -154,8 +181,11 @@ class Chaos:
         self._round_fates: collections.deque[str] = collections.deque()
         self._newest_arrival: dict[int, float] = {}  # transfer -> of its rounds
         self._num_to_spoil = 0
-        # Name -> the plan under way, and whose is what it names: pool, id -> attempt's id.
-        self._under_way: dict[str, tuple[Plan, dict[tuple[int, int], int]]] = {}
+        self._pool_fates: dict[str, list[str]] = collections.defaultdict(list)  # name of a plan -> of those to come
+        self._num_to_refuse = 0
+        self._executors: dict[str, Executor] = {}
+        # Name -> the plan under way, and whose is what it names: pool, id -> attempts' ids.
+        self._under_way: dict[str, tuple[Plan, dict[tuple[int, int], set[int]]]] = {}
         self._planners: dict[str, Planner] = {}  # all there have ever been
         self._lost_by_hand: set[str] = set()
         self._drained: dict[str, frozenset[int]] = {}  # name -> the attempts that it had when it began to drain
@@ -190,7 +220,12 @@ class Chaos:
     def submit(self, length: int, max_tokens: int, priority: int, tenant: str, kind: str) -> None:
         """A request. `kind`: greedy, sampled, stop (a token that comes), far stop (one that steps do not know), or
         logprobs."""
-        prompt = [self.random.randrange(5000) for _ in range(length)]
+        prompt, chain = self._random_tokens(length), None
+        if (cache := self.layout.cache) is not None:
+            num_shared = self.random.choice(range(0, length + 1, BLOCK)) + self.random.choice((-1, 0, 0, 1))
+            prompt[: max(num_shared, 0)] = self.random.choice(self._stems)[: min(max(num_shared, 0), length)]
+            chain = make_chain(cache.block_tokens, self.random.choice(("", "", "", "other")))
+            self._chains.append(chain)
         expected = expected_tokens(prompt, max_tokens)
         options: dict[str, Any] = {}
         if "stop" in kind:
@@ -209,6 +244,7 @@ class Chaos:
             priority=priority,
             tenant=tenant,
             times=RequestTimes(self.cluster.now),
+            chain=chain,
         )
         self.told[request] = Told(expected)
         self.counts[f"submitted: {kind}"] += 1
@@ -250,6 +286,29 @@ class Chaos:
         """The next rounds sent get lost, or come late, or later than the next ones."""
         self._round_fates.extend([fate] * count)
 
+    def decide_answers(self, kind: str, fate: str, count: int) -> None:
+        """The next answers of the pool to plans of a kind never come, or late."""
+        self._pool_fates[kind] += [fate] * count
+
+    def spoil_pool(self, what: str, count: int) -> None:
+        """Some blocks vanish from the pool, others lie in their places, or the next ones are not taken."""
+        if what == "refused":
+            self._num_to_refuse += count
+            return
+        for key in self.random.sample(sorted(self.pool.blocks), min(count, len(self.pool.blocks))):
+            self.counts[f"blocks of the pool: {what}"] += 1
+            block = self.pool.blocks.pop(key)
+            if what == "others":
+                self.pool.blocks[key] = dataclasses.replace(block, token_ids=block.token_ids + 1)
+
+    def reset_cache(self, index: int) -> None:
+        """An instance forgets what it shares."""
+        planners = list(self.scheduler.prefill.values())
+        if planners:
+            planner = planners[index % len(planners)]
+            self.counts["resets at work"] += planner.under_way is not None and len(planner.cache._prefixes) > 0
+            planner.cache.clear()
+
     def lose(self, planner: Planner) -> None:
         """An instance is gone."""
         if not planner.is_lost:
@@ -285,7 +344,7 @@ class Chaos:
             # A prompt may be as long as what decode has added to it.
             num_blocks = MAX_BLOCKS + layout.prefill_blocks
             self._planners[name] = self.cluster.add_prefill(
-                name, prefill_sizes(num_blocks, step_tokens=12, num_places=layout.num_places)
+                name, prefill_sizes(num_blocks, step_tokens=12, num_places=layout.num_places, cache=layout.cache)
             )
         else:
             sizes = decode_sizes(
@@ -322,6 +381,7 @@ class Chaos:
             for attempt in planner.attempts.values():
                 # It has left its source, or will when that has been told that its last round was sent.
                 assert attempt.stage != "decode" or attempt.id in attempt_ids_of(planner.under_way)
+            self._check_sharing(planner)
         self._check_fences()
 
     def finish(self) -> None:
@@ -330,7 +390,8 @@ class Chaos:
         self._failing.clear()
         self._broken.clear()
         self._round_fates.clear()
-        self._num_to_spoil = 0
+        self._pool_fates.clear()
+        self._num_to_spoil = self._num_to_refuse = 0
         self._run_out()
         for role in ROLES:
             if not self._alive(role):
@@ -351,6 +412,9 @@ class Chaos:
         for planner in scheduler.planners:
             assert planner.is_idle
             assert planner.stats().num_used_blocks == planner.stats().num_running == planner.stats().num_waiting == 0
+        for name in scheduler.prefill.keys() - {one.name for one in scheduler.planners if one.is_lost}:
+            assert not self._executors[name].fetched, "blocks have been fetched, and are kept for nobody"
+        self._check_cache_counts()
         assert scheduler.num_preemptions == sum(request.num_preemptions for request in requests)
         assert scheduler.num_generation_tokens == sum(len(request.token_ids) for request in requests)
         assert scheduler.num_prompt_tokens == sum(len(one.prompt_ids) for one in requests if one.token_ids)
@@ -362,6 +426,22 @@ class Chaos:
         self.counts["lost by failing three times"] += len(lost)
         self.counts["changes"] += len(self.changes)
         self.counts["changes that failed"] += sum(change.error is not None for change in self.changes)
+
+    def _check_cache_counts(self) -> None:
+        """What is counted of the prefix cache adds up, and the pool has nothing that it should not have."""
+        cache, size = self.scheduler.cache_counts, self.layout.cache.block_tokens if self.layout.cache else 1
+        assert cache.num_hits + cache.num_pool_hits <= cache.num_queried
+        assert cache.num_pool_hits <= cache.num_pool_queried <= cache.num_queried - cache.num_hits
+        assert self.pool.blocks.keys() <= {(chain.namespace, name) for chain in self._chains for name in chain.names}
+        for request in self.told:
+            assert request.num_cached_tokens <= len(request.prompt_ids) - 1
+            assert request.num_cached_tokens % size == 0
+            assert request.num_cached_tokens == 0 or request.sampling.prompt_logprobs is None
+            self.counts["requests with cached tokens"] += request.num_cached_tokens > 0
+        for field in dataclasses.fields(cache):
+            self.counts[f"cache: {field.name}"] += getattr(cache, field.name)
+        if self.layout.cache is None:
+            assert cache == CacheStats()
 
     def _run_out(self) -> None:
         self.cluster.run(self.cluster.now + 1000)
@@ -425,7 +505,21 @@ class Chaos:
             assert plan is planner.under_way
             for attempt in planner.attempts.values():
                 for key in held_by(attempt, planner.role):
-                    assert owners.get(key, attempt.id) == attempt.id, (planner.name, key, owners[key], attempt.id)
+                    assert attempt.id in owners.get(key, {attempt.id}), (planner.name, key, owners[key], attempt.id)
+
+    def _check_sharing(self, planner: PrefillPlanner) -> None:
+        """Attempts that share a block begin alike up to its end, and are of one namespace."""
+        found: dict[int, tuple[Attempt, int]] = {}
+        for attempt in planner.attempts.values():
+            for index, block in enumerate(attempt.prefill.blocks.ids if attempt.prefill else ()):
+                other, other_index = found.setdefault(block, (attempt, index))
+                if other is not attempt:
+                    self.counts["blocks that several share"] += 1
+                    stop = (index + 1) * BLOCK
+                    assert index == other_index
+                    assert stop < min(attempt.num_prefill, other.num_prefill) + (not self.layout.cache.needs_next)
+                    assert attempt.request.prefill_slice(0, stop) == other.request.prefill_slice(0, stop)
+                    assert attempt.request.chain.namespace == other.request.chain.namespace
 
     # -- hooks of the cluster -----------------------------------------------------------------------------------------
 
@@ -459,13 +553,23 @@ class Chaos:
     def _run_s(self, plan: Plan) -> float:
         """A plan has been made."""
         planner = self._planner_of(plan)
-        attempts = [planner.attempts[attempt_id] for attempt_id in attempt_ids_of(plan)]
-        owners = {key: attempt.id for attempt in attempts for key in held_by(attempt, planner.role)}
+        named = [planner.attempts[one] for one in attempt_ids_of(plan) if one in planner.attempts]
+        assert isinstance(plan, LoadPlan) or len(named) == len(
+            attempt_ids_of(plan)
+        )  # a load may be of one that is over
+        owners: dict[tuple[int, int], set[int]] = {key: set() for one in named for key in held_by(one, planner.role)}
+        if isinstance(plan, StorePlan):
+            owners |= {(id(planner._pool), block): set() for block in plan.blocks.ravel().tolist()}
+        for attempt in planner.attempts.values():
+            for key in held_by(attempt, planner.role):
+                if key in owners:
+                    owners[key].add(attempt.id)
         self._under_way[planner.name] = plan, owners
-        self._count_plan(plan, attempts)
+        self._count_plan(plan, named)
         self._num_plans += 1
         assert self._num_plans < MOST_PLANS, "nothing comes to an end"
-        choices = (0.002, 0.01, 0.03) if isinstance(plan, SendPlan | ReceivePlan) else (0.02, 0.05, 0.1)
+        is_short = isinstance(plan, SendPlan | ReceivePlan | PoolPlan)
+        choices = (0.002, 0.01, 0.03) if is_short else (0.02, 0.05, 0.1)
         return self.random.choice(choices) * (0.5 + self.random.random())
 
     def _commit_s(self, plan: Plan) -> float:
@@ -489,7 +593,35 @@ class Chaos:
         self._newest_arrival[self.sending.transfer_id] = max(arrival, newest)
         return seconds
 
+    def _pool_s(self, plan: PoolPlan) -> float | None:
+        kind = PLAN_NAMES[type(plan)]
+        fate = self._pool_fates[kind].pop() if self._pool_fates[kind] else ""
+        if fate:
+            self.counts[f"answers to a {kind}: {fate}"] += 1
+        return None if fate == "lost" else self.random.random() * 0.08 + (fate == "late") * self.random.choice((0.3, 6))
+
+    def _is_refused(self, name: bytes) -> bool:
+        is_refused = self._num_to_refuse > 0
+        self._num_to_refuse -= is_refused
+        return is_refused
+
+    def _wrap(self, name: str, inner: Executor) -> Executor:
+        self._executors[name] = inner
+        return Wrapped(name, inner, self)
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _fill_pool(self, block_tokens: int) -> None:
+        """Somebody has stored what many prompts begin with."""
+        for stem in self._stems:
+            chain = make_chain(block_tokens)
+            chain.extend(stem)
+            self._chains.append(chain)
+            for name, token_ids in zip(chain.names, chain.token_ids, strict=True):
+                self.pool.blocks["", name] = VirtualBlock(token_ids, self.pool.tier_of(name))
+
+    def _random_tokens(self, length: int) -> list[int]:
+        return [self.random.randrange(5000) for _ in range(length)]
 
     def _alive(self, role: Role) -> list[Planner]:
         return [one for one in self.scheduler.of_role(role) if not (one.is_lost or one.is_draining)]
@@ -513,6 +645,7 @@ class Chaos:
         if isinstance(plan, PrefillPlan):
             counts["chunks that end no prompt"] += int((~plan.is_last).sum())
             counts["prompts computed again"] += sum(attempt.request.is_resumed for attempt in attempts)
+            counts["prompts that begin with a prefix"] += int((plan.starts[plan.joins] > 0).sum())
         elif isinstance(plan, DecodePlan):
             counts["calls with growth"] += len(plan.growth.places) > 0
             counts["calls with nothing new"] += len(plan.growth.places) == len(plan.joins.places) == 0
@@ -520,10 +653,23 @@ class Chaos:
             counts["second and later rounds"] += plan.round > 0
         elif isinstance(plan, ReceivePlan):
             counts["rounds: thrown away"] += len(plan.attempt_ids) == 0
+        elif isinstance(plan, LookupPlan):
+            counts["lookups of several"] += len(plan.attempt_ids) > 1
+        elif isinstance(plan, LoadPlan):
+            counts["loads: thrown away"] += len(plan.blocks) == 0
+            counts["loads: in parts"] += not plan.is_last
+        elif isinstance(plan, StorePlan):
+            planner = self._planner_of(plan)
+            held = {key for attempt in planner.attempts.values() for key in held_by(attempt, "prefill")}
+            counts["stores of attempts that are over"] += any(
+                (id(planner._pool), block) not in held for block in plan.blocks.ravel().tolist()
+            )
 
 
 def attempt_ids_of(plan: Plan | None) -> list[int]:
     """Those that a plan names, each once."""
+    if isinstance(plan, FetchPlan | LoadPlan):
+        return [plan.attempt_id]
     return list(dict.fromkeys(getattr(plan, "attempt_ids", np.zeros(0, np.int64)).tolist()))
 
 

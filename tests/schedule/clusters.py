@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from cmjax.schedule import (
     SERVING_SHAPES,
     Attempt,
+    BlockChain,
+    CacheSizes,
     CacheStats,
     DecodePlan,
     DecodeSizes,
@@ -23,7 +25,7 @@ from cmjax.schedule import (
     Transfer,
     plan_rounds,
 )
-from cmjax.schedule.virtual import VirtualCluster, token_after
+from cmjax.schedule.virtual import VirtualCluster, VirtualNames, token_after
 from tests.schedule.invariants import check_scheduler
 
 BLOCK = 4
@@ -48,11 +50,12 @@ def prefill_sizes(
     step_tokens: int = 64,
     num_places: int = 8,
     shapes: Sequence[SamplingShape] = SERVING_SHAPES,
+    cache: CacheSizes | None = None,
 ) -> PrefillSizes:
     """Of a prefill instance: two sizes of each kind of step."""
     sizes = sorted({max(step_tokens // 4, 1), step_tokens})
     variants = tuple(PrefillVariant(size, shape) for shape in shapes for size in sizes)
-    return PrefillSizes(num_blocks, BLOCK, num_places, variants)
+    return PrefillSizes(num_blocks, BLOCK, num_places, variants, cache=cache)
 
 
 def decode_sizes(
@@ -80,9 +83,14 @@ def run_s(plan: Plan) -> float:
     return 0.2 + len(plan.places) / 100 if isinstance(plan, DecodePlan) else 0.01
 
 
+def make_chain(block_tokens: int = BLOCK, namespace: str = "") -> BlockChain:
+    """Names of a request's cached blocks."""
+    return BlockChain(VirtualNames(block_tokens), b"a model", namespace)
+
+
 def make_request(index: int, prompt: Sequence[int], max_tokens: int = 2, at: float = 0.0, **fields) -> Request:
     """What is no field of a request is one of its sampling."""
-    own = {name: fields.pop(name) for name in ("priority", "tenant", "model") if name in fields}
+    own = {name: fields.pop(name) for name in ("priority", "tenant", "model", "chain") if name in fields}
     sampling = SamplingParams(max_tokens=max_tokens, **fields)
     return Request(f"request {index}", list(prompt), sampling, times=RequestTimes(at), **own)
 

@@ -19,13 +19,20 @@ def check_pool(pool, leases):
 def check_planner(planner):
     leases = [lease for attempt in planner.attempts.values() for lease in attempt.leases()]
     if isinstance(planner, PrefillPlanner):
+        leases += cached_leases(planner.cache)
         for pool in (planner._pool, planner._places):
             check_pool(pool, [lease for lease in leases if lease.pool is pool])
+        assert planner.cache._pulls.keys() <= planner._queue.keys()
         left = sum(one.num_prefill - one.num_computed for one in planner._queue.values())
         assert left == planner._num_tokens_left, (left, planner._num_tokens_left)
     else:
         assert isinstance(planner, DecodePlanner)
         check_places(planner._places, leases)
+
+
+def cached_leases(cache):
+    """What a prefix cache holds: blocks to be shared, and blocks to be stored."""
+    return [known.lease for known in cache._prefixes._known.values()] + [one.lease for one in cache._stores._waiting]
 
 
 def check_places(places, leases):

@@ -1,6 +1,7 @@
 """Whatever happens to instances, hand-offs and requests, and whenever: every request ends once, and rightly."""
 
 import collections
+import dataclasses
 from typing import ClassVar
 
 import pytest
@@ -8,11 +9,21 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from cmjax.schedule import CacheSizes, CacheStats
 from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, STAGES, Chaos, Layout
+from tests.schedule.clusters import BLOCK
 
 INSTANCES = st.integers(0, 11)
 DELAYS = st.integers(-30, 100)  # hundredths of a second; those below 0 are none
 MOMENTS = st.sampled_from(["before", "after"])
+CACHES = st.builds(
+    CacheSizes,
+    block_tokens=st.sampled_from([BLOCK, 2 * BLOCK]),
+    needs_next=st.booleans(),
+    has_pool=st.sampled_from([True, True, True, False]),
+    plan_blocks=st.integers(1, 3),
+    keeps_generated=st.booleans(),
+)
 
 
 class ChaosMachine(RuleBasedStateMachine):
@@ -33,6 +44,7 @@ class ChaosMachine(RuleBasedStateMachine):
             decode_blocks=st.integers(0, 12),
             is_limited=st.booleans(),
             is_patient=st.sampled_from([False, False, True]),
+            cache=st.none() | CACHES,
         ),
         num_requests=st.integers(0, 10),
     )
@@ -96,6 +108,23 @@ class ChaosMachine(RuleBasedStateMachine):
     def add(self, role, delay):
         self.do("add", role, delay=delay)
 
+    @rule(
+        kind=st.sampled_from(["lookup", "fetch", "store"]),
+        fate=st.sampled_from(["lost", "late"]),
+        count=st.integers(1, 3),
+        delay=DELAYS,
+    )
+    def decide_answers(self, kind, fate, count, delay):
+        self.do("decide_answers", kind, fate, count, delay=delay)
+
+    @rule(what=st.sampled_from(["gone", "others", "refused"]), count=st.integers(1, 5), delay=DELAYS)
+    def spoil_pool(self, what, count, delay):
+        self.do("spoil_pool", what, count, delay=delay)
+
+    @rule(index=st.integers(0, 3), delay=DELAYS)
+    def reset_cache(self, index, delay):
+        self.do("reset_cache", index, delay=delay)
+
     @rule(delay=DELAYS)
     def spoil_result(self, delay):
         self.do("spoil_result", delay=delay)
@@ -128,7 +157,7 @@ def run_histories(num_histories):
 def all_kinds():
     """What must have happened in some history, for the histories to be worth something."""
     yield from (f"plans: {kind}" for kind in PLAN_NAMES.values())
-    for kind in ("step", "call", "send", "receive", "restart"):
+    for kind in ("step", "call", "send", "receive", "restart", "lookup", "fetch", "load", "store"):
         yield from (f"failed: {kind} {moment}" for moment in ("before", "after"))
     yield from (f"submitted: {kind}" for kind in KINDS)
     yield from (f"cancelled: {stage}" for stage in STAGES)
@@ -139,6 +168,12 @@ def all_kinds():
     yield from ("removed", "removed at work", "lost by hand", "lost by hand at work", "lost by failing three times")
     yield from ("drained", "added: prefill", "added: decode", "changes", "changes that failed", "rows spoilt")
     yield from ("preemptions", "prompts computed again", "ended after a failure", "hand-offs failed")
+    yield from (f"answers to a {kind}: {fate}" for kind in ("lookup", "fetch", "store") for fate in ("lost", "late"))
+    yield from (f"cache: {field.name}" for field in dataclasses.fields(CacheStats))
+    yield from ("blocks of the pool: gone", "blocks of the pool: others", "resets at work", "blocks that several share")
+    yield from ("prompts that begin with a prefix", "requests with cached tokens", "lookups of several")
+    yield from ("loads: thrown away", "loads: in parts", "stores of attempts that are over")
+    yield from (f"rows of attempts that are over: {kind}" for kind in ("lookup", "fetch", "load"))
     yield from ("chunks that end no prompt", "second and later rounds", "calls with growth", "calls with nothing new")
 
 
