@@ -36,8 +36,14 @@ class Backend(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        namespace: str = "",
+        cache_salt: str = "",
     ) -> RequestHandle:
         """Take a request; see `Engine.submit`."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all that is cached; may take a while."""
         ...
 
     def stats(self) -> EngineStats:

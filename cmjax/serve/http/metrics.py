@@ -81,6 +81,7 @@ class Metrics:
             self._success.labels(*self._labels, reason)
         self._internal_errors = self._counter("internal_errors", "Answers that failed in the server itself.")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, of each prompt once.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Of them, those found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens of answers, as their usage says.")
         # Not under the prefix: it is about HTTP, and is called the same elsewhere.
         self._responses = Counter(
@@ -112,6 +113,10 @@ class Metrics:
         """Take note of a prompt to which there is something of an answer, once."""
         self._prompt_tokens.inc(num_tokens)
         self._histograms["request_prompt_tokens"].observe(num_tokens)
+
+    def count_cached(self, num_tokens: int) -> None:
+        """Take note of what of a prompt was in the prefix cache, once."""
+        self._cached_tokens.inc(num_tokens)
 
     def count_chunk(self, num_tokens: int, gap_s: float | None) -> None:
         """Take note of a chunk of an answer, so many seconds after the one before; None for the first."""
