@@ -165,15 +165,13 @@ def _make(
         unset = left_open.get(field, option.unset)
         help = option.help + (f"  [default: {unset}]" if unset else "")
         attributes: dict[str, Any] = {"help": help, "metavar": option.metavar}
-        flag = option.flag
         if hint is bool:
-            attributes |= {"is_flag": True, "default": bool(default), "show_default": bool(default)}
-            flag += f"/--no-{flag.removeprefix('--')}" if default else ""
+            attributes["is_flag"] = True
         else:
             attributes |= {"type": _type(option, hint), "multiple": hint == tuple[str, ...]}
             attributes |= {} if default in (None, ()) else {"default": default, "show_default": not unset}
         own_text = left_open.get(field) or str(defaults.get(field, ""))
-        yield SettingOption(kind, field, own_text, param_decls=[flag, f"{name}__{field}"], **attributes)
+        yield SettingOption(kind, field, own_text, param_decls=[option.flag, f"{name}__{field}"], **attributes)
 
 
 def _type(option: Option, hint: Any) -> click.ParamType | type:

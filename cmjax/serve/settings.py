@@ -152,10 +152,7 @@ class ServerSettings:
         flag="--open-pages",
     )
     share_prefix_cache: bool = option(
-        False,
-        "Clients with different keys find each other's prompts in the prefix cache; else each key has a cache of its "
-        "own.",
-        flag="--share-prefix-cache",
+        False, "All API keys share one namespace of the prefix cache; else each has its own."
     )
     allowed_origins: tuple[str, ...] = option(
         ("*",), "Of web pages whose scripts may call the server.", flag="--allowed-origins", unset="all"

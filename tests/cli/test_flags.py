@@ -21,7 +21,6 @@ class Oven:
     degrees: float = option(180.0, "How hot.", flag="--degrees", minimum=0, is_open=True, maximum=300)
     minutes: int = option(30, "How long.", flag="--minutes", minimum=1)
     fan: bool = option(False, "Whether air moves.", flag="--fan")
-    light: bool = option(True, "Whether one sees it.", flag="--light")
     mode: int | str = option(1, "Which.", flag="--mode", choices=(1, 2, "auto"))
     racks: tuple[str, ...] = option((), "One each.", flag="--rack")
     shelf: int | None = option(None, "Where.", flag="--shelf", minimum=0, unset="in the middle")
@@ -56,7 +55,6 @@ def test_a_command_gets_its_settings_as_one_object():
     expected = Oven(degrees=250.5, minutes=5, fan=True, mode="auto", racks=("a", "b"), shelf=2, grams=1500)
     assert invoke(*given, "--shelf", "2", "--kg", "1.5") == expected
     assert invoke("--mode", "2").mode == 2
-    assert [invoke(*given).light for given in ((), ("--light",), ("--no-light",))] == [True, True, False]
 
 
 def test_help_says_defaults_and_bounds():
@@ -66,8 +64,6 @@ def test_help_says_defaults_and_bounds():
     assert "--shelf INTEGER RANGE Where. [default: in the middle] [x>=0]" in text
     assert "--mode [1|2|auto] Which. [default: 1]" in text
     assert "--kg FLOAT What it holds, in kg. [default: 0.5]" in text
-    assert "--light / --no-light Whether one sees it. [default: light]" in text
-    assert "--no-fan" not in text
     assert "hidden" not in text
     assert "--fan" not in command(options_for("oven", Oven, only=("minutes",)))("--help")
 
