@@ -208,8 +208,9 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
         return {"version": cmjax.__version__}
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    def metrics() -> Response:
         """Prometheus."""
+        # FastAPI runs it in a thread: a server of the memory pool may take a while to answer.
         return Response(state.metrics.render(), media_type=state.metrics.content_type)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from cmjax.model import Model
 from cmjax.schedule import EngineStats, Role, SamplingParams
 from cmjax.serve import EngineSettings, RequestHandle
+from cmjax.serve.caching import MemoryPool
 
 
 class Backend(Protocol):
@@ -21,6 +22,11 @@ class Backend(Protocol):
     @property
     def settings(self) -> EngineSettings:
         """Its sizes; `max_model_len` is the longest request."""
+        ...
+
+    @property
+    def pool(self) -> MemoryPool | None:
+        """Where blocks of prompts are kept; None where there is no prefix cache."""
         ...
 
     @property
