@@ -56,9 +56,14 @@ class Core:
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     handles: dict[Request, RequestHandle] = dataclasses.field(default_factory=dict)
     activities: dict[str, Activity] = dataclasses.field(
-        default_factory=lambda: {kind: Activity() for kind in ("prefill", "handoff", "decode", "change")}
+        default_factory=lambda: {kind: Activity() for kind in ("prefill", "handoff", "decode", "change", "cache")}
     )
     _delivering: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def wake(self) -> None:
+        """Have the loops look for news; from any thread."""
+        with self.changed:
+            self.changed.notify_all()
 
     def deliver(self) -> None:
         """Tell the clients what is new, without the lock. One thread at a time does, so that each client's updates stay
