@@ -30,6 +30,7 @@ class CacheSizes:
         needs_next: whether there is an MTP module, see `PrefixBlocks`.
         has_pool: whether there is a memory pool.
         plan_blocks: cached blocks that a plan loads or stores, at most.
+        is_priced: whether what is expected to take longer than computing it is left where it is.
         keeps_generated: whether blocks with tokens that the model made are stored.
     """
 
@@ -37,6 +38,7 @@ class CacheSizes:
     needs_next: bool = False
     has_pool: bool = True
     plan_blocks: int = 16
+    is_priced: bool = True
     keeps_generated: bool = False
 
 
@@ -288,8 +290,8 @@ class PrefillCache:
 
     @property
     def _block_s(self) -> float | None:
-        """Seconds that computing a cached block takes, where that is known."""
-        token_s = self._times.token_s
+        """Seconds that computing a cached block takes, where that is known and asked."""
+        token_s = self._times.token_s if self._sizes and self._sizes.is_priced else None
         return None if token_s is None else token_s * self._block_tokens
 
     def _patience_s(self, num_blocks: int) -> float:

@@ -7,6 +7,7 @@ from cmjax.errors import UserError
 from cmjax.options import check_bounds, option
 
 Plane = Literal["ub", "vpc"]
+Fetch = Literal["auto", "always"]
 When = Literal["auto", "always", "never"]
 
 
@@ -64,6 +65,12 @@ class CacheSettings:
         unset="one of its own",
     )
     plane: Plane = option("ub", "Network that blocks travel over.", flag="--cache-plane", choices=get_args(Plane))
+    fetch: Fetch = option(
+        "auto",
+        "When blocks are fetched from the pool; auto: where that is expected to be faster than computing them again.",
+        flag="--cache-fetch",
+        choices=get_args(Fetch),
+    )
     decode_blocks: When = option(
         "auto",
         "Whether blocks of generated tokens are kept; auto: where they come back in later prompts.",
