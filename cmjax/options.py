@@ -24,7 +24,7 @@ class Option:
     Attributes:
         default: of the field; `dataclasses.MISSING` where it must be given.
         help: what it sets, for `--help` and the documentation.
-        flag: its name at the command line; None: it has none there.
+        flag: its name at the command line, for one that is on by default "--x/--no-x"; None: it has none there.
         minimum, maximum: the least and the most allowed; infinity where it is allowed itself.
         is_open: the minimum itself is not allowed.
         must_be: the bounds in words, where the numbers do not say them well.

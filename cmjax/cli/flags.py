@@ -167,6 +167,8 @@ def _make(
         attributes: dict[str, Any] = {"help": help, "metavar": option.metavar}
         if hint is bool:
             attributes["is_flag"] = True
+            if "/" in option.flag:  # "--x/--no-x": either may be said, and the help says which holds
+                attributes |= {"default": default, "show_default": True}
         else:
             attributes |= {"type": _type(option, hint), "multiple": hint == tuple[str, ...]}
             attributes |= {} if default in (None, ()) else {"default": default, "show_default": not unset}

@@ -25,6 +25,7 @@ class Oven:
     racks: tuple[str, ...] = option((), "One each.", flag="--rack")
     shelf: int | None = option(None, "Where.", flag="--shelf", minimum=0, unset="in the middle")
     grams: int = option(500, "What it holds, in kg.", flag="--kg", scale=1000)
+    light: bool = option(True, "Whether it shines.", flag="--light/--no-light")
     hidden: int = option(7, "Has no flag.")
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ def test_a_command_gets_its_settings_as_one_object():
     expected = Oven(degrees=250.5, minutes=5, fan=True, mode="auto", racks=("a", "b"), shelf=2, grams=1500)
     assert invoke(*given, "--shelf", "2", "--kg", "1.5") == expected
     assert invoke("--mode", "2").mode == 2
+    assert [invoke(*given).light for given in ((), ("--light",), ("--no-light",))] == [True, True, False]
 
 
 def test_help_says_defaults_and_bounds():
@@ -64,6 +66,7 @@ def test_help_says_defaults_and_bounds():
     assert "--shelf INTEGER RANGE Where. [default: in the middle] [x>=0]" in text
     assert "--mode [1|2|auto] Which. [default: 1]" in text
     assert "--kg FLOAT What it holds, in kg. [default: 0.5]" in text
+    assert "--light / --no-light Whether it shines. [default: light]" in text
     assert "hidden" not in text
     assert "--fan" not in command(options_for("oven", Oven, only=("minutes",)))("--help")
 

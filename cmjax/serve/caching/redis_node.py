@@ -31,10 +31,10 @@ T = TypeVar("T")
 _SCANNED_TOGETHER = 1000
 _MOST_TOGETHER = 1000  # small values in one message
 
-# KEYS: the value's, the namespace's order of use, its sizes. ARGV: what keys of values begin with, the digest, the
-# bytes of the value, the quota, the value, the time. All in one step, so that processes that share the server do not
-# undo each other's.
-_PUT_WITHIN_QUOTA = """
+# KEYS: the value's, the namespace's order of use, its sizes. ARGV: the digest; of a put also what keys of values begin
+# with, the bytes of the value, those that the namespace may have, the value, the time. All in one step, so that
+# processes that share the server do not undo each other's.
+_FORGET = """
 local function forget(digest)
   local size = redis.call('HGET', KEYS[3], digest)
   if size then
@@ -43,19 +43,25 @@ local function forget(digest)
   end
   redis.call('ZREM', KEYS[2], digest)
 end
-forget(ARGV[2])
+forget(ARGV[1])
+"""
+_DELETE = _FORGET + "return redis.call('UNLINK', KEYS[1])"
+_PUT = (
+    _FORGET
+    + """
 local limit = tonumber(ARGV[4]) - tonumber(ARGV[3])
 while tonumber(redis.call('HGET', KEYS[3], 'total') or '0') > limit do
   local oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not oldest then break end
-  redis.call('UNLINK', ARGV[1] .. oldest)
+  redis.call('UNLINK', ARGV[2] .. oldest)
   forget(oldest)
 end
 redis.call('SET', KEYS[1], ARGV[5])
-redis.call('ZADD', KEYS[2], ARGV[6], ARGV[2])
-redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
+redis.call('ZADD', KEYS[2], ARGV[6], ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
 redis.call('HINCRBY', KEYS[3], 'total', ARGV[3])
 """
+)
 
 
 class RedisNode(PoolNode):
@@ -232,13 +238,14 @@ class RedisNode(PoolNode):
                 data = b"".join((commit_record(digest, parts), *parts))
                 if quota is None:
                     pipeline.set(self._key(namespace, digest), data)
-                elif size > quota:
-                    pipeline.unlink(self._key(namespace, digest))
-                else:
-                    limit = max(size, quota // self._accounts.num_servers)
-                    keys = (self._key(namespace, digest), *self._order_of(namespace))
-                    told = (self._values_of(namespace), f"{digest:032x}", size, limit, data, time.time())
-                    pipeline.eval(_PUT_WITHIN_QUOTA, len(keys), *keys, *told)
+                    continue
+                keys = (self._key(namespace, digest), *self._order_of(namespace))
+                if size > quota:
+                    pipeline.eval(_DELETE, len(keys), *keys, f"{digest:032x}")
+                    continue
+                limit = max(size, quota // self._accounts.num_servers)
+                told = (f"{digest:032x}", self._values_of(namespace), size, limit, data, time.time())
+                pipeline.eval(_PUT, len(keys), *keys, *told)
             return pipeline.execute(raise_on_error=False)
 
         none: list[Any] = []
@@ -318,7 +325,11 @@ class RedisNode(PoolNode):
     def _delete_now(self, namespace: str, digests: Sequence[int]) -> list[bool]:
         pipeline = self._client.pipeline(transaction=False)
         for digest in digests:
-            pipeline.unlink(self._key(namespace, digest))
+            if self._accounts.quota(namespace) is None:
+                pipeline.unlink(self._key(namespace, digest))
+            else:
+                keys = (self._key(namespace, digest), *self._order_of(namespace))
+                pipeline.eval(_DELETE, len(keys), *keys, f"{digest:032x}")
         return [bool(answer) for answer in pipeline.execute()]
 
     def clear(self, namespace: str | None) -> None:

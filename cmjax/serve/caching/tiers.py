@@ -50,6 +50,9 @@ class Tiers:
         """Take in what lies on disk; what is over the capacity goes, the values used last stay."""
         index = self.index
         for key, num_bytes, used in found:
+            if FileStore.cost(num_bytes, key.num_parts) > self.disk_capacity:  # no reason for all others to go
+                self._chores.removed.append(key)
+                continue
             slot = index.find(key.digest)
             if slot is not None:  # the process died while it replaced one by the other
                 if index.versions[slot] > key.version:

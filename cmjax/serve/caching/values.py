@@ -89,7 +89,7 @@ def copied(parts: Sequence[Buffer]) -> Parts:
 
 def _copied(part: Buffer) -> memoryview:
     own = bytes_of(part).copy()
-    own.flags.writeable = False  # of the array too, so that no view of it can be made writable again
+    own.flags.writeable = False
     return memoryview(own)
 
 
