@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 IGNORED = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "prediction", "cache_salt", "cache_prompt", "parallel_tool_calls", "extra_headers", "extra_query",
+        "prediction", "cache_prompt", "parallel_tool_calls", "extra_headers", "extra_query",
         # Of no effect without what they are about, which is refused; or none with tokenizers of this kind.
         "guided_decoding_backend", "guided_whitespace_pattern", "spaces_between_special_tokens", "mm_processor_kwargs",
     }

@@ -9,6 +9,7 @@ from cmjax.schedule import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS, MOST_LOGIT_BIAS,
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_SALT = 1000  # characters
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 # The first mistake is the one that is told; a list of a million would be as many.
 Ids = Annotated[list[Id], Field(fail_fast=True)]
@@ -82,6 +83,7 @@ class Sampled(_Body):
     return_token_ids: bool = False
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     request_id: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
 
 class CompletionRequest(Sampled):

@@ -160,9 +160,12 @@ class ServerSettings:
     api_key_file: str | None = option(None, "File with more keys, one a line.", flag="--api-key-file")
     open_pages: bool = option(
         False,
-        "Ask for a key under /v1 and for /tokenize and /detokenize alone, not for the status page, /docs, /version and "
-        "the like.",
+        "Ask for a key under /v1 and for /tokenize, /detokenize and /reset_prefix_cache alone, not for the status "
+        "page, /docs, /version and the like.",
         flag="--open-pages",
+    )
+    share_prefix_cache: bool = option(
+        False, "All API keys share one namespace of the prefix cache; else each has its own."
     )
     allowed_origins: tuple[str, ...] = option(
         ("*",), "Of web pages whose scripts may call the server.", flag="--allowed-origins", unset="all"

@@ -66,6 +66,7 @@ def test_samples_go_back_so_far_and_no_further(past, clock):
     assert past.since(samples[-3].at_s) == samples[-2:]
     for field in ("num_running", "num_waiting", "kv_usage", "num_generation_tokens"):
         assert getattr(samples[-1], field) == getattr(STATS, field)
+    assert (samples[-1].num_looked_up, samples[-1].num_cached) == (5000, 3000)
     for _ in range(2 * MAX_REQUESTS):
         past.note_request(ended(3, arrival=0.0, first_token=0.5, last_token=1.5))
     assert past.recent()["num_requests"] == MAX_REQUESTS

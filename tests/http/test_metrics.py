@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cmjax.schedule import EngineStats, InstanceStats, RequestTimes
+from cmjax.schedule import CacheStats, EngineStats, InstanceStats, RequestTimes
+from cmjax.serve.caching import Counters, NodeStats, PoolStats
 from cmjax.serve.http.metrics import Metrics
 
 LABELS = {"model_name": "demo", "engine": "0"}
@@ -42,11 +43,32 @@ STATS = EngineStats(
     num_accepted_tokens=70,
     num_accepted_tokens_per_pos=[45, 25],
     plane_bytes={"ub": 1000, "rdma": 20},
+    cache=CacheStats(
+        num_queried=5000,
+        num_hits=1000,
+        num_pool_queried=3000,
+        num_pool_hits=2000,
+        num_fetches=12,
+        num_declined=3,
+        num_failed_loads=4,
+        num_stored=90,
+        num_failed_stores=2,
+    ),
 )
+COUNTERS = Counters(
+    num_puts=95, num_refused=1, hits={"dram": 60, "disk": 7}, num_misses=30, bytes_read=670, bytes_written=950
+)  # fmt: skip
+MEMORY = NodeStats("node0", 0, "local", True, 94, 800, 1000, 940, 10_000, 50, COUNTERS)
+SERVER = NodeStats("10.0.0.1:6379", 1, "redis", False, 0, 0, 0, 0, 0, 0, Counters(num_errors=5, evictions={"redis": 8}))
 
 
-def make_metrics(stats=STATS, **options):
-    return Metrics(SimpleNamespace(stats=lambda: stats), "demo", **options)
+def engine_of(stats=lambda: STATS, *nodes):
+    pool = SimpleNamespace(stats=lambda: PoolStats(1, nodes, ())) if nodes else None
+    return SimpleNamespace(stats=stats, pool=pool)
+
+
+def make_metrics(**options):
+    return Metrics(engine_of(), "demo", **options)
 
 
 def values(metrics):
@@ -132,15 +154,22 @@ def test_what_did_not_happen_to_a_request_is_in_no_histogram():
 
 def test_the_engine_s_statistics_are_read_at_each_scrape():
     now = [STATS]
-    metrics = Metrics(SimpleNamespace(stats=lambda: now[0]), "demo")
+    metrics = Metrics(engine_of(lambda: now[0]), "demo")
     found = values(metrics)
     expected = {
         ("num_requests_running",): 8,
         ("num_requests_waiting",): 6,
         ("kv_cache_usage_perc",): 0.25,
         ("num_preemptions_total",): 2,
-        ("prefix_cache_queries_total",): 0,
-        ("prefix_cache_hits_total",): 0,
+        ("prefix_cache_queries_total",): 5000,
+        ("prefix_cache_hits_total",): 1000,
+        ("external_prefix_cache_queries_total",): 3000,
+        ("external_prefix_cache_hits_total",): 2000,
+        ("prefix_cache_fetches_total",): 12,
+        ("prefix_cache_declined_blocks_total",): 3,
+        ("prefix_cache_failed_loads_total",): 4,
+        ("prefix_cache_stored_blocks_total",): 90,
+        ("prefix_cache_failed_stores_total",): 2,
         ("spec_decode_num_drafts_total",): 50,
         ("spec_decode_num_draft_tokens_total",): 100,
         ("spec_decode_num_accepted_tokens_total",): 70,
@@ -166,6 +195,39 @@ def test_the_engine_s_statistics_are_read_at_each_scrape():
     assert found["kv_cache_usage_perc",] == 0
     assert found["num_preemptions_total",] == 4
     assert not [key for key in found if key[0].startswith("instance_")]
+
+
+def test_the_nodes_of_the_memory_pool_are_asked_at_each_scrape():
+    found = values(Metrics(engine_of(lambda: STATS, MEMORY, SERVER), "demo"))
+    of_memory = {
+        ("up",): 1,
+        ("keys",): 94,
+        ("bytes", "dram"): 800,
+        ("bytes", "disk"): 940,
+        ("capacity_bytes", "dram"): 1000,
+        ("capacity_bytes", "disk"): 10_000,
+        ("queued_bytes",): 50,
+        ("hits_total", "dram"): 60,
+        ("hits_total", "disk"): 7,
+        ("misses_total",): 30,
+        ("puts_total",): 95,
+        ("read_bytes_total",): 670,
+        ("written_bytes_total",): 950,
+        ("evictions_total", "dram"): 0,
+        ("evictions_total", "disk"): 0,
+        **{("failures_total", reason): 0 for reason in ("lost", "unwritten", "corrupt", "error")},
+        ("failures_total", "refused"): 1,
+    }
+    of_server = dict.fromkeys((key if len(key) == 1 else (key[0], "redis") for key in of_memory), 0)
+    del of_server["failures_total", "redis"]
+    of_server |= {key: 0 for key in of_memory if key[0] == "failures_total"}
+    of_server |= {("evictions_total", "redis"): 8, ("failures_total", "error"): 5}
+    for node, expected in ((MEMORY, of_memory), (SERVER, of_server)):
+        own = {
+            (key[0].removeprefix("pool_node_"), *key[2:]): value for key, value in found.items() if node.name in key[1:]
+        }
+        assert own == expected
+    assert not [key for key in values(make_metrics()) if key[0].startswith("pool_")]
 
 
 def test_every_way_to_end_is_there_from_the_start():

@@ -4,7 +4,6 @@ Needs `pip install playwright` and a Chromium on PATH (`apt-get install chromium
 """
 
 import re
-import shutil
 
 import httpx
 import pytest
@@ -14,7 +13,7 @@ from cmjax.model import placed_layer_names
 from cmjax.serve.http import history
 from tests.http.serving import PATIENCE, served, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CACHED = "prompt tokens cached"
 # The least of all words of the page, by the formula of the web's accessibility guidelines.
 CONTRAST = """() => {
   const light = (name) => {
@@ -35,17 +34,6 @@ CONTRAST = """() => {
     return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
   }));
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium on PATH: apt-get install chromium")
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
@@ -91,6 +79,9 @@ def test_the_page_follows_the_engine(browser, engine, width, scheme, monkeypatch
         http.post("/v1/completions", json={**ask, "max_tokens": 9999})  # too long: refused
         page.locator("#figure-tokens-out", has_text=re.compile(rf"^{made + 7:,}$")).wait_for()
         page.locator("#figure-errors", has_text=re.compile("^1$")).wait_for()
+        assert not page.locator("#pool").is_visible()  # there is no prefix cache
+        assert CACHED not in said
+        assert not page.locator("dt", has_text=CACHED).count()
         planes = page.locator("#planes tr")
         assert planes.locator("th").all_inner_texts() == list(engine.stats().plane_bytes)
         # Its words stand out from what is behind them, in both schemes.

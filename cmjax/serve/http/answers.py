@@ -99,7 +99,7 @@ class Answer:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.run.num_cached_tokens},
         }
 
     # -- a choice -----------------------------------------------------------------------------------------------------

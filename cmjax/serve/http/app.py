@@ -68,7 +68,7 @@ def create_app(
     app.add_middleware(Counted, state=state, routes=app.router.routes)
     _add_completions(app, state)
     _add_tokens(app, state)
-    _add_health(app, state)
+    _add_operations(app, state)
     _describe_bodies(app)
     app.router.routes.extend([*status_routes(state), documentation_route(app)])
     return app
@@ -182,7 +182,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         }
 
 
-def _add_health(app: FastAPI, state: ServerState) -> None:
+def _add_operations(app: FastAPI, state: ServerState) -> None:
     @app.get("/health")
     @app.get("/ping", include_in_schema=False)
     async def health() -> Response:
@@ -193,14 +193,24 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
             raise ApiError(503, "a role has no instance that works")
         return Response()
 
+    resetting = asyncio.Lock()  # those who wait for others take no thread
+
+    @app.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Response:
+        """Forget all cached blocks, those of the instances and of the memory pool, of all clients."""
+        async with resetting:
+            await asyncio.to_thread(state.engine.reset_prefix_cache)
+        return Response()
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         """The version of cmjax."""
         return {"version": cmjax.__version__}
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    def metrics() -> Response:
         """Prometheus."""
+        # FastAPI runs it in a thread: a server of the memory pool may take a while to answer.
         return Response(state.metrics.render(), media_type=state.metrics.content_type)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from cmjax.model import Model
 from cmjax.schedule import EngineStats, Role, SamplingParams
 from cmjax.serve import EngineSettings, RequestHandle
+from cmjax.serve.caching import MemoryPool
 
 
 class Backend(Protocol):
@@ -24,6 +25,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def pool(self) -> MemoryPool | None:
+        """Where blocks of prompts are kept; None where there is no prefix cache."""
+        ...
+
+    @property
     def is_healthy(self) -> bool:
         """Whether requests have a chance."""
         ...
@@ -36,8 +42,14 @@ class Backend(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        namespace: str = "",
+        cache_salt: str = "",
     ) -> RequestHandle:
         """Take a request; see `Engine.submit`."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all that is cached; may take a while."""
         ...
 
     def stats(self) -> EngineStats:

@@ -41,6 +41,7 @@ class Sample:
     Attributes:
         at_s: seconds since its start.
         num_running, num_waiting, kv_usage, num_generation_tokens: see `EngineStats`.
+        num_looked_up, num_cached: prompt tokens that the prefix cache was asked for, and those it had.
         ttft_s, tpot_s: medians of the requests that ended since the sample before; None where none did.
         num_refused, num_failed: answers with a status of 4xx and of 5xx since the start.
     """
@@ -50,6 +51,8 @@ class Sample:
     num_waiting: int
     kv_usage: float
     num_generation_tokens: int
+    num_looked_up: int
+    num_cached: int
     ttft_s: float | None
     tpot_s: float | None
     num_refused: int
@@ -108,6 +111,8 @@ class History:
                 num_waiting=stats.num_waiting,
                 kv_usage=stats.kv_usage,
                 num_generation_tokens=stats.num_generation_tokens,
+                num_looked_up=stats.cache.num_queried,
+                num_cached=stats.cache.num_hits + stats.cache.num_pool_hits,
                 ttft_s=ttft,
                 tpot_s=tpot,
                 num_refused=self.num_refused,

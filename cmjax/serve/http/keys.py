@@ -1,5 +1,6 @@
-"""Keys that clients must send."""
+"""Keys that clients must send, and what each of them shares with others."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def known_keys(settings: ServerSettings, environment: Mapping[str, str]) -> tupl
     if not keys:
         keys = [key for name in _VARIABLES if (key := environment.get(name, "").strip())][:1]
     return tuple(dict.fromkeys(key.strip() for key in keys))
+
+
+def namespace_of(key: str) -> str:
+    """The prefix cache's namespace of a client with this key: the same one after a restart, and it does not tell the
+    key, for it is written to logs, disks and the status page."""
+    return hashlib.blake2b(key.encode(), digest_size=16, person=b"cmjax namespace").hexdigest()
 
 
 def _read(file: str) -> list[str]:

@@ -13,7 +13,7 @@ from cmjax.serve.http.errors import error_response
 from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 
 _NEVER_GUARDED = ("/health", "/ping", "/metrics")
-_ALWAYS_GUARDED = ("/tokenize", "/detokenize")
+_ALWAYS_GUARDED = ("/tokenize", "/detokenize", "/reset_prefix_cache")
 # What may still be asked of a server that drains: how it does.
 _WHILE_DRAINING = ("/metrics", "/", "/status.json", "/status/history.json", "/status/experts.json")
 

@@ -15,8 +15,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cmjax.schedule import EngineStats, FinishReason, RequestTimes
+from cmjax.schedule import CacheStats, EngineStats, FinishReason, RequestTimes
 from cmjax.serve.http.backend import Backend
+from cmjax.serve.http.pool_metrics import PoolCollector
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -55,7 +56,7 @@ class Metrics:
     """The metrics of one server; each has a registry of its own.
 
     Args:
-        engine: whose `stats()` are read at each scrape.
+        engine: whose `stats()`, and its pool's, are read at each scrape.
         model_name: a label.
         prefix: of every name.
     """
@@ -81,6 +82,7 @@ class Metrics:
             self._success.labels(*self._labels, reason)
         self._internal_errors = self._counter("internal_errors", "Answers that failed in the server itself.")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, of each prompt once.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Of them, those found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens of answers, as their usage says.")
         # Not under the prefix: it is about HTTP, and is called the same elsewhere.
         self._responses = Counter(
@@ -92,6 +94,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._registry.register(_FromEngine(engine, self._labels, prefix))
+        self._registry.register(PoolCollector(engine, dict(zip(_LABELS, self._labels, strict=True)), prefix))
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(self._prefix + name, text, _LABELS, registry=self._registry).labels(*self._labels)
@@ -112,6 +115,10 @@ class Metrics:
         """Take note of a prompt to which there is something of an answer, once."""
         self._prompt_tokens.inc(num_tokens)
         self._histograms["request_prompt_tokens"].observe(num_tokens)
+
+    def count_cached(self, num_tokens: int) -> None:
+        """Take note of what of a prompt was in the prefix cache, once."""
+        self._cached_tokens.inc(num_tokens)
 
     def count_chunk(self, num_tokens: int, gap_s: float | None) -> None:
         """Take note of a chunk of an answer, so many seconds after the one before; None for the first."""
@@ -153,12 +160,27 @@ class Metrics:
         self._success.labels(*self._labels, success_reason).inc()
 
     def render(self) -> bytes:
-        """All of them, in Prometheus's text form."""
+        """All of them, in Prometheus's text form; may take a while, see `PoolCollector`."""
         return generate_latest(self._registry)
 
 
 def _between(begin: float | None, end: float | None) -> float | None:
     return None if begin is None or end is None else max(end - begin, 0.0)
+
+
+def _of_cache(cache: CacheStats) -> dict[str, tuple[str, int]]:
+    """What is counted of the prefix cache; of the first four, vLLM's, hits over queries is a hit rate."""
+    return {
+        "prefix_cache_queries": ("Prompt tokens looked up in the instances' own blocks.", cache.num_queried),
+        "prefix_cache_hits": ("Of them, found there.", cache.num_hits),
+        "external_prefix_cache_queries": ("Of the others, looked up in the memory pool.", cache.num_pool_queried),
+        "external_prefix_cache_hits": ("Of these, loaded from it.", cache.num_pool_hits),
+        "prefix_cache_fetches": ("Fetches of blocks from the pool that began.", cache.num_fetches),
+        "prefix_cache_declined_blocks": ("Blocks of the pool that were sooner computed.", cache.num_declined),
+        "prefix_cache_failed_loads": ("Blocks that did not come, in time and whole.", cache.num_failed_loads),
+        "prefix_cache_stored_blocks": ("Blocks put into the pool.", cache.num_stored),
+        "prefix_cache_failed_stores": ("Blocks that the pool did not take.", cache.num_failed_stores),
+    }
 
 
 class _FromEngine(Collector):
@@ -181,8 +203,6 @@ class _FromEngine(Collector):
         }
         counters = {
             "num_preemptions": ("Requests that had to give their blocks back.", stats.num_preemptions),
-            "prefix_cache_queries": ("Tokens looked up in the prefix cache; there is none yet.", 0),
-            "prefix_cache_hits": ("Tokens found there.", 0),
             "spec_decode_num_drafts": ("Steps of a request with drafts.", stats.num_drafts),
             "spec_decode_num_draft_tokens": ("Drafts made.", stats.num_draft_tokens),
             "spec_decode_num_accepted_tokens": ("Drafts kept.", stats.num_accepted_tokens),
@@ -196,6 +216,7 @@ class _FromEngine(Collector):
             gauge = GaugeMetricFamily(self._prefix + name, text, labels=_LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
+        counters |= _of_cache(stats.cache)
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
             counter.add_metric(self._labels, value)

@@ -124,6 +124,7 @@ class Run:
         prompts: with their token ids.
         num_choices: for each prompt; choice i belongs to prompt i // num_choices.
         num_prompt_tokens: of all prompts, each counted once.
+        num_cached_tokens: of all prompts so far, what the first choice of each found in the prefix cache.
         num_completion_tokens: of all choices so far.
     """
 
@@ -131,8 +132,9 @@ class Run:
         body = self.body = asked.body
         self.state, self.prompts, self.num_choices = state, asked.prompts, body.n
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        self.num_completion_tokens = 0
+        self.num_cached_tokens = self.num_completion_tokens = 0
         self._samplings, self._tenant = asked.samplings, tenant
+        self._namespace, self._salt = state.namespaces.get(tenant, ""), body.cache_salt or ""
         self._keeps_tokens = not (isinstance(body, CompletionRequest) and body.max_tokens == 0)
         self._updates: asyncio.Queue[tuple[int, RequestUpdate, float]] = asyncio.Queue()
         self._choices: list[_Choice] = []
@@ -166,7 +168,14 @@ class Run:
         loop, index, tokenizer = asyncio.get_running_loop(), len(self._choices), self.state.served.tokenizer
         ids, body = prompt.token_ids, self.body
         try:
-            handle = self.state.engine.submit(ids, sampling, priority=body.priority, tenant=self._tenant)
+            handle = self.state.engine.submit(
+                ids,
+                sampling,
+                priority=body.priority,
+                tenant=self._tenant,
+                namespace=self._namespace,
+                cache_salt=self._salt,
+            )
         except UserError as error:
             raise ApiError(400, _of_client(str(error))) from error
         detokenizer = None if tokenizer is None else Detokenizer(tokenizer, body.skip_special_tokens, ids)
@@ -198,19 +207,22 @@ class Run:
             num_before = choice.num_tokens
             piece = choice.take(index, update, own_stops, self._keeps_tokens)
             if update.token_ids:
-                self._count(index, choice.num_tokens - num_before, at)
+                self._count(index, update, choice.num_tokens - num_before, at)
             if piece.finish_reason is not None:
                 num_open -= 1
                 self._end(choice)
             if piece.text or piece.token_ids or piece.finish_reason or piece.prompt_logprobs:
                 yield piece
 
-    def _count(self, index: int, num_tokens: int, at: float) -> None:
+    def _count(self, index: int, update: RequestUpdate, num_tokens: int, at: float) -> None:
         self.num_completion_tokens += num_tokens
-        prompt = index // self.num_choices
+        prompt, place = divmod(index, self.num_choices)
         if prompt not in self._counted:
             self._counted.add(prompt)
             self.state.metrics.count_prompt(len(self.prompts[prompt].token_ids))
+        if place == 0 and self._choices[index].first_at is None:  # the others may find what this one has computed
+            self.num_cached_tokens += update.num_cached_tokens
+            self.state.metrics.count_cached(update.num_cached_tokens)
         self.state.metrics.count_chunk(num_tokens, self._choices[index].gap(at))
 
     def cut(self) -> None:

@@ -12,6 +12,7 @@ from cmjax.errors import UserError
 from cmjax.serve import SamplingParams
 from cmjax.serve.http.backend import Backend
 from cmjax.serve.http.history import History
+from cmjax.serve.http.keys import namespace_of
 from cmjax.serve.http.lag import LoopLag
 from cmjax.serve.http.metrics import Metrics
 from cmjax.serve.settings import API_DEFAULTS, ServerSettings
@@ -33,6 +34,7 @@ class ServerState:
         served: what requests are checked against.
         intake: takes bodies.
         metrics, history, lag: what is counted for Prometheus and for the status page, and the event loop's lag.
+        namespaces: of the prefix cache, by the key of a client; who is in none of them is in "".
         is_draining: nothing new is taken any more.
         num_active: requests of the engine that are under way.
     """
@@ -67,6 +69,8 @@ class ServerState:
         self.metrics = Metrics(engine, settings.model_name, settings.metrics_prefix)
         self.lag = LoopLag(self.metrics.observe_lag)
         self.history = History(engine)
+        shared = settings.share_prefix_cache
+        self.namespaces = {} if shared else {key: namespace_of(key) for key in settings.api_keys}
         self.is_draining = False
         self.num_active = 0
         self._open: dict[asyncio.Task[Any], Cuttable | None] = {}

@@ -28,7 +28,7 @@ def status_routes(state: ServerState) -> list[Route]:
         return HTMLResponse(page)
 
     async def status(_: Request) -> JSONResponse:
-        stats = engine.stats()
+        stats, pool = engine.stats(), engine.pool
         own = {
             "model": state.settings.model_name,
             "version": cmjax.__version__,
@@ -38,6 +38,8 @@ def status_routes(state: ServerState) -> list[Route]:
             "num_refused": past.num_refused,
             "num_failed": past.num_failed,
             "recent": past.recent(),
+            # In a thread: a server of the pool may take a while to answer.
+            "pool": None if pool is None else dataclasses.asdict(await asyncio.to_thread(pool.stats)),
         }
         return JSONResponse(own | dataclasses.asdict(stats))
 
