@@ -105,7 +105,7 @@ def test_keys_stand_for_all_before_and_for_whole_blocks():
     assert count_distinct(lookups) == 4
 
 
-@pytest.mark.parametrize(("capacity", "lru", "best"), [(1, 0, 1), (2, 0, 2), (3, 2, 2), (4, 3, 3)])
+@pytest.mark.parametrize(("capacity", "lru", "best"), [(1, 0, 1), (2, 0, 2), (3, 2, 3), (4, 3, 3)])
 def test_the_end_of_a_prefix_goes_before_its_beginning(capacity, lru, best):
     """Two prompts of two blocks in turn, then one that shares a block: of three blocks, "a" and "c" are still there."""
     lookups = make_lookups([("ab", 9), ("cd", 9), ("ab", 9), ("ce", 9)], BLOCK)
