@@ -4,6 +4,7 @@ from cmjax.schedule.autotune import Autotune
 from cmjax.schedule.blocks import BlockPool, Fence, Lease, Ragged, blocks_for, slot_mapping
 from cmjax.schedule.decode import Call, DecodePlanner, DecodeSizes
 from cmjax.schedule.decode_places import choose_rank
+from cmjax.schedule.fetch_policy import FetchPolicy, PoolBlock, PoolRate
 from cmjax.schedule.planner import InstanceChange, Planner
 from cmjax.schedule.plans import (
     Arrival,
@@ -14,6 +15,7 @@ from cmjax.schedule.plans import (
     DecodeResult,
     DecodeVariant,
     Executor,
+    News,
     Plan,
     PrefillPlan,
     PrefillResult,
@@ -25,7 +27,20 @@ from cmjax.schedule.plans import (
     SendPlan,
     Variant,
 )
+from cmjax.schedule.pool_plans import (
+    Fetched,
+    FetchPlan,
+    Found,
+    LoadPlan,
+    LookupPlan,
+    PoolNews,
+    PoolPlan,
+    Stored,
+    StorePlan,
+)
 from cmjax.schedule.prefill import PrefillPlanner, PrefillSizes
+from cmjax.schedule.prefill_cache import CacheSizes
+from cmjax.schedule.prefix import BlockChain, BlockNames
 from cmjax.schedule.ratio import Bounds, Change, RatioPolicy
 from cmjax.schedule.request import (
     Attempt,
@@ -70,8 +85,11 @@ __all__ = [
     "Arrival",
     "Attempt",
     "Autotune",
+    "BlockChain",
+    "BlockNames",
     "BlockPool",
     "Bounds",
+    "CacheSizes",
     "CacheStats",
     "Call",
     "Change",
@@ -86,14 +104,25 @@ __all__ = [
     "EngineStats",
     "Executor",
     "Fence",
+    "FetchPlan",
+    "FetchPolicy",
+    "Fetched",
     "FinishReason",
+    "Found",
     "InstanceChange",
     "InstanceStats",
     "Lease",
+    "LoadPlan",
     "LogprobArrays",
+    "LookupPlan",
+    "News",
     "Part",
     "Plan",
     "Planner",
+    "PoolBlock",
+    "PoolNews",
+    "PoolPlan",
+    "PoolRate",
     "PrefillPlan",
     "PrefillPlanner",
     "PrefillResult",
@@ -118,6 +147,8 @@ __all__ = [
     "SloController",
     "SlotLoad",
     "Status",
+    "StorePlan",
+    "Stored",
     "TokenLogprobs",
     "Transfer",
     "Variant",

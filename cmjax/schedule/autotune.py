@@ -60,6 +60,11 @@ class StepTimes:
         for old in [one for one, newest in self._newest.items() if self._num_steps - newest > self.MOST_AGE]:
             del self._newest[old], self._seconds[old]
 
+    @property
+    def token_s(self) -> float | None:
+        """Seconds for a token, in steps of the size that takes the least; None where nothing is known."""
+        return min((float(np.median(taken)) / size for size, taken in self._seconds.items()), default=None)
+
     def first_step(self, num_tokens: int, sizes: Sequence[int]) -> int:
         """The largest of the steps for `sizes` tokens (ascending) that together compute `num_tokens` in the least time,
         in the fewest steps where that takes as long.

@@ -80,6 +80,16 @@ class BlockPool:
         """Take `count` blocks; asking for more than `num_free` is an error of the caller."""
         return Lease(self, self.allocate(count))
 
+    def share(self, blocks: Sequence[int], num_more: int = 0) -> "Lease":
+        """A lease of blocks that somebody holds, and of `num_more` that nobody does after them."""
+        more = self.allocate(num_more)
+        self.hold(blocks)
+        return Lease(self, [*blocks, *more])
+
+    def is_sole_holder(self, lease: "Lease") -> bool:
+        """Whether no other lease has any of its blocks."""
+        return all(self._num_holders[block] == 1 for block in lease.ids)
+
     def allocate(self, count: int) -> list[int]:
         """Ids for a lease of this pool."""
         if count > len(self._free):

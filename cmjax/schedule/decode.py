@@ -17,11 +17,13 @@ from cmjax.schedule.plans import (
     DecodePlan,
     DecodeResult,
     DecodeVariant,
+    News,
     Plan,
     ReceivePlan,
     RestartPlan,
     Result,
 )
+from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, StorePlan
 from cmjax.schedule.request import Attempt, Request, sampling_rows
 from cmjax.schedule.sampling import SamplingShape, token_problem
 from cmjax.schedule.slo import SloController
@@ -176,8 +178,13 @@ class DecodePlanner(Planner):
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def _take_arrivals(self, arrivals: Sequence[Arrival]) -> None:
-        self._arrivals += arrivals
+    def _take_arrivals(self, arrivals: Sequence[News]) -> None:
+        for news in arrivals:
+            if isinstance(news, tuple):
+                self._arrivals.append(news)
+
+    def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
+        raise AssertionError(f"{self.name} asks nothing of the pool")
 
     def _plan_urgent(self) -> Plan | None:
         return None

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from cmjax.schedule.autotune import Autotune
 from cmjax.schedule.blocks import Fence
-from cmjax.schedule.plans import Arrival, CompilePlan, Plan, RestartPlan, Result, SendPlan
+from cmjax.schedule.plans import CompilePlan, News, Plan, RestartPlan, Result, SendPlan
+from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, StorePlan
 from cmjax.schedule.request import Attempt, Request
-from cmjax.schedule.stats import InstanceStats, Role, SlotLoad, Status
+from cmjax.schedule.stats import CacheStats, InstanceStats, Role, SlotLoad, Status
 from cmjax.schedule.transfer import Transfer
 
 # An instance whose runs fail so often in a row is given up.
@@ -54,6 +55,11 @@ class Owner(Protocol):
 
     def transfer(self, transfer_id: int) -> Transfer | None:
         """A hand-off that somebody still waits for."""
+        ...
+
+    @property
+    def cache_counts(self) -> CacheStats:
+        """What is counted of the prefix cache, to be counted on."""
         ...
 
     def tick(self, now: float) -> None:
@@ -118,8 +124,8 @@ class Planner(abc.ABC):
 
     # -- plan, commit, fail -------------------------------------------------------------------------------------------
 
-    def plan(self, now: float, arrivals: Sequence[Arrival] = ()) -> Plan | None:
-        """What to run next; None where there is nothing to do. `arrivals`: rounds that have arrived here."""
+    def plan(self, now: float, arrivals: Sequence[News] = ()) -> Plan | None:
+        """What to run next; None where there is nothing to do. `arrivals`: what has arrived here, see `Executor`."""
         assert self.under_way is None
         if self.is_lost:
             return None
@@ -152,13 +158,18 @@ class Planner(abc.ABC):
     def fail(self, plan: Plan, error: BaseException, now: float) -> None:
         """A run has failed. All that the instance held is lost, a cache given to the run with it: its requests start
         over, and it starts afresh, unless that has happened too often. Of a round that could not be sent only the
-        hand-off is lost, and a compilation that gives away no cache costs nobody anything."""
+        hand-off is lost, what the memory pool cannot do is done without it, and a compilation that gives away no cache
+        costs nobody anything."""
         assert plan is self.under_way
         self._end_run(now)
         self.last_error = error
         if isinstance(plan, SendPlan):
             self.owner.sending_failed(plan.transfer_id, str(error))
             self._commit_work(plan, None, now)  # those that have arrived all the same need nothing here any more
+            self.fence.open()
+            return
+        if isinstance(plan, LookupPlan | FetchPlan | StorePlan):
+            self._fail_pool(plan)
             self.fence.open()
             return
         self._end_change(plan, error)
@@ -252,10 +263,13 @@ class Planner(abc.ABC):
     def _renew(self) -> None:
         """Nothing is held any more: all blocks and places are free."""
 
-    def _take_arrivals(self, arrivals: Sequence[Arrival]) -> None:
-        """Rounds have arrived here."""
-        if arrivals:
-            raise AssertionError(f"{self.name} receives nothing")
+    @abc.abstractmethod
+    def _take_arrivals(self, arrivals: Sequence[News]) -> None:
+        """Something has arrived here."""
+
+    @abc.abstractmethod
+    def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
+        """Something could not even be asked of the memory pool."""
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

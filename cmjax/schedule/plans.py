@@ -11,10 +11,11 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 
 from cmjax.schedule.blocks import Ragged
+from cmjax.schedule.pool_plans import PoolNews, PoolPlan
 from cmjax.schedule.sampling import LogprobArrays, SamplingRows, SamplingShape
 
 # What an instance spends its time with.
-Kind = Literal["prefill", "handoff", "decode", "change"]
+Kind = Literal["prefill", "handoff", "decode", "change", "cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +268,12 @@ class RestartPlan:
     kind: ClassVar[Kind] = "change"
 
 
-Plan = PrefillPlan | DecodePlan | SendPlan | ReceivePlan | CompilePlan | RestartPlan
+Plan = PrefillPlan | DecodePlan | SendPlan | ReceivePlan | CompilePlan | RestartPlan | PoolPlan
 Result = PrefillResult | DecodeResult | None
 # A round of a transfer that has arrived.
 Arrival = tuple[int, int]
+# What an executor says has come about beside its plans.
+News = Arrival | PoolNews
 
 
 class Executor(Protocol):
@@ -280,11 +283,11 @@ class Executor(Protocol):
         """Run a plan; raises where it fails, and then only a `RestartPlan` is sure to work."""
         ...
 
-    def poll(self) -> list[Arrival]:
-        """The rounds that have arrived since the last call."""
+    def poll(self) -> list[News]:
+        """What has arrived since the last call: rounds, and what was asked of the memory pool."""
         ...
 
     @property
     def expects_arrivals(self) -> bool:
-        """Whether rounds are on their way here that have not arrived."""
+        """Whether something is on its way here that has not arrived."""
         ...

@@ -10,8 +10,11 @@ import numpy as np
 
 from cmjax.schedule.autotune import StepTimes
 from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
+from cmjax.schedule.fetch_policy import FetchPolicy
 from cmjax.schedule.planner import Owner, Planner
-from cmjax.schedule.plans import CompilePlan, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
+from cmjax.schedule.plans import CompilePlan, News, Plan, PrefillPlan, PrefillResult, PrefillVariant, Result, SendPlan
+from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, PoolPlan, StorePlan
+from cmjax.schedule.prefill_cache import CacheSizes, PrefillCache
 from cmjax.schedule.request import Attempt, PrefillHold, sampling_rows
 from cmjax.schedule.sampling import SamplingShape, token_problem
 from cmjax.schedule.stats import InstanceStats, Role
@@ -27,6 +30,7 @@ class PrefillSizes:
         num_places: prompts that share a step, at most.
         variants: what its step is compiled for, ascending.
         microbatches: numbers of them to choose from.
+        cache: of prefixes; None: nothing is cached.
     """
 
     num_blocks: int
@@ -34,6 +38,7 @@ class PrefillSizes:
     num_places: int
     variants: tuple[PrefillVariant, ...]
     microbatches: tuple[int, ...] = (1,)
+    cache: CacheSizes | None = None
 
 
 class Chunk(NamedTuple):
@@ -54,7 +59,8 @@ class PrefillPlanner(Planner):
 
     A step computes the first prompts, whole where its tokens last, the last one cut; of the sizes that are compiled it
     has the one by which what waits is done soonest. A prompt needs the blocks of all
-    its tokens; one that finds none waits, and those behind it. What a step has ended is sent before the next one.
+    its tokens; one that finds none waits, and those behind it. Those whose prefix is looked up or fetched are left out
+    meanwhile. What a step has ended is sent before the next one.
     """
 
     role: Role = "prefill"
@@ -62,7 +68,7 @@ class PrefillPlanner(Planner):
     def __init__(self, name: str, model: str, num_ranks: int, sizes: PrefillSizes, owner: Owner) -> None:
         super().__init__(name, model, num_ranks, sizes.microbatches, owner)
         self.sizes, self.variants = sizes, sizes.variants
-        self._times = StepTimes()
+        self._times, self._policy = StepTimes(), FetchPolicy()
         self._renew()
 
     # -- for the scheduler --------------------------------------------------------------------------------------------
@@ -82,6 +88,7 @@ class PrefillPlanner(Planner):
         """Put an attempt at the end of the queue."""
         self.attempts[attempt.id] = self._queue[attempt.id] = attempt
         self._num_tokens_left += attempt.num_prefill
+        self.cache.add(attempt)
 
     def send(self, transfer: Transfer) -> None:
         """Send what a step has ended."""
@@ -89,6 +96,7 @@ class PrefillPlanner(Planner):
 
     def drop(self, attempt: Attempt) -> None:
         self.attempts.pop(attempt.id, None)
+        self.cache.drop(attempt)
         if self._queue.pop(attempt.id, None) is not None:
             self._num_tokens_left -= attempt.num_prefill - attempt.num_computed
 
@@ -102,7 +110,7 @@ class PrefillPlanner(Planner):
             num_running=num_running,
             num_waiting=len(self._queue) - num_running,
             num_blocks=self._pool.num_blocks,
-            num_used_blocks=self._pool.num_blocks - self._pool.num_free,
+            num_used_blocks=self._pool.num_blocks - self._pool.num_free - self.cache.num_idle,
             num_calls=self.num_calls,
             num_tokens=self.num_tokens,
             busy_s=self.busy_s,
@@ -110,6 +118,11 @@ class PrefillPlanner(Planner):
         )
 
     # -- plan ---------------------------------------------------------------------------------------------------------
+
+    def _take_arrivals(self, arrivals: Sequence[News]) -> None:
+        for news in arrivals:
+            assert not isinstance(news, tuple)  # no hand-off ends here
+            self.cache.take(news)
 
     def _plan_urgent(self) -> Plan | None:
         while self._outgoing:
@@ -121,30 +134,43 @@ class PrefillPlanner(Planner):
 
     def _plan_work(self, now: float) -> Plan | None:
         chunks = list(self._next_chunks(now))
-        return self._plan_step(chunks) if chunks else None
+        pool_plan = self.cache.plan(now) or self.cache.plan_store()
+        if pool_plan is not None:
+            return pool_plan
+        return self._plan_step(chunks, now) if chunks else None
 
     def _next_chunks(self, now: float) -> Iterable[Chunk]:
-        """What the next step computes; those that begin get their blocks.
+        """What the next step computes; those that begin get their blocks, and so do those behind them that the pool has
+        something for.
 
         Example: prompts of 5 and 4 tokens with 6 tokens a step give the tokens 0 to 4 and 0, then 1 to 3.
         """
         sizes = sorted({one.num_tokens for one in self.variants})
         num_left = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes)
         for attempt in itertools.islice(self._queue.values(), self.sizes.num_places):
-            if num_left == 0:
+            if self.cache.is_asking(attempt) or (num_left == 0 and not self.cache.has_found(attempt)):
+                continue
+            if attempt.prefill is None and not self._begin(attempt, now):
                 return
-            if attempt.prefill is None:
-                needed = blocks_for(attempt.num_prefill, self.sizes.block_size)
-                if needed > self._pool.num_free or not self._places.num_free:
-                    return
-                attempt.prefill = PrefillHold(self._places.take(1), self._pool.take(needed))
-                times = attempt.request.times
-                times.scheduled = now if times.scheduled is None else times.scheduled
+            if num_left == 0 or self.cache.is_waiting(attempt):
+                continue
             chunk = Chunk(attempt, attempt.num_computed, min(attempt.num_prefill, attempt.num_computed + num_left))
             num_left -= chunk.stop - chunk.start
             yield chunk
 
-    def _plan_step(self, chunks: Sequence[Chunk]) -> PrefillPlan:
+    def _begin(self, attempt: Attempt, now: float) -> bool:
+        """Give an attempt its place and blocks, some of them with its prefix; False where there is no room."""
+        if not self._places.num_free:
+            return False
+        needed = blocks_for(attempt.num_prefill, self.sizes.block_size)
+        blocks = self.cache.hold(attempt, needed, now, self._times.token_s)
+        if blocks is None:
+            return False
+        attempt.prefill = PrefillHold(self._places.take(1), blocks)
+        self._num_tokens_left -= attempt.num_computed
+        return True
+
+    def _plan_step(self, chunks: Sequence[Chunk], now: float) -> PrefillPlan:
         requests = [chunk.attempt.request for chunk in chunks]
         token_ids: list[int] = []
         next_token_ids: list[int] = []
@@ -156,7 +182,9 @@ class PrefillPlanner(Planner):
         needed = SamplingShape.for_all(one.sampling for one in requests)
         is_plain = not needed.is_sampled and needed.num_logprobs is None
         variant = self._variant_for(len(token_ids), needed)
-        begins = [row for row, chunk in enumerate(chunks) if chunk.start == 0]
+        begins = [row for row, chunk in enumerate(chunks) if not _held(chunk.attempt).has_joined]
+        for row in begins:
+            self._note_begin(chunks[row].attempt, now)
         wants_first = [
             chunk.is_last and one.sampling.logprobs is not None and not one.is_resumed
             for chunk, one in zip(chunks, requests, strict=True)
@@ -178,8 +206,16 @@ class PrefillPlanner(Planner):
             sampling=None if is_plain else sampling_rows(requests),
             logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
             prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
-            oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),
+            oldest_step=self.cache.oldest_step(min((one.step for one in self._outgoing), default=self._num_plans)),
         )
+
+    def _note_begin(self, attempt: Attempt, now: float) -> None:
+        """The first step of an attempt."""
+        _held(attempt).has_joined = True
+        request = attempt.request
+        request.times.scheduled = now if request.times.scheduled is None else request.times.scheduled
+        if not request.is_resumed:
+            request.num_cached_tokens = attempt.num_computed
 
     def _variant_for(self, num_tokens: int, needed: SamplingShape) -> PrefillVariant:
         """The least that can do what is needed, then the smallest that so many tokens fit."""
@@ -194,10 +230,15 @@ class PrefillPlanner(Planner):
     def _commit_work(self, plan: Plan, result: Result, now: float) -> None:
         if isinstance(plan, SendPlan):
             self._commit_send(plan)
-        else:
-            assert isinstance(plan, PrefillPlan)
+        elif isinstance(plan, PrefillPlan):
             assert isinstance(result, PrefillResult)
             self._commit_step(plan, result, now)
+        else:
+            assert isinstance(plan, PoolPlan)
+            self._num_tokens_left -= self.cache.commit(plan)
+
+    def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
+        self.cache.commit(plan, has_failed=True)
 
     def _commit_send(self, plan: SendPlan) -> None:
         """Those whose last tokens have been read need their blocks here no longer."""
@@ -215,12 +256,15 @@ class PrefillPlanner(Planner):
             self.autotune.add(plan.microbatches, result.seconds)
         self._note_logprobs(plan, result)
         travelling: dict[str, list[tuple[Attempt, int]]] = collections.defaultdict(list)
-        for row, (attempt_id, stop) in enumerate(zip(plan.attempt_ids.tolist(), plan.stops.tolist(), strict=True)):
+        begins = np.cumsum(plan.stops - plan.starts) - (plan.stops - plan.starts)
+        rows = zip(plan.attempt_ids.tolist(), plan.stops.tolist(), begins.tolist(), strict=True)
+        for row, (attempt_id, stop, begin) in enumerate(rows):
             attempt = self.attempts.get(attempt_id)
             if attempt is None:
                 continue
-            self._num_tokens_left -= stop - attempt.num_computed
-            attempt.num_computed = stop
+            start, attempt.num_computed = attempt.num_computed, stop
+            self._num_tokens_left -= stop - start
+            self.cache.computed(attempt, start, stop, plan.number, begin)
             if stop == attempt.num_prefill:
                 del self._queue[attempt_id]
                 if self._take_first_token(attempt, int(result.token_ids[row]), now):
@@ -274,8 +318,10 @@ class PrefillPlanner(Planner):
             self._note_largest(before, self.variants[-1].num_tokens)
 
     def _renew(self) -> None:
-        self._pool = BlockPool(self.sizes.num_blocks, self.fence)
-        self._places = BlockPool(self.sizes.num_places, self.fence)
+        sizes = self.sizes
+        self._pool = BlockPool(sizes.num_blocks, self.fence)
+        self.cache = PrefillCache(sizes.cache, self._pool, sizes.block_size, self.owner.cache_counts, self._policy)
+        self._places = BlockPool(sizes.num_places, self.fence)
         self._queue: dict[int, Attempt] = {}
         self._outgoing: collections.deque[Transfer] = collections.deque()
         self._num_tokens_left = 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cmjax.schedule.blocks import Lease
+from cmjax.schedule.prefix import BlockChain
 from cmjax.schedule.sampling import SamplingParams, SamplingRows, TokenLogprobs
 
 # "abort": the client cancelled it; "error": it ended without a result.
@@ -92,6 +93,7 @@ class Request:
         finish_reason, error: why it ended, and what went wrong where that is why.
         num_told: how many of its tokens the client has been told.
         failed_at: the instance whose failure ended its last failed attempt.
+        chain: names of what the prefix cache may have of it; None: nothing, and it leaves nothing there.
     """
 
     request_id: str
@@ -113,6 +115,7 @@ class Request:
     error: str | None = None
     num_told: int = 0
     failed_at: str = ""
+    chain: BlockChain | None = None
     _stop_ids: frozenset[int] = dataclasses.field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
@@ -207,11 +210,13 @@ class PrefillHold:
 
     Attributes:
         place: of the instance's table of blocks.
-        blocks: for all that it has to compute.
+        blocks: for all its tokens, those that were computed before included.
+        has_joined: whether the executor has been told of them.
     """
 
     place: Lease
     blocks: Lease
+    has_joined: bool = False
 
 
 @dataclasses.dataclass(eq=False, slots=True)

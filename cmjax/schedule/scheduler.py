@@ -15,7 +15,7 @@ from cmjax.schedule.decode import DecodePlanner
 from cmjax.schedule.planner import Planner
 from cmjax.schedule.prefill import PrefillPlanner
 from cmjax.schedule.request import Attempt, FinishReason, Request, RequestUpdate
-from cmjax.schedule.stats import Role
+from cmjax.schedule.stats import CacheStats, Role
 from cmjax.schedule.transfer import Transfer, plan_rounds
 from cmjax.schedule.waiting import WaitingQueue
 
@@ -34,6 +34,7 @@ class Scheduler:
     Attributes:
         prefill, decode: planners by name.
         num_...: counts since the start.
+        cache_counts: of the prefix cache.
     """
 
     def __init__(self, handoff_timeout_s: float) -> None:
@@ -44,6 +45,7 @@ class Scheduler:
         self.num_running = 0
         self.num_preemptions = self.num_handoffs = self.num_failed_handoffs = 0
         self.num_prompt_tokens = self.num_generation_tokens = 0
+        self.cache_counts = CacheStats()
         self._transfers: dict[int, Transfer] = {}
         self._transfer_of: dict[int, Transfer] = {}  # attempt's id -> its hand-off
         self._past_drafts = np.zeros(1, np.int64)  # of instances that have been taken out

@@ -93,7 +93,7 @@ class InstanceStats:
     expert_imbalance: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class CacheStats:
     """The prefix cache of all prefill instances. Counts only grow; tokens, where nothing else is said.
 
@@ -155,7 +155,7 @@ class EngineStats:
     num_accepted_tokens: int
     num_accepted_tokens_per_pos: list[int]
     plane_bytes: dict[str, int]
-    cache: CacheStats = CacheStats()
+    cache: CacheStats = dataclasses.field(default_factory=CacheStats)
 
     @property
     def kv_usage(self) -> float:

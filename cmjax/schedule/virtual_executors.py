@@ -15,6 +15,7 @@ from cmjax.schedule.plans import (
     Arrival,
     DecodePlan,
     DecodeResult,
+    News,
     Plan,
     PrefillPlan,
     PrefillResult,
@@ -110,7 +111,7 @@ class VirtualPrefill:
         self._blocks: dict[int, np.ndarray] = {}  # by place
         self._ends: dict[int, np.ndarray] = {}  # step -> the last token of each row
 
-    def poll(self) -> list[Arrival]:
+    def poll(self) -> list[News]:
         """Nothing arrives here."""
         return []
 
@@ -188,11 +189,11 @@ class VirtualDecode:
         self._rows: dict[int, _Row] = {}
         self._known: set[Arrival] = set()
 
-    def poll(self) -> list[Arrival]:
+    def poll(self) -> list[News]:
         """See `Executor`."""
         arrived = self._wire.arrived(self.name, self._clock(), self._known)
         self._known |= set(arrived)
-        return arrived
+        return [*arrived]
 
     @property
     def expects_arrivals(self) -> bool:

@@ -56,7 +56,7 @@ class Core:
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     handles: dict[Request, RequestHandle] = dataclasses.field(default_factory=dict)
     activities: dict[str, Activity] = dataclasses.field(
-        default_factory=lambda: {kind: Activity() for kind in ("prefill", "handoff", "decode", "change")}
+        default_factory=lambda: {kind: Activity() for kind in ("prefill", "handoff", "decode", "change", "cache")}
     )
     _delivering: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 

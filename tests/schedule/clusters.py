@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from cmjax.schedule import (
     SERVING_SHAPES,
     Attempt,
+    CacheStats,
     DecodePlan,
     DecodeSizes,
     DecodeVariant,
@@ -156,6 +157,7 @@ class Recorder:
         self.handed: list[tuple[str, str, int, list[tuple[Attempt, int]]]] = []
         self.transfers: dict[int, Transfer] = {}
         self.failed_sends: list[int] = []
+        self.cache_counts = CacheStats()
 
     def end(self, attempt: Attempt) -> None:
         """An attempt is over."""
