@@ -1,4 +1,4 @@
-"""What a prefix cache of so many blocks can hit, without an engine: the least recently used rule, and the most of all."""
+"""What a prefix cache of so many blocks hits, without an engine: by the least recently used rule, and at most."""
 
 import collections
 import dataclasses
