@@ -80,6 +80,7 @@ __all__ = [
     "all_to_all_done",
     "all_to_all_start",
     "configure",
+    "delay_s",
     "done",
     "empty",
     "exchange_bytes",
@@ -108,6 +109,7 @@ _SETTINGS = Settings(native_ragged_failure)
 traffic = TrafficCounters()
 record = traffic.record
 configure = _SETTINGS.configure
+delay_s = _SETTINGS.delay_s
 status = _SETTINGS.status
 time_memcpy = _SETTINGS.time_memcpy
 

@@ -117,6 +117,13 @@ class Settings:
             if native_build.load.cache_info().currsize:
                 self._apply(native_build.load())
 
+    def delay_s(self, plane: str, num_bytes: float) -> float:
+        """Seconds that the modelled delay gives a transfer of so many bytes by one link; 0 where there is none."""
+        delay = self.delay
+        if delay is None or plane not in delay.latency_s or not num_bytes:
+            return 0.0
+        return delay.multiplier * (delay.latency_s[plane] + num_bytes / delay.bytes_per_s[plane])
+
     def native(self) -> native_build.NativeFabric:
         """The C++ fabric with these settings applied, built at the first call."""
         with self._lock:

@@ -1,5 +1,6 @@
 """The DeepSeek architecture (V2, V3, R1): config, parameters, MLA, layers, the MTP module, prefill and decode."""
 
+from cmjax.model.cache import write_rows
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
 from cmjax.model.mla import mla_prolog, rms_norm
@@ -43,6 +44,7 @@ from cmjax.model.transformer import (
     lm_head,
     main_pass,
     mtp_head,
+    mtp_latents,
     mtp_pass,
     stack_loads,
 )
@@ -88,6 +90,7 @@ __all__ = [
     "main_pass",
     "mla_prolog",
     "mtp_head",
+    "mtp_latents",
     "mtp_pass",
     "named_leaves",
     "num_bytes",
@@ -104,4 +107,5 @@ __all__ = [
     "stack_loads",
     "token_id_array",
     "token_order",
+    "write_rows",
 ]

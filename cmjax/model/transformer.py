@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cmjax.model.config import ModelConfig
-from cmjax.model.mla import WHOLE, CoreAttention, Part, rms_norm
+from cmjax.model.mla import WHOLE, CoreAttention, Part, key_value_latent, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, split_experts
 from cmjax.moe import Exchange, LayerRouter, MlpParams, moe_ffn, swiglu
 from cmjax.quant import linear
@@ -262,14 +262,36 @@ def main_pass(
     return rms_norm(x, params.norm, context.config.rms_norm_eps), cache, loads
 
 
+def mtp_input(
+    params: Params, mtp: MtpParams, hidden: jax.Array, next_token_ids: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """What the MTP module's layer is given, `[tokens, hidden]`."""
+    embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
+    parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
+    return linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
+
+
+def mtp_latents(
+    params: Params,
+    mtp: MtpParams,
+    hidden: jax.Array,
+    next_token_ids: jax.Array,
+    positions: jax.Array,
+    config: ModelConfig,
+) -> jax.Array:
+    """What the MTP module's layer of the cache holds of tokens, `[tokens, latent width]`: it follows from a token's
+    hidden state and the token after it alone."""
+    layer = jax.tree.map(operator.itemgetter(0), split_experts(mtp.layer)[0])
+    x = mtp_input(params, mtp, hidden, next_token_ids, config)
+    return key_value_latent(layer.attn, config, rms_norm(x, layer.input_norm, config.rms_norm_eps), positions)
+
+
 def mtp_pass(
     params: Params, mtp: MtpParams, hidden: jax.Array, next_token_ids: jax.Array, cache: jax.Array, context: PassContext
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The MTP module: from the hidden state at t and the token at t+1, the hidden state that predicts t+2."""
     config = context.config
-    embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
-    parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
-    x = linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
+    x = mtp_input(params, mtp, hidden, next_token_ids, config)
     layers, experts = (mtp.layer, None) if context.unroll else split_experts(mtp.layer)
     layer = jax.tree.map(operator.itemgetter(0), layers)
     place = LayerPlace(0, -1, config.num_hidden_layers, f"{context.channel}/mtp")

@@ -60,6 +60,11 @@ class Core:
     )
     _delivering: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
+    def wake(self) -> None:
+        """Have the loops look for news; from any thread."""
+        with self.changed:
+            self.changed.notify_all()
+
     def deliver(self) -> None:
         """Tell the clients what is new, without the lock. One thread at a time does, so that each client's updates stay
         in order; it takes along what comes meanwhile."""

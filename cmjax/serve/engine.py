@@ -1,5 +1,6 @@
 """The engine: prefill and decode instances as peers, requests from submission to their last token."""
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -21,11 +22,13 @@ from cmjax.schedule import (
     Scheduler,
     blocks_for,
 )
+from cmjax.serve.caching import CacheSettings, MemoryPool
 from cmjax.serve.core import Core
 from cmjax.serve.fleet import Fleet
 from cmjax.serve.handle import RequestHandle
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.offline import GenerateResult, Progress, run_to_end
+from cmjax.serve.prefix_cache import make_chain, open_context
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.startup import StartProgress, Startup
 
@@ -42,9 +45,10 @@ class Engine:
         supernode: the machine, by default the preset `cloudmatrix384`; or pools already carved (`cmjax.mesh.carve`).
         ep_size, prefill_ep_size, num_prefill_instances, num_decode_instances: see `cmjax.mesh.carve`.
         settings: sizes and formats.
+        cache: of prefixes; None: nothing is cached.
 
     Raises:
-        UserError: devices, experts or memory do not suffice, by number and setting.
+        UserError: devices, experts or memory do not suffice, by number and setting; the cache's pool cannot be had.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class Engine:
         num_prefill_instances: int | None = None,
         num_decode_instances: int = 1,
         settings: EngineSettings | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.model = model
         self.settings = settings or EngineSettings()
+        self._context = None
         if isinstance(supernode, Pools):
             self.pools = supernode
         else:
@@ -73,11 +79,18 @@ class Engine:
         self.core = Core(Scheduler(self.settings.handoff_timeout_s))
         if self.pools.is_shared:
             self.core.device_lock = threading.RLock()
-        self.fleet = Fleet(model, self.pools, self.settings, self.core)
+        if cache is not None and cache.enable_prefix_caching:
+            self._context = open_context(model, self.settings, cache)
+        self.fleet = Fleet(model, self.pools, self.settings, self.core, self._context, cache)
         self._ids = itertools.count()
         self._is_started = False
         self._startup: Startup | None = None
         self._closing = threading.Event()
+
+    @property
+    def pool(self) -> MemoryPool | None:
+        """Where blocks of prefixes are stored; None where nothing is cached."""
+        return None if self._context is None else self._context.pool
 
     @property
     def prefill(self) -> list[PrefillExecutor]:
@@ -128,6 +141,8 @@ class Engine:
         if self._startup is not None:
             self._startup.stop()
         self.fleet.stop()
+        if self._context is not None:
+            self._context.close()
         self._is_started = False
 
     def _wait_until_idle(self, deadline: float | None) -> None:
@@ -194,7 +209,7 @@ class Engine:
                 that is shutting down.
         """
         name = request_id or f"request {next(self._ids)}"
-        request = self._request(name, prompt_ids, sampling or SamplingParams())
+        request = self._request(name, prompt_ids, sampling or SamplingParams(), namespace, cache_salt)
         request.priority, request.tenant = priority, tenant
         request.times = RequestTimes(self.core.clock())
         handle = RequestHandle(name, request.prompt_ids, request.times, lambda: self._cancel(request))
@@ -213,7 +228,9 @@ class Engine:
             self.core.changed.notify_all()
         self.core.deliver()
 
-    def _request(self, name: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+    def _request(
+        self, name: str, prompt: Sequence[int], sampling: SamplingParams, namespace: str = "", cache_salt: str = ""
+    ) -> Request:
         """Check a prompt and make a request of it."""
         config, limit = self.model.config, self.settings.max_model_len
         ids = check_token_ids(token_id_array(prompt, name), config)
@@ -242,6 +259,8 @@ class Engine:
                 f"{name} needs {needed} cache blocks, a decode rank has {self.settings.num_decode_blocks}: raise "
                 "num_kv_blocks"
             )
+        if self._context is not None:
+            request.chain = make_chain(self._context, namespace, cache_salt, request.prompt_ids)
         return request
 
     def generate(
@@ -285,6 +304,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, those of the instances and of the pool; what requests under way use they keep."""
+        with self.core.changed:
+            for planner in self.core.scheduler.prefill.values():
+                planner.cache.clear()
+        if self._context is not None:
+            self._context.pool.clear()
 
     # -- what is counted ----------------------------------------------------------------------------------------------
 
@@ -332,6 +356,7 @@ class Engine:
                 num_accepted_tokens=sum(accepted),
                 num_accepted_tokens_per_pos=accepted,
                 plane_bytes=traffic,
+                cache=dataclasses.replace(scheduler.cache_counts),
             )
 
 

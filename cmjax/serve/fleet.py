@@ -10,6 +10,8 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController, Variant
+from cmjax.serve.caching import CacheSettings
+from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.core import Core
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
 from cmjax.serve.loop import InstanceLoop
@@ -25,8 +27,17 @@ class Fleet:
         loops: all of them at work, prefill first.
     """
 
-    def __init__(self, model: Model, pools: Pools, settings: EngineSettings, core: Core) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pools: Pools,
+        settings: EngineSettings,
+        core: Core,
+        context: ContextCache | None = None,
+        cache: CacheSettings | None = None,
+    ) -> None:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
+        self._context, self._cache = context, cache
         sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
         check_caches_fit(model.config, settings, sizes, model.dtype)
         self._wire = Wire()
@@ -243,7 +254,13 @@ class Fleet:
         return self.settings.num_prefill_blocks if role == "prefill" else self.settings.num_decode_blocks
 
     def _place_prefill(self, instance: Instance) -> PrefillExecutor:
-        return PrefillExecutor(self.model, instance, self.settings, self._num_blocks("prefill"), self._wire)
+        num_blocks = self._num_blocks("prefill")
+        executor = PrefillExecutor(
+            self.model, instance, self.settings, num_blocks, self._wire, self._context, self._cache
+        )
+        if executor.caching is not None:
+            executor.caching.port.on_news = self.core.wake
+        return executor
 
     def _place_decode(self, instance: Instance) -> DecodeExecutor:
         executor = DecodeExecutor(

@@ -87,6 +87,13 @@ class EngineSettings:
         minimum=1,
         unset="for all requests at their longest",
     )
+    num_prefill_kv_blocks: int | None = option(
+        None,
+        "Cache blocks of a prefill instance; those that no request uses keep prefixes in place.",
+        flag="--num-prefill-kv-blocks",
+        minimum=1,
+        unset="for the longest prompt, and for two steps of short ones",
+    )
     handoff_timeout_s: float = option(
         60.0, "Seconds after which a hand-off that has not arrived is sent again.", minimum=0, is_open=True
     )
@@ -108,6 +115,11 @@ class EngineSettings:
             raise UserError(
                 f"microbatches {self.microbatches} do not divide max_num_seqs_per_rank {self.max_num_seqs_per_rank}"
             )
+        if self.num_prefill_kv_blocks is not None and self.num_prefill_kv_blocks < self.max_blocks:
+            raise UserError(
+                f"num_prefill_kv_blocks {self.num_prefill_kv_blocks} cannot hold a prompt of max_model_len "
+                f"{self.max_model_len}: that takes {self.max_blocks} blocks"
+            )
         if self.num_speculative_tokens >= self.max_model_len:
             raise UserError(
                 f"num_speculative_tokens {self.num_speculative_tokens} leaves no room in max_model_len "
@@ -126,8 +138,9 @@ class EngineSettings:
 
     @property
     def num_prefill_blocks(self) -> int:
-        """Blocks of a prefill instance: room for the longest prompt, and for two steps of short ones."""
-        return self.max_blocks + 2 * blocks_for(self.max_num_batched_tokens, self.block_size)
+        """Blocks of a prefill instance: by default room for the longest prompt, and for two steps of short ones."""
+        two_steps = 2 * blocks_for(self.max_num_batched_tokens, self.block_size)
+        return self.num_prefill_kv_blocks or self.max_blocks + two_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,10 @@ SAMPLINGS = [
 ]
 
 
+# Two of these fill the blocks of a rank, and nine of them on four ranks are three on one.
+LONG, NUM_LONG = ([5, 6, 7] * 3, SamplingParams(max_tokens=27)), 9
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _fewer_programs():
     """Steps for whatever may be asked for, without those for greedy requests alone."""
@@ -47,10 +51,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def expected(model):
-    """The outputs of a batch run on one device."""
+def outputs(model):
+    """Those of a batch run on one device."""
     engine = make_engine(model, 1, max_num_seqs_per_rank=8, max_model_len=64)
-    return engine.generate(PROMPTS, SAMPLINGS).outputs
+    return engine.generate([*PROMPTS, LONG[0]], [*SAMPLINGS, LONG[1]]).outputs
+
+
+@pytest.fixture(scope="module")
+def expected(outputs):
+    return outputs[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -99,37 +108,43 @@ def assert_same(outputs, expected):
                 np.testing.assert_allclose(*values, atol=1e-3)
 
 
-def test_requests_that_share_places_and_blocks_get_the_tokens_of_a_batch_run(engine, expected, monkeypatch):
-    before = engine.stats()
+def test_requests_that_share_places_and_blocks_get_the_tokens_of_a_batch_run(engine, outputs, monkeypatch):
     (decoding,) = engine.fleet.decode.values()
     sent, are_together = set(), threading.Event()
 
     def send(run, plan):
+        planners = engine.core.scheduler.prefill.values()
+        attempts = [one.attempts[i] for one in planners for i in plan.attempt_ids.tolist() if i in one.attempts]
         result = run(plan)
-        sent.update(plan.attempt_ids.tolist())
-        if len(sent) >= 10:
+        sent.update(one.id for one in attempts if one.request.prompt_ids == LONG[0])
+        if len(sent) == NUM_LONG:
             are_together.set()
         return result
 
     def step(run, plan):
-        are_together.wait(4)
+        are_together.wait(60)
         return run(plan)
 
-    # More sequences than there are blocks for run together, however fast the machine is.
+    # However fast the machine is, nothing is decoded before so many long sequences are there that three of them share a
+    # rank, which has the blocks of two. (Every hand-off is given the time that this takes.)
+    engine.core.scheduler.handoff_timeout_s = 60.0
     wrap(monkeypatch, decoding, DecodePlan, step)
     for source in engine.prefill:
         wrap(monkeypatch, source, SendPlan, send)
-    handles = submit_all(engine)
-    assert_same([handle.result(timeout=120) for handle in handles], expected)
+    before = engine.stats()
+    handles = [engine.submit(*LONG, priority=-1) for _ in range(NUM_LONG)] + submit_all(engine)
+    wanted = [outputs[-1]] * NUM_LONG + outputs[:-1]
+    assert_same([handle.result(timeout=120) for handle in handles], wanted)
+    assert are_together.is_set()
     after = engine.stats()
     assert after.num_preemptions > before.num_preemptions
     assert after.num_handoffs > before.num_handoffs
     assert after.num_drafts > before.num_drafts
     assert after.num_accepted_tokens <= after.num_draft_tokens
-    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(map(len, PROMPTS))
-    num_generated = sum(len(output.token_ids) for output in expected)
+    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(len(one.prompt_ids) for one in wanted)
+    num_generated = sum(len(output.token_ids) for output in wanted)
     assert after.num_generation_tokens - before.num_generation_tokens == num_generated
-    assert any(handle.num_preemptions for handle in handles)
+    engine.core.scheduler.handoff_timeout_s = engine.settings.handoff_timeout_s
 
 
 def test_updates_are_the_tokens_once_and_in_order(engine, expected):

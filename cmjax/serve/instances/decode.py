@@ -14,7 +14,6 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance
 from cmjax.model import Model
 from cmjax.schedule import (
-    Arrival,
     CompilePlan,
     DecodePlan,
     DecodePlanner,
@@ -22,6 +21,7 @@ from cmjax.schedule import (
     DecodeSizes,
     DecodeVariant,
     LogprobArrays,
+    News,
     Plan,
     ReceivePlan,
     Result,
@@ -119,8 +119,8 @@ class DecodeExecutor(JaxExecutor):
         assert isinstance(plan, DecodePlan)
         return self._run_call(plan)
 
-    def poll(self) -> list[Arrival]:
-        return self._wire.arrived(self)
+    def poll(self) -> list[News]:
+        return [*self._wire.arrived(self)]
 
     @property
     def expects_arrivals(self) -> bool:

@@ -16,9 +16,9 @@ from cmjax.model import Model, Params, RankSpec, default_wires, expert_maps, pla
 from cmjax.moe import Exchange, ExpertPlacement, SplitExchange
 from cmjax.schedule import (
     SERVING_SHAPES,
-    Arrival,
     CompilePlan,
     LogprobArrays,
+    News,
     Plan,
     RestartPlan,
     Result,
@@ -101,13 +101,13 @@ class JaxExecutor(abc.ABC):
             return self._work(plan)
         return None
 
-    def poll(self) -> list[Arrival]:
-        """The rounds of hand-offs that have arrived since the last call."""
+    def poll(self) -> list[News]:
+        """What has arrived since the last call, see `cmjax.schedule.Executor`."""
         return []
 
     @property
     def expects_arrivals(self) -> bool:
-        """Whether rounds are on their way here."""
+        """Whether something is on its way here."""
         return False
 
     @abc.abstractmethod

@@ -13,7 +13,9 @@ from cmjax.model import Model, PrefillBatch, token_order
 from cmjax.schedule import (
     CompilePlan,
     LogprobArrays,
+    News,
     Plan,
+    PoolPlan,
     PrefillPlan,
     PrefillPlanner,
     PrefillResult,
@@ -28,7 +30,10 @@ from cmjax.schedule import (
     Variant,
 )
 from cmjax.serve import transfer
+from cmjax.serve.caching import CacheSettings
+from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
+from cmjax.serve.instances.prefix_caching import PrefixCaching
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import Extras, PackedSampling, PrefillOutput, SamplingState, prefill
 from cmjax.serve.steps.shapes import bucket, round_up
@@ -56,6 +61,8 @@ class PrefillExecutor(JaxExecutor):
         settings: EngineSettings,
         num_blocks: int,
         wire: transfer.Wire | None = None,
+        context: ContextCache | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -73,6 +80,9 @@ class PrefillExecutor(JaxExecutor):
         # Settings of a step whose requests have none, by shape: on the host, and on the devices.
         self._plain: dict[SamplingShape, tuple[PackedSampling, PackedSampling]] = {}
         self._wire = wire or transfer.Wire()
+        self.caching: PrefixCaching | None = None
+        if context is not None and cache is not None:
+            self.caching = PrefixCaching(self, context, cache.plane, keeps_generated=cache.decode_blocks == "always")
         self._forget()
 
     def make_planner(self, name: str, scheduler: Scheduler) -> PrefillPlanner:
@@ -83,6 +93,7 @@ class PrefillExecutor(JaxExecutor):
             num_places=self.num_places,
             variants=self.variants_for(self.num_step_tokens, ()),
             microbatches=tuple(self.specs),
+            cache=self.caching.sizes if self.caching else None,
         )
         planner = PrefillPlanner(name, self.model.digest, self.instance.ep_size, sizes, scheduler)
         scheduler.prefill[name] = planner
@@ -106,10 +117,27 @@ class PrefillExecutor(JaxExecutor):
         if isinstance(plan, SendPlan):
             self._send(plan)
             return None
+        if isinstance(plan, PoolPlan):
+            assert self.caching is not None
+            self._take_cache(self.caching.run(plan, self.params))
+            return None
         assert isinstance(plan, PrefillPlan)
         return self._run_step(plan)
 
+    def poll(self) -> list[News]:
+        return [*self.caching.poll()] if self.caching else []
+
+    @property
+    def expects_arrivals(self) -> bool:
+        return self.caching is not None and self.caching.port.expects_news
+
+    def _take_cache(self, cache: jax.Array | None) -> None:
+        if cache is not None:
+            self.cache = cache
+
     def _forget(self) -> None:
+        if self.caching is not None:
+            self.caching.forget()
         self._table = np.full((self.num_places, self.settings.max_blocks), -1, np.int32)
         self._last_hidden: dict[int, jax.Array] = {}  # step -> `[places, hidden]`, until it has been sent
 
@@ -121,6 +149,8 @@ class PrefillExecutor(JaxExecutor):
         token_ids = np.asarray(output.token_ids)[: len(plan.places)]
         seconds = time.perf_counter() - begin
         self.keep_last_hidden(plan, output.last_hidden)
+        if self.caching is not None:
+            self.caching.keep_hidden(plan, output)
         logprobs = host_logprobs(output.logprobs, plan.logprob_rows) if len(plan.logprob_rows) else None
         return PrefillResult(token_ids, host_load(output.slot_load), seconds, logprobs, self._of_prompts(plan, output))
 
@@ -149,6 +179,8 @@ class PrefillExecutor(JaxExecutor):
 
     def compile(self, plan: CompilePlan) -> None:
         super().compile(plan)
+        if self.caching is not None:
+            self._take_cache(self.caching.compile(self.params))
         for name in plan.targets:
             transfer.compile_read(self, self._wire.receiver(name))
 
@@ -183,7 +215,8 @@ class PrefillExecutor(JaxExecutor):
         """The arguments of a step that are compiled into it."""
         spec = self.spec if microbatches is None else self.specs[microbatches]
         shape = shape or SamplingShape()
-        return {"spec": spec, "extras": Extras(shape.num_logprobs, shape.num_prompt_logprobs)}
+        wants_hidden = self.caching is not None and self.caching.wants_hidden
+        return {"spec": spec, "extras": Extras(shape.num_logprobs, shape.num_prompt_logprobs, hidden=wants_hidden)}
 
     def empty_batch(self, num_tokens: int) -> PrefillBatch:
         """A step of padding, as host arrays."""

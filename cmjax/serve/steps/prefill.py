@@ -25,6 +25,7 @@ class PrefillOutput:
         slot_load: `int32[moe layers, slots]`, rows each physical expert received (the MTP layer's last).
         all_logits: `float32[tokens, vocabulary]`, where asked for; in the order of `cmjax.model.token_order`, which is
             that of the batch where there is one microbatch.
+        hidden: `[tokens, hidden]`, after the final norm, in the same order, where asked for.
         logprobs: of `token_ids`, where asked for.
         prompt_logprobs: of `scored_token_ids`, in the same order, where asked for; mean nothing where that is -1.
     """
@@ -35,6 +36,7 @@ class PrefillOutput:
     last_hidden: jax.Array
     slot_load: jax.Array
     all_logits: jax.Array | None
+    hidden: jax.Array | None
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None
 
@@ -107,6 +109,7 @@ def prefill(
             last_hidden=last_hidden,
             slot_load=output.slot_load,
             all_logits=lm_head(params, output.hidden) if extras.logits else None,
+            hidden=output.hidden if extras.hidden else None,
             logprobs=of_first,
             prompt_logprobs=of_prompts,
         )

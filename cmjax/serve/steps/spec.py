@@ -56,11 +56,13 @@ class Extras:
         num_logprobs: log probabilities of the sampled tokens, and of so many of the best at each place.
         num_prompt_logprobs: the same for the prompts of a prefill step.
         logits: of every token of a prefill step, of every step of a decode call.
+        hidden: of every token of a prefill step.
     """
 
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     logits: bool = False
+    hidden: bool = False
 
 
 NO_EXTRAS = Extras()

@@ -6,15 +6,18 @@ reads and sends them one after another, and the decode side writes what has arri
 count as traffic of the RDMA plane, apart from the exchanges of decode.
 """
 
+from cmjax.serve.transfer.cached import CachedBlocks, plan_blocks
 from cmjax.serve.transfer.latents import compile_read, compile_write, read, write
 from cmjax.serve.transfer.rounds import prefill_tp_rank, round_tokens
 from cmjax.serve.transfer.wire import IdleParts, Wire
 
 __all__ = [
+    "CachedBlocks",
     "IdleParts",
     "Wire",
     "compile_read",
     "compile_write",
+    "plan_blocks",
     "prefill_tp_rank",
     "read",
     "round_tokens",

@@ -1,0 +1,310 @@
+"""Context caching (paper section 4.4.2): blocks of latents between instances and the memory pool, beside steps."""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from cmjax.schedule import Fetched, FetchPlan, Found, LookupPlan, PoolBlock, PoolNews, PoolRate, Stored
+from cmjax.serve.caching.keys import CacheKeys
+from cmjax.serve.caching.pool import MemoryPool, Place, Value
+
+logger = logging.getLogger(__name__)
+
+# Bytes of blocks on their way to the pool; those that come while there are more are not stored.
+MAX_STORING_BYTES = 512 * 2**20
+_NUM_THREADS = 4
+_NEWEST = 0.3  # weight of the newest measurement of a rate
+_MANY_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """What a cached block holds.
+
+    Attributes:
+        block_tokens: its tokens.
+        num_layers: of the cache, the MTP module's last where there is one.
+        width: of a latent.
+        dtype: of latents and hidden states.
+        hidden_size: of the hidden state of its last token, from which the MTP module's latent of that token follows
+            once the next token is known; 0 without an MTP module.
+    """
+
+    block_tokens: int
+    num_layers: int
+    width: int
+    dtype: np.dtype
+    hidden_size: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a block in the pool, its tokens included."""
+        values = self.block_tokens * self.num_layers * self.width + self.hidden_size
+        return values * self.dtype.itemsize + 4 * self.block_tokens
+
+    def parts(self, token_ids: np.ndarray, latents: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """A block as the pool has it: `int32[block_tokens]`, `[block_tokens, layers, width]` and `[hidden]`."""
+        arrays = (token_ids, latents) if hidden is None else (token_ids, latents, hidden)
+        return tuple(np.ascontiguousarray(one).view(np.uint8) for one in arrays)
+
+    def read(self, value: Value, token_ids: np.ndarray) -> "CachedBlock | None":
+        """What the pool has; None where that is not a block of these tokens."""
+        expected = [4 * self.block_tokens, self.block_tokens * self.num_layers * self.width * self.dtype.itemsize]
+        if self.hidden_size:
+            expected.append(self.hidden_size * self.dtype.itemsize)
+        if [len(part) for part in value.parts] != expected:
+            return None
+        if not np.array_equal(np.frombuffer(value.parts[0], np.int32), token_ids):
+            return None
+        latents = np.frombuffer(value.parts[1], np.uint8).view(self.dtype)
+        hidden = np.frombuffer(value.parts[2], np.uint8).view(self.dtype) if self.hidden_size else None
+        return CachedBlock(latents.reshape(self.block_tokens, self.num_layers, self.width), hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedBlock:
+    """A block that has been fetched.
+
+    Attributes:
+        latents: `[block_tokens, layers, width]`, read only.
+        hidden: `[hidden]` of its last token; None without an MTP module.
+    """
+
+    latents: np.ndarray
+    hidden: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """How blocks move between the pool and an instance.
+
+    Attributes:
+        delay_s: seconds that so many bytes take, where that is modelled; 0 where it is not.
+        account: puts bytes to the account of the plane: (is it a fetch, the pool's CPU, bytes).
+    """
+
+    delay_s: Callable[[int], float] = lambda num_bytes: 0.0
+    account: Callable[[bool, int, int], None] = lambda is_fetch, cpu, num_bytes: None
+
+
+class ContextCache:
+    """The pool as a place for blocks of one model, and the threads that move them; one for all instances."""
+
+    def __init__(self, pool: MemoryPool, layout: BlockLayout, keys: CacheKeys) -> None:
+        self.pool, self.layout, self.keys = pool, layout, keys
+        self.threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="context-cache")
+        self._lock = threading.Lock()
+        self._storing_bytes = 0
+
+    def claim(self, num_bytes: int) -> bool:
+        """Whether so many bytes may be on their way to the pool, too; `release` them then."""
+        with self._lock:
+            if self._storing_bytes and self._storing_bytes + num_bytes > MAX_STORING_BYTES:
+                return False
+            self._storing_bytes += num_bytes
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        """They are no longer on their way."""
+        with self._lock:
+            self._storing_bytes -= num_bytes
+
+    def close(self) -> None:
+        """End what is under way, and the pool."""
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
+
+
+class PoolPort:
+    """What one instance has to do with the pool; its methods return at once, and what comes of them is news.
+
+    Attributes:
+        on_news: called, from any thread, when there are some.
+    """
+
+    def __init__(self, context: ContextCache, link: Link | None = None) -> None:
+        self.context, self._link = context, link or Link()
+        self.on_news: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._news: collections.deque[PoolNews] = collections.deque()
+        self._fetched: dict[int, list[CachedBlock]] = {}
+        self._num_pending = 0
+        self._age = 0  # counts up when all is forgotten
+        self._load_s_per_byte = 0.0
+
+    def poll(self) -> list[PoolNews]:
+        """News since the last call."""
+        with self._lock:
+            news, self._news = list(self._news), collections.deque()
+        return news
+
+    @property
+    def expects_news(self) -> bool:
+        """Whether something is under way."""
+        return self._num_pending > 0
+
+    def forget(self) -> None:
+        """Nobody waits for anything any more."""
+        with self._lock:
+            self._age += 1
+            self._news.clear()
+            self._fetched.clear()
+
+    def lookup(self, plan: LookupPlan) -> None:
+        """Begin to look for blocks."""
+        rows = list(zip(plan.attempt_ids.tolist(), plan.namespaces, plan.names, strict=True))
+        self._begin(lambda: [self._look(*row) for row in rows], lambda: [Found(row[0], (), {}) for row in rows])
+
+    def fetch(self, plan: FetchPlan) -> None:
+        """Begin to fetch blocks."""
+        age = self._age
+        self._begin(lambda: [self._fetch(plan, age)], lambda: [Fetched(plan.attempt_id, 0)])
+
+    def fetched(self, attempt_id: int, first: int, count: int, *, is_last: bool) -> list[CachedBlock]:
+        """Some of what has been fetched; after the last nothing of it is kept."""
+        with self._lock:
+            blocks = self._fetched.get(attempt_id, [])[first : first + count]
+            if is_last:
+                self._fetched.pop(attempt_id, None)
+        return blocks
+
+    def loaded(self, num_bytes: int, seconds: float) -> None:
+        """Blocks have been written into the instance's cache: part of what a fetch takes."""
+        if num_bytes:
+            self._load_s_per_byte += _NEWEST * (seconds / num_bytes - self._load_s_per_byte)
+
+    def store(
+        self,
+        names: Sequence[bytes],
+        namespaces: Sequence[str],
+        token_ids: np.ndarray,
+        read: Callable[[], tuple[np.ndarray, list[np.ndarray] | None]],
+    ) -> None:
+        """Begin to store blocks.
+
+        Args:
+            token_ids: `int32[n, block_tokens]`.
+            read: waits for `([n, block_tokens, layers, width], hidden states of their last tokens)`.
+        """
+        num_bytes = len(names) * self.context.layout.num_bytes
+        if not self.context.claim(num_bytes):
+            self._tell([Stored(0, tuple(names))])
+            return
+
+        def work() -> list[PoolNews]:
+            try:
+                return [self._store(names, namespaces, token_ids, *read())]
+            finally:
+                self.context.release(num_bytes)
+
+        self._begin(work, lambda: [Stored(0, tuple(names))])
+
+    # -- in threads ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, work: Callable[[], Sequence[PoolNews]], failed: Callable[[], Sequence[PoolNews]]) -> None:
+        def run() -> None:
+            try:
+                news = work()
+            except Exception:  # whatever it is, an instance can do without the pool
+                logger.exception("the memory pool failed")
+                news = failed()
+            self._tell(news, ended=1, age=age)
+
+        with self._lock:
+            age = self._age
+            self._num_pending += 1
+        try:
+            self.context.threads.submit(run)
+        except RuntimeError:  # it has been closed
+            self._tell(failed(), ended=1, age=age)
+
+    def _tell(self, news: Sequence[PoolNews], ended: int = 0, age: int | None = None) -> None:
+        with self._lock:
+            self._num_pending -= ended
+            if age in (None, self._age):
+                self._news.extend(news)
+        self.on_news()
+
+    def _look(self, attempt_id: int, namespace: str, names: Sequence[bytes]) -> Found:
+        blocks = []
+        for place in self.context.pool.contains(namespace, names):
+            if place is None:
+                break
+            blocks.append(PoolBlock(place.tier, place.num_bytes))
+        return Found(attempt_id, tuple(blocks), self._rates())
+
+    def _fetch(self, plan: FetchPlan, age: int) -> Fetched:
+        layout, blocks, places = self.context.layout, [], []
+        begin = time.perf_counter()
+        for value, token_ids in zip(self.context.pool.get(plan.namespace, plan.names), plan.token_ids, strict=True):
+            block = None if value is None else layout.read(value, token_ids)
+            if value is None or block is None:
+                break
+            blocks.append(block)
+            places.append(value.place)
+        by_cpu = _bytes_by_cpu(places)
+        _wait(begin, sum(map(self._link.delay_s, by_cpu.values())))
+        for cpu, num_bytes in by_cpu.items():
+            self._link.account(True, cpu, num_bytes)
+        with self._lock:
+            if age == self._age:
+                self._fetched[plan.attempt_id] = blocks
+        return Fetched(plan.attempt_id, len(blocks))
+
+    def _store(
+        self,
+        names: Sequence[bytes],
+        namespaces: Sequence[str],
+        token_ids: np.ndarray,
+        latents: np.ndarray,
+        hidden: list[np.ndarray] | None,
+    ) -> Stored:
+        failed: list[bytes] = []
+        pool, begin = self.context.pool, time.perf_counter()
+        for namespace in dict.fromkeys(namespaces):
+            rows = [row for row, one in enumerate(namespaces) if one == namespace]
+            known = pool.contains(namespace, [names[row] for row in rows])
+            rows = [row for row, place in zip(rows, known, strict=True) if place is None]
+            items = [
+                (
+                    names[row],
+                    self.context.layout.parts(token_ids[row], latents[row], None if hidden is None else hidden[row]),
+                )
+                for row in rows
+            ]
+            done = pool.put(namespace, items)
+            failed += [names[row] for row, is_done in zip(rows, done, strict=True) if not is_done]
+            places = [one for one in pool.contains(namespace, [names[row] for row in rows]) if one is not None]
+            for cpu, num_bytes in _bytes_by_cpu(places).items():
+                _wait(begin, self._link.delay_s(num_bytes))
+                self._link.account(False, cpu, num_bytes)
+        return Stored(len(names) - len(failed), tuple(failed))
+
+    def _rates(self) -> dict[str, PoolRate]:
+        """What fetches take by tier: what the pool measures, the modelled delay, and writing into the cache."""
+        delay_s = self._link.delay_s(1)
+        byte_s = (self._link.delay_s(1 + _MANY_BYTES) - delay_s) / _MANY_BYTES + self._load_s_per_byte
+        return {
+            tier: PoolRate(rate.latency_s + delay_s, 1 / (1 / rate.bytes_per_s + byte_s))
+            for tier, rate in self.context.pool.rates().items()
+        }
+
+
+def _bytes_by_cpu(places: Sequence[Place]) -> dict[int, int]:
+    total: dict[int, int] = collections.defaultdict(int)
+    for place in places:
+        total[place.cpu] += place.num_bytes
+    return total
+
+
+def _wait(begin: float, seconds: float) -> None:
+    """Until `seconds` have passed since `begin`."""
+    left = begin + seconds - time.perf_counter()
+    if left > 0:
+        time.sleep(left)

@@ -1,0 +1,125 @@
+"""What a prefill instance does with the memory pool: its half of lookups, fetches, loads and stores."""
+
+import time
+
+import jax
+import numpy as np
+
+from cmjax.mesh import fabric
+from cmjax.model import Params, token_order
+from cmjax.schedule import CacheSizes, FetchPlan, LoadPlan, LookupPlan, PoolNews, PoolPlan, PrefillPlan
+from cmjax.serve.caching.context import ContextCache, Link, PoolPort
+from cmjax.serve.steps import PrefillOutput
+from cmjax.serve.transfer import CachedBlocks, plan_blocks
+from cmjax.serve.transfer.wire import Holder
+
+
+class PrefixCaching:
+    """A prefill instance's access to the pool.
+
+    Args:
+        holder: the instance.
+        context: of all instances.
+        plane: that blocks travel on, whose account they are put to.
+
+    Attributes:
+        port: what is under way.
+        sizes: for the instance's planner.
+    """
+
+    def __init__(self, holder: Holder, context: ContextCache, plane: str, *, keeps_generated: bool) -> None:
+        layout = context.layout
+        num_blocks = plan_blocks(layout.block_tokens, holder.settings.max_model_len)
+        self._holder, self._blocks = holder, CachedBlocks(holder, layout, num_blocks)
+        self._hidden: dict[int, tuple[jax.Array, np.ndarray]] = {}  # step -> [tokens, hidden], where each token is
+        self._is_compiled = False
+        self.port = PoolPort(context, _link(holder, plane))
+        self.sizes = CacheSizes(
+            block_tokens=layout.block_tokens,
+            needs_next=holder.model.params.mtp is not None,
+            plan_blocks=num_blocks,
+            keeps_generated=keeps_generated,
+        )
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the hidden states of a step's tokens are stored, too."""
+        return self._blocks.layout.hidden_size > 0
+
+    def poll(self) -> list[PoolNews]:
+        """What has come of earlier plans."""
+        return self.port.poll()
+
+    def forget(self) -> None:
+        """The instance starts afresh."""
+        self._hidden.clear()
+        self.port.forget()
+
+    def keep_hidden(self, plan: PrefillPlan, output: PrefillOutput) -> None:
+        """Hold the hidden states of a step until what it has computed is stored."""
+        if output.hidden is not None:
+            self._hidden = {step: kept for step, kept in self._hidden.items() if step >= plan.oldest_step}
+            order = token_order(plan.variant.num_tokens, self._holder.instance.ep_size, plan.microbatches)
+            self._hidden[plan.number] = output.hidden, order
+
+    def run(self, plan: PoolPlan, params: Params) -> jax.Array | None:
+        """Run a plan; the instance's cache where it has been given a new one."""
+        if isinstance(plan, LookupPlan):
+            self.port.lookup(plan)
+        elif isinstance(plan, FetchPlan):
+            self.port.fetch(plan)
+        elif isinstance(plan, LoadPlan):
+            return self._load(plan, params)
+        else:
+            found, count = self._blocks.read(plan.blocks), len(plan.names)
+            kept = self._hidden[plan.step] if self.wants_hidden else None
+
+            def read() -> tuple[np.ndarray, list[np.ndarray] | None]:
+                hidden = None if kept is None else _rows(*kept, plan.hidden_rows)
+                return self._blocks.on_host(found, count), hidden
+
+            self.port.store(plan.names, plan.namespaces, plan.token_ids, read)
+        return None
+
+    def compile(self, params: Params) -> jax.Array | None:
+        """Compile what reads and writes blocks, by doing it once with none; the cache, where that was not done yet."""
+        if self._is_compiled:
+            return None
+        nothing = np.zeros(0, np.int32)
+        jax.block_until_ready(self._blocks.read(nothing.reshape(0, 1)))
+        cache = self._blocks.write(params, LoadPlan(-1, 0, nothing, nothing, nothing, is_last=True), [])
+        self._is_compiled = True
+        return cache
+
+    def _load(self, plan: LoadPlan, params: Params) -> jax.Array | None:
+        found = self.port.fetched(plan.attempt_id, plan.first, len(plan.blocks), is_last=plan.is_last)
+        if not len(plan.blocks):
+            return None
+        begin = time.perf_counter()
+        cache = jax.block_until_ready(self._blocks.write(params, plan, found))
+        num_bytes = len(found) * self._blocks.layout.num_bytes
+        self.port.loaded(num_bytes, time.perf_counter() - begin)
+        return cache
+
+
+def _rows(hidden: jax.Array, order: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Hidden states of some tokens of a step, from the ranks that have them."""
+    share = len(order) // len(hidden.addressable_shards)
+    shards = {(one.index[0].start or 0) // share: one.data for one in hidden.addressable_shards}
+    places = order[rows].tolist()
+    return [np.asarray(shards[place // share])[place % share] for place in places]
+
+
+def _link(holder: Holder, plane: str) -> Link:
+    """Every rank moves an equal share of each block; on a plane whose links belong to the nodes these share theirs."""
+    instance, num_ranks = holder.instance, holder.instance.ep_size
+    num_links = num_ranks if plane == "ub" else -(-num_ranks // 8)
+
+    def account(is_fetch: bool, cpu: int, num_bytes: int) -> None:
+        pool_id = jax.device_count() + cpu
+        for rank, device in enumerate(instance.devices):
+            source, target = (pool_id, device.id) if is_fetch else (device.id, pool_id)
+            name = "cache_fetch" if is_fetch else "cache_store"
+            fabric.record(plane, name, source, target, num_bytes // num_ranks, calls=int(rank == 0))
+
+    return Link(lambda num_bytes: fabric.delay_s(plane, num_bytes / num_links), account)
