@@ -15,7 +15,8 @@ from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.model import Model, num_params
 from cmjax.options import check_bounds, option
-from cmjax.serve import CacheSettings, Engine, EngineSettings
+from cmjax.serve import Engine, EngineSettings
+from cmjax.serve.caching import CacheSettings
 
 VARIANTS = ("off", "on")
 _ROWS_SHOWN = 10

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s
+from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s, wait_until_stored
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
-from cmjax.mesh import fabric
-from cmjax.mesh.planes import VPC
+from cmjax.mesh import Supernode, fabric
 from cmjax.model import Model, num_params
 from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
-from cmjax.serve import CacheSettings, Engine, EngineSettings
+from cmjax.serve import Engine, EngineSettings
+from cmjax.serve.caching import CacheSettings
 
 MOST_ASKED = 90.0  # percent of reuse that the summary is about
 BOUNDS = {"speedup": 2.28, "share_of_own": 0.8, "cost": 0.03}
@@ -133,7 +133,7 @@ class _Prompts:
 def vpc_delay(stretch: float, token_bytes: int) -> fabric.DelayModel:
     """The VPC plane as an NPU of the paper sees it: its share of the node's link, for tokens of this model's size in
     place of DeepSeek-R1's, in time stretched `stretch` times. So a transfer takes as much of a prefill as there."""
-    figures = VPC.path_figures("npu_cpu", "read")
+    figures = Supernode.preset("cloudmatrix384").plane("vpc").path_figures("npu_cpu", "read")
     rate = figures.bytes_per_s / NPUS_PER_NODE * token_bytes / R1_TOKEN_BYTES
     return fabric.DelayModel({"vpc": figures.latency_s}, {"vpc": rate}, stretch)
 
@@ -178,8 +178,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]]) -> Sample:
     before, begin = engine.stats().cache, time.perf_counter()
     handles = send(engine, prompts)
     end = time.perf_counter()
-    if engine.pool is not None:
-        engine.pool.flush()
+    wait_until_stored(engine)
     stored, after = time.perf_counter(), engine.stats().cache
     return Sample(
         ttft_s=ttft_s(handles[0]),

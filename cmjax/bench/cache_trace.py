@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from cmjax.bench import peer
-from cmjax.bench.cache import Tell, random_model, send, silent, started
+from cmjax.bench.cache import Tell, random_model, send, silent, started, wait_until_stored
 from cmjax.bench.cache_bound import Lookup, clairvoyant_hits, count_distinct, lru_hits, make_lookups
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
@@ -20,7 +20,8 @@ from cmjax.errors import UserError
 from cmjax.model import Model
 from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
-from cmjax.serve import CacheSettings, EngineSettings
+from cmjax.serve import EngineSettings
+from cmjax.serve.caching import CacheSettings
 
 # How often something is found does not depend on what the model makes of it.
 CONFIG = dataclasses.replace(
@@ -226,8 +227,8 @@ def _deliver(
             (handle,) = send(engine, [prompt], settings.max_tokens)
             cached += handle.num_cached_tokens
         seconds = time.perf_counter() - begin
+        wait_until_stored(engine)
         assert engine.pool is not None
-        engine.pool.flush()
         counts, nodes = engine.stats().cache, engine.pool.stats().nodes
     total, held = sum(map(len, prompts)), sum(node.num_keys for node in nodes)
     return {
