@@ -62,9 +62,8 @@ def wait_until_stored(engine: Engine) -> None:
     if engine.pool is None:
         return
     with engine.core.changed:
-        while any(map(_stores, engine.core.scheduler.prefill.values())) or any(
-            e.expects_arrivals for e in engine.prefill
-        ):
+        planners = engine.core.scheduler.prefill.values()
+        while any(map(_has_to_store, planners)) or any(executor.expects_arrivals for executor in engine.prefill):
             engine.core.changed.wait(0.01)
     engine.pool.flush()
 

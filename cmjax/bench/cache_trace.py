@@ -232,7 +232,9 @@ def _deliver(
         counts, nodes = engine.stats().cache, engine.pool.stats().nodes
     total, held = sum(map(len, prompts)), sum(node.num_keys for node in nodes)
     return {
-        "pool_blocks": held * sum(node.dram_capacity for node in nodes) // sum(node.dram_bytes for node in nodes),
+        "pool_blocks": held
+        * sum(node.dram_capacity for node in nodes)
+        // max(sum(node.dram_bytes for node in nodes), 1),
         "own_blocks": sizes.num_prefill_blocks,
         "num_evicted": sum(node.counters.evictions.get("dram", 0) for node in nodes),
         "delivered": cached / total,
