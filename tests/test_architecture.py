@@ -30,7 +30,7 @@ ROOMS = (
     "training",
     "checkpoint",
 )
-ROOMS += ("serve.settings", "serve.steps", "serve.transfer", "serve.instances", "serve", "serve.http")
+ROOMS += ("serve.settings", "serve.caching", "serve.steps", "serve.transfer", "serve.instances", "serve", "serve.http")
 ROOMS += ("perf", "bench", "cli")
 # The package's own front door, which imports lazily, counts as the highest room it imports; `__main__` starts `cli`.
 FRONT_DOOR = "cmjax"

@@ -53,15 +53,14 @@ class FetchPolicy:
             fetch_s = sum(rates[tier].seconds(size) for tier, size in by_tier.items() if tier in rates)
             if count * compute_s - fetch_s > best_saved:
                 best, best_saved = count, count * compute_s - fetch_s
-        if best == 0 and found:
-            return self._retry(found[0].tier)
         for block in found[:best]:
             self._num_declined[block.tier] = 0
-        return best
+        return best + (best < len(found) and self._is_retried(found[best].tier))
 
-    def _retry(self, tier: str) -> int:
+    def _is_retried(self, tier: str) -> bool:
+        """Whether the first block that is not worth it is fetched all the same."""
         self._num_declined[tier] += 1
-        if self._num_declined[tier] < self.RETRY_AFTER:
-            return 0
-        self._num_declined[tier] = 0
-        return 1
+        is_retried = self._num_declined[tier] == self.RETRY_AFTER
+        if is_retried:
+            self._num_declined[tier] = 0
+        return is_retried

@@ -53,7 +53,7 @@ class LoadPlan:
 
     Attributes:
         first: of those fetched.
-        blocks: `int32[n, blocks of a cached block]`; none: what has been fetched is thrown away.
+        blocks: `int32[n, blocks of a cached block]`; none: what has been fetched is thrown away, if there is any left.
         last_positions: `int32[n]`, of the last token of each.
         next_token_ids: `int32[n]`, the token after it.
         is_last: whether nothing of what was fetched is needed after it.

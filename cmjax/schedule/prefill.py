@@ -16,7 +16,7 @@ from cmjax.schedule.plans import CompilePlan, News, Plan, PrefillPlan, PrefillRe
 from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, PoolPlan, StorePlan
 from cmjax.schedule.prefill_cache import CacheSizes, PrefillCache
 from cmjax.schedule.request import Attempt, PrefillHold, sampling_rows
-from cmjax.schedule.sampling import SamplingShape, token_problem
+from cmjax.schedule.sampling import NOT_FINITE, SamplingShape, token_problem
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import Transfer
 
@@ -133,6 +133,7 @@ class PrefillPlanner(Planner):
         return None
 
     def _plan_work(self, now: float) -> Plan | None:
+        self.cache.give_up(now)
         chunks = list(self._next_chunks(now))
         pool_plan = self.cache.plan(now) or self.cache.plan_store()
         if pool_plan is not None:
@@ -146,13 +147,14 @@ class PrefillPlanner(Planner):
         Example: prompts of 5 and 4 tokens with 6 tokens a step give the tokens 0 to 4 and 0, then 1 to 3.
         """
         sizes = sorted({one.num_tokens for one in self.variants})
-        num_left = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes)
+        num_left, is_full = self._times.first_step(min(self._num_tokens_left, sizes[-1]), sizes), False
         for attempt in itertools.islice(self._queue.values(), self.sizes.num_places):
             if self.cache.is_asking(attempt) or (num_left == 0 and not self.cache.has_found(attempt)):
                 continue
-            if attempt.prefill is None and not self._begin(attempt, now):
-                return
-            if num_left == 0 or self.cache.is_waiting(attempt):
+            if attempt.prefill is None:
+                # Nobody begins before one that finds no room; those that have begun while it was asking go on.
+                is_full = is_full or not self._begin(attempt, now)
+            if attempt.prefill is None or num_left == 0 or self.cache.is_waiting(attempt):
                 continue
             chunk = Chunk(attempt, attempt.num_computed, min(attempt.num_prefill, attempt.num_computed + num_left))
             num_left -= chunk.stop - chunk.start
@@ -163,7 +165,7 @@ class PrefillPlanner(Planner):
         if not self._places.num_free:
             return False
         needed = blocks_for(attempt.num_prefill, self.sizes.block_size)
-        blocks = self.cache.hold(attempt, needed, now, self._times.token_s)
+        blocks = self.cache.hold(attempt, needed, now)
         if blocks is None:
             return False
         attempt.prefill = PrefillHold(self._places.take(1), blocks)
@@ -206,7 +208,7 @@ class PrefillPlanner(Planner):
             sampling=None if is_plain else sampling_rows(requests),
             logprob_rows=np.flatnonzero(wants_first).astype(np.int32),
             prompt_logprob_rows=np.flatnonzero(wants_prompt).astype(np.int32),
-            oldest_step=self.cache.oldest_step(min((one.step for one in self._outgoing), default=self._num_plans)),
+            oldest_step=min((one.step for one in self._outgoing), default=self._num_plans),
         )
 
     def _note_begin(self, attempt: Attempt, now: float) -> None:
@@ -245,6 +247,7 @@ class PrefillPlanner(Planner):
         for attempt_id in plan.attempt_ids[plan.segments.hidden_rows >= 0].tolist():
             attempt = self.attempts.pop(attempt_id, None)
             if attempt is not None:
+                self.cache.drop(attempt)
                 attempt.leave_source()
 
     def _commit_step(self, plan: PrefillPlan, result: PrefillResult, now: float) -> None:
@@ -264,7 +267,8 @@ class PrefillPlanner(Planner):
                 continue
             start, attempt.num_computed = attempt.num_computed, stop
             self._num_tokens_left -= stop - start
-            self.cache.computed(attempt, start, stop, plan.number, begin)
+            if result.token_ids[row] != NOT_FINITE:
+                self.cache.computed(attempt, start, stop, plan.number, begin)
             if stop == attempt.num_prefill:
                 del self._queue[attempt_id]
                 if self._take_first_token(attempt, int(result.token_ids[row]), now):
@@ -320,7 +324,14 @@ class PrefillPlanner(Planner):
     def _renew(self) -> None:
         sizes = self.sizes
         self._pool = BlockPool(sizes.num_blocks, self.fence)
-        self.cache = PrefillCache(sizes.cache, self._pool, sizes.block_size, self.owner.cache_counts, self._policy)
+        self.cache = PrefillCache(
+            sizes.cache,
+            self._pool,
+            sizes.block_size,
+            self.owner.cache_counts,
+            policy=self._policy,
+            times=self._times,
+        )
         self._places = BlockPool(sizes.num_places, self.fence)
         self._queue: dict[int, Attempt] = {}
         self._outgoing: collections.deque[Transfer] = collections.deque()

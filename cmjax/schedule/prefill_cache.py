@@ -1,14 +1,14 @@
 """The prefix cache of a prefill instance (paper section 4.4.2): what its prompts need not compute, because it lies in
 the instance's own blocks or in the memory pool, and what it stores there."""
 
-import collections
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
+from cmjax.schedule.autotune import StepTimes
+from cmjax.schedule.block_stores import BlockStores, OutgoingBlock
 from cmjax.schedule.blocks import BlockPool, Lease
 from cmjax.schedule.fetch_policy import FetchPolicy, PoolBlock, PoolRate
 from cmjax.schedule.pool_plans import FetchPlan, Found, LoadPlan, LookupPlan, PoolNews, PoolPlan, Stored, StorePlan
@@ -16,10 +16,9 @@ from cmjax.schedule.prefix import BlockChain, PrefixBlocks
 from cmjax.schedule.request import Attempt
 from cmjax.schedule.stats import CacheStats
 
-# A lookup or a fetch may take so long before its prompt is computed instead, or twice as long as that takes.
+# A fetch may take twice as long as computing what it is of, and `LEAST_PATIENCE_S` at least, before that is done
+# instead; a lookup as long as a fetch of all that it might find, and `MOST_PATIENCE_S` at most.
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.1, 5.0
-# Names of blocks that are known to be in the pool.
-_MOST_STORED = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,7 @@ class CacheSizes:
         needs_next: whether there is an MTP module, see `PrefixBlocks`.
         has_pool: whether there is a memory pool.
         plan_blocks: cached blocks that a plan loads or stores, at most.
+        is_priced: whether what is expected to take longer than computing it is left where it is.
         keeps_generated: whether blocks with tokens that the model made are stored.
     """
 
@@ -38,6 +38,7 @@ class CacheSizes:
     needs_next: bool = False
     has_pool: bool = True
     plan_blocks: int = 16
+    is_priced: bool = True
     keeps_generated: bool = False
 
 
@@ -64,18 +65,6 @@ class _Pull:
     num_loaded: int = 0
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Outgoing:
-    """A block that is to be stored; its instance's blocks are held until it has been read."""
-
-    name: bytes
-    namespace: str
-    token_ids: np.ndarray
-    lease: Lease
-    step: int
-    hidden_row: int
-
-
 class PrefillCache:
     """What is known of prefixes by one instance, and its transfers from and to the pool.
 
@@ -83,22 +72,27 @@ class PrefillCache:
         sizes: None: nothing is cached.
         pool: the blocks of the instance; block_size: tokens of each.
         counts: of all instances.
-        policy: outlives a failure of the instance.
+        policy, times: what has been learnt of the pool and of steps, which outlives a failure of the instance.
     """
 
     def __init__(
-        self, sizes: CacheSizes | None, pool: BlockPool, block_size: int, counts: CacheStats, policy: FetchPolicy
+        self,
+        sizes: CacheSizes | None,
+        pool: BlockPool,
+        block_size: int,
+        counts: CacheStats,
+        *,
+        policy: FetchPolicy,
+        times: StepTimes,
     ) -> None:
-        self._sizes, self._pool, self._counts, self._policy = sizes, pool, counts, policy
+        self._sizes, self._pool, self._counts, self._policy, self._times = sizes, pool, counts, policy, times
         self._block_tokens = sizes.block_tokens if sizes else 1
         self._per_block = self._block_tokens // block_size
         self._prefixes = PrefixBlocks(pool, needs_next=bool(sizes and sizes.needs_next))
         self._rates: Mapping[str, PoolRate] = {}
         self._pulls: dict[int, _Pull] = {}
         self._unwanted: list[int] = []  # attempts whose blocks have come too late
-        self._outgoing: collections.deque[_Outgoing] = collections.deque()
-        self._leaving: list[_Outgoing] = []
-        self._stored: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self._stores = BlockStores(sizes.plan_blocks if sizes else 1)
 
     # -- of the planner -----------------------------------------------------------------------------------------------
 
@@ -109,14 +103,13 @@ class PrefillCache:
 
     def add(self, attempt: Attempt) -> None:
         """An attempt has come: name its blocks, and see to those that the instance does not have."""
-        chain = self._chain(attempt)
-        if chain is None:
+        chain = attempt.request.chain
+        if self._sizes is None or chain is None:
             return
         if len(chain.names) < attempt.num_prefill // self._block_tokens:
             chain.extend(attempt.request.prefill_slice(0, attempt.num_prefill))
         first, most = len(self._shared(attempt)), self._most(attempt)
-        assert self._sizes is not None
-        if self._sizes.has_pool and first < most:
+        if self._sizes.has_pool and self._chain(attempt) is not None and first < most:
             self._pulls[attempt.id] = _Pull(attempt, first, tuple(chain.names[first:most]))
 
     def is_waiting(self, attempt: Attempt) -> bool:
@@ -133,13 +126,9 @@ class PrefillCache:
         pull = self._pulls.get(attempt.id)
         return pull is not None and pull.stage == "found" and bool(pull.found)
 
-    def hold(self, attempt: Attempt, num_blocks: int, now: float, token_s: float | None) -> Lease | None:
+    def hold(self, attempt: Attempt, num_blocks: int, now: float) -> Lease | None:
         """Blocks for an attempt's tokens, those that hold its prefix first; what the pool has of it, and is worth it,
-        will be fetched. None, and nothing is held, where there are too few.
-
-        Args:
-            token_s: seconds that computing a token takes, where that is known.
-        """
+        will be fetched. None, and nothing is held, where there are too few."""
         shared = self._shared(attempt)
         blocks = [block for ids in shared for block in ids]
         lease = self._pool.share(blocks)
@@ -148,12 +137,11 @@ class PrefillCache:
             return None
         lease.extend(num_blocks - len(blocks))
         attempt.num_computed = len(shared) * self._block_tokens
-        self._touch(attempt, len(shared))
         if self._chain(attempt) is not None and not attempt.request.is_resumed:
             self._counts.num_queried += attempt.num_prefill
             self._counts.num_hits += attempt.num_computed
         if attempt.id in self._pulls:
-            self._choose(self._pulls[attempt.id], len(shared), now, token_s)
+            self._choose(self._pulls[attempt.id], len(shared), now)
         return lease
 
     def computed(self, attempt: Attempt, start: int, stop: int, step: int, row: int) -> None:
@@ -168,23 +156,20 @@ class PrefillCache:
                 lease = self._pool.share(self._blocks(attempt, index))
                 name, token_ids = chain.names[index], chain.token_ids[index]
                 hidden_row = row + (index + 1) * size - 1 - start
-                self._outgoing.append(_Outgoing(name, chain.namespace, token_ids, lease, step, hidden_row))
-                self._note_stored(name)
+                self._stores.add(OutgoingBlock(name, chain.namespace, token_ids, lease, step, hidden_row))
 
     def drop(self, attempt: Attempt) -> None:
-        """An attempt is over, or has been sent."""
+        """An attempt gives back what it holds: it is over, or has been sent."""
+        if self._sizes is not None and attempt.request.chain is not None and attempt.prefill is not None:
+            self._touch(attempt, attempt.num_computed // self._block_tokens)
         pull = self._pulls.pop(attempt.id, None)
         if pull is not None and pull.stage == "load":
             self._unwanted.append(attempt.id)
 
-    def oldest_step(self, otherwise: int) -> int:
-        """The oldest step of which something is still to be stored."""
-        return min((one.step for one in self._outgoing), default=otherwise)
-
     def clear(self) -> None:
         """Keep nothing, and store all anew."""
         self._prefixes.clear()
-        self._stored.clear()
+        self._stores.clear()
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -193,8 +178,7 @@ class PrefillCache:
         if isinstance(news, Stored):
             self._counts.num_stored += news.num_stored
             self._counts.num_failed_stores += len(news.failed)
-            for name in news.failed:
-                self._stored.pop(name, None)
+            self._stores.forget(news.failed)
             return
         pull = self._pulls.get(news.attempt_id)
         if isinstance(news, Found):
@@ -206,58 +190,37 @@ class PrefillCache:
         else:
             self._counts.num_failed_loads += pull.num_blocks - news.num_blocks
             pull.num_arrived, pull.stage = news.num_blocks, "load"
-            for name in pull.names[news.num_blocks : pull.num_blocks]:
-                self._stored.pop(name, None)
+            self._stores.forget(pull.names[news.num_blocks : pull.num_blocks])
             if not news.num_blocks:
                 self._end(pull)
 
     def plan(self, now: float) -> PoolPlan | None:
         """What to ask of the pool, or to write into the cache; nothing of it takes long."""
-        self._give_up(now)
         if self._unwanted:
             return self._throw_away(self._unwanted.pop())
         new = [pull for pull in self._pulls.values() if pull.stage == "new"]
         if new:
             for pull in new:
-                pull.stage, pull.deadline = "lookup", now + MOST_PATIENCE_S
+                patience_s = min(self._patience_s(len(pull.names)), MOST_PATIENCE_S)
+                pull.stage, pull.deadline = "lookup", now + patience_s
             return LookupPlan(
                 attempt_ids=np.array([pull.attempt.id for pull in new], np.int64),
                 namespaces=tuple(self._chain_of(pull.attempt).namespace for pull in new),
                 names=tuple(pull.names for pull in new),
             )
-        for pull in self._pulls.values():
-            if pull.stage == "wanted":
-                return self._plan_fetch(pull)
-            if pull.stage == "load":
-                return self._plan_load(pull)
-        return None
+        by_stage = {pull.stage: pull for pull in reversed(self._pulls.values())}
+        if "wanted" in by_stage:
+            return self._plan_fetch(by_stage["wanted"])
+        return self._plan_load(by_stage["load"]) if "load" in by_stage else None
 
     def plan_store(self) -> StorePlan | None:
-        """What to store next."""
-        if not self._outgoing:
-            return None
-        assert self._sizes is not None
-        step = self._outgoing[0].step
-        same = itertools.takewhile(lambda one: one.step == step, self._outgoing)
-        self._leaving = list(itertools.islice(same, self._sizes.plan_blocks))
-        for _ in self._leaving:
-            self._outgoing.popleft()
-        return StorePlan(
-            names=tuple(one.name for one in self._leaving),
-            namespaces=tuple(one.namespace for one in self._leaving),
-            token_ids=np.stack([one.token_ids for one in self._leaving]),
-            ranks=np.zeros(len(self._leaving), np.int32),
-            blocks=np.array([one.lease.ids for one in self._leaving], np.int32),
-            step=step,
-            hidden_rows=np.array([one.hidden_row for one in self._leaving], np.int32),
-        )
+        """What to store next; all that a step has computed is read before the next one."""
+        return self._stores.plan()
 
     def commit(self, plan: PoolPlan, *, has_failed: bool = False) -> int:
         """A plan has been run; returns the tokens that an attempt need not compute any more."""
         if isinstance(plan, StorePlan):
-            for one in self._leaving:
-                one.lease.give_back()
-            self._leaving = []
+            self._stores.commit()
             if has_failed:
                 self.take(Stored(0, plan.names))
         elif isinstance(plan, LoadPlan):
@@ -311,44 +274,43 @@ class PrefillCache:
         self._prefixes.add(chain.names[index], chain.token_ids[index], next_token, self._blocks(attempt, index))
 
     def _touch(self, attempt: Attempt, num_blocks: int) -> None:
-        if num_blocks:
-            names = self._chain_of(attempt).names
-            self._prefixes.touch((names[i], self._next_token(attempt, i)) for i in range(num_blocks))
+        names = self._chain_of(attempt).names
+        self._prefixes.touch((names[index], self._next_token(attempt, index)) for index in range(num_blocks))
 
     def _is_to_be_stored(self, attempt: Attempt, index: int) -> bool:
         assert self._sizes is not None
         is_prompt = (index + 1) * self._block_tokens <= len(attempt.request.prompt_ids)
-        is_new = self._chain_of(attempt).names[index] not in self._stored
+        is_new = self._chain_of(attempt).names[index] not in self._stores
         return self._sizes.has_pool and is_new and (is_prompt or self._sizes.keeps_generated)
-
-    def _note_stored(self, name: bytes) -> None:
-        self._stored[name] = None
-        self._stored.move_to_end(name)
-        if len(self._stored) > _MOST_STORED:
-            self._stored.popitem(last=False)
 
     def _take_found(self, pull: _Pull, news: Found) -> None:
         pull.found, pull.stage = news.blocks, "found"
-        for name in pull.names[: len(news.blocks)]:
-            self._note_stored(name)
-        for name in pull.names[len(news.blocks) :]:
-            self._stored.pop(name, None)  # the pool has let go of it
+        self._stores.note(pull.names[: len(news.blocks)])
+        self._stores.forget(pull.names[len(news.blocks) :])  # the pool has let go of them
 
-    def _choose(self, pull: _Pull, num_shared: int, now: float, token_s: float | None) -> None:
+    @property
+    def _block_s(self) -> float | None:
+        """Seconds that computing a cached block takes, where that is known and asked."""
+        token_s = self._times.token_s if self._sizes and self._sizes.is_priced else None
+        return None if token_s is None else token_s * self._block_tokens
+
+    def _patience_s(self, num_blocks: int) -> float:
+        block_s = self._block_s
+        return MOST_PATIENCE_S if block_s is None else max(2 * num_blocks * block_s, LEAST_PATIENCE_S)
+
+    def _choose(self, pull: _Pull, num_shared: int, now: float) -> None:
         """Fetch what is worth it, after the blocks that the instance has by now."""
         found = pull.found[num_shared - pull.first :] if num_shared >= pull.first else ()
-        block_s = None if token_s is None else token_s * self._block_tokens
-        count = self._policy.choose(found, self._rates, block_s)
+        count = self._policy.choose(found, self._rates, self._block_s)
+        self._counts.num_declined += len(found) - count
         if not pull.attempt.request.is_resumed:
             self._counts.num_pool_queried += pull.attempt.num_prefill - num_shared * self._block_tokens
-            self._counts.num_declined += len(found) - count
         if not count:
             self._end(pull)
             return
         self._counts.num_fetches += 1
-        patience_s = MOST_PATIENCE_S if block_s is None else max(2 * count * block_s, LEAST_PATIENCE_S)
         pull.names, pull.first = pull.names[num_shared - pull.first :], num_shared
-        pull.stage, pull.num_blocks, pull.deadline = "wanted", count, now + patience_s
+        pull.stage, pull.num_blocks, pull.deadline = "wanted", count, now + self._patience_s(count)
 
     def _plan_fetch(self, pull: _Pull) -> FetchPlan:
         chain, stop = self._chain_of(pull.attempt), pull.first + pull.num_blocks
@@ -391,11 +353,11 @@ class PrefillCache:
         if not pull.attempt.request.is_resumed:
             self._counts.num_pool_hits += num_tokens
         if plan.is_last:
-            self._touch(pull.attempt, pull.first + pull.num_loaded)
             self._end(pull)
         return num_tokens
 
-    def _give_up(self, now: float) -> None:
+    def give_up(self, now: float) -> None:
+        """Wait no longer for what has not come in time."""
         for pull in [one for one in self._pulls.values() if one.stage in ("lookup", "fetch") and now > one.deadline]:
             self._counts.num_failed_loads += pull.num_blocks
             self._end(pull)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -26,16 +27,20 @@ class BlockNames(Protocol):
 
 
 class BlockChain:
-    """The names of a request's cached blocks, each of all tokens up to its end.
+    """The names of a request's cached blocks, each of all tokens up to its end. None is of two namespaces.
+
+    Args:
+        root: stands before the first block: it names all but the tokens that the contents depend on.
 
     Attributes:
         names: of those that have been asked for so far.
-        namespace: of the memory pool.
+        token_ids: of each.
+        namespace: nothing is shared between namespaces.
     """
 
     def __init__(self, names: BlockNames, root: bytes, namespace: str = "") -> None:
-        """`root` stands before the first block: it names all but the tokens that the contents depend on."""
-        self._names, self._root, self.namespace = names, root, namespace
+        self._names, self.namespace = names, namespace
+        self._root = hashlib.sha256(root + namespace.encode()).digest()
         self.names: list[bytes] = []
         self.token_ids: list[np.ndarray] = []
 

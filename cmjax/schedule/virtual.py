@@ -7,15 +7,20 @@ from collections.abc import Callable
 
 from cmjax.schedule.decode import DecodePlanner, DecodeSizes
 from cmjax.schedule.planner import Planner
-from cmjax.schedule.plans import Executor, Plan, Result
+from cmjax.schedule.plans import Executor, Plan, PrefillResult, Result
 from cmjax.schedule.prefill import PrefillPlanner, PrefillSizes
+from cmjax.schedule.prefill_cache import MOST_PATIENCE_S
 from cmjax.schedule.scheduler import Scheduler
 from cmjax.schedule.virtual_executors import VirtualDecode, VirtualPrefill, VirtualWire, token_after
+from cmjax.schedule.virtual_pool import VirtualBlock, VirtualNames, VirtualPool
 
 __all__ = [
+    "VirtualBlock",
     "VirtualCluster",
     "VirtualDecode",
     "VirtualError",
+    "VirtualNames",
+    "VirtualPool",
     "VirtualPrefill",
     "VirtualWire",
     "token_after",
@@ -45,7 +50,9 @@ class VirtualCluster:
         handoff_s: seconds that the n-th round of a hand-off takes; None: it never arrives.
         failure: what makes a plan fail, at its end; None: it works.
         wrap: puts something around an instance's executor; what raises a `VirtualError` there fails.
+        timeout_s: of hand-offs.
         scheduler: policy, as in the engine.
+        pool: the memory pool of all prefill instances that have one.
         now: seconds.
     """
 
@@ -60,6 +67,7 @@ class VirtualCluster:
         self.now = 0.0
         self.scheduler = Scheduler(self.timeout_s)
         self.wire = VirtualWire()
+        self.pool = VirtualPool(lambda seconds, action: self.at(self.now + seconds, action))
         self._units: dict[str, _Unit] = {}
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
@@ -70,7 +78,7 @@ class VirtualCluster:
         """Bring up a prefill instance."""
         planner = PrefillPlanner(name, "", num_ranks, sizes, self.scheduler)
         self.scheduler.prefill[name] = planner
-        self._bring_up(name, planner, VirtualPrefill(sizes, self.wire, self._arrival_time))
+        self._bring_up(name, planner, VirtualPrefill(sizes, self.wire, self._arrival_time, self.pool))
         return planner
 
     def add_decode(self, name: str, sizes: DecodeSizes, *, is_patient: bool = False) -> DecodePlanner:
@@ -107,7 +115,8 @@ class VirtualCluster:
     def _next_event(self) -> float:
         if not self._events and self.scheduler.num_running and not self._has_waited:
             self._has_waited = True
-            self.at(self.now + 2 * self.timeout_s, lambda: None)  # what is on its way is lost by then
+            # What is on its way is lost by then.
+            self.at(self.now + 2 * max(self.timeout_s, MOST_PATIENCE_S), lambda: None)
         return self._events[0][0] if self._events else float("inf")
 
     def _start_what_can(self) -> None:
@@ -119,15 +128,18 @@ class VirtualCluster:
         plan = unit.planner.plan(self.now, unit.executor.poll())
         if plan is not None:
             unit.is_busy, self._has_waited = True, False
-            self.at(self.now + self.run_s(plan), lambda: self._end(name, unit, plan))
+            run_s = self.run_s(plan)
+            self.at(self.now + run_s, lambda: self._end(name, unit, plan, run_s))
 
-    def _end(self, name: str, unit: _Unit, plan: Plan) -> None:
+    def _end(self, name: str, unit: _Unit, plan: Plan, run_s: float) -> None:
         result, error = None, self.failure(name, plan)
         if error is None:
             try:
                 result = unit.executor.run(plan)
             except VirtualError as raised:
                 error = raised
+        if isinstance(result, PrefillResult):
+            result = dataclasses.replace(result, seconds=run_s)
         if seconds := self.commit_s(plan):
             self.at(self.now + seconds, lambda: self._commit(unit, plan, result, error))
         else:

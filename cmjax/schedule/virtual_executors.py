@@ -1,7 +1,7 @@
 """Executors in virtual time: they compute with tokens in place of latents.
 
-A cache of such an executor holds the token of each slot, and whose it is, and the next token follows from what it holds
-at all the slots of a sequence: blocks that were mixed up, or tokens that are missing, show at once.
+A cache of such an executor holds the token of each slot, and whose its block is, and the next token follows from what
+it holds at all the slots of a sequence: blocks that were mixed up, or tokens that are missing, show at once.
 """
 
 import dataclasses
@@ -24,8 +24,10 @@ from cmjax.schedule.plans import (
     Result,
     SendPlan,
 )
+from cmjax.schedule.pool_plans import Fetched, FetchPlan, LoadPlan, LookupPlan, StorePlan
 from cmjax.schedule.prefill import PrefillSizes
 from cmjax.schedule.sampling import MAX_LOGPROBS, LogprobArrays
+from cmjax.schedule.virtual_pool import VirtualPool
 
 _NO_LOAD = np.zeros((0, 0), np.int64)
 # A sequence that a cache holds: its length, and the sum of its tokens, which the next one follows from.
@@ -79,46 +81,99 @@ class VirtualWire:
 
 
 class VirtualCache:
-    """The token of each slot, and the attempt that it was written for; nobody reads another's."""
+    """The token of each slot, and the attempts that each block is of.
+
+    Who writes takes a block for itself, with nothing in it, and who joins with blocks that hold something takes part in
+    them: a block that is given to a new owner while somebody still reads it shows when either of them reads again.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
-        self._tokens = np.full(num_blocks * block_size, -1, np.int64)
-        self._owners = np.full(num_blocks * block_size, -1, np.int64)
+        self._tokens = np.full((num_blocks, block_size), -1, np.int64)
+        self._owners: list[set[int]] = [set() for _ in range(num_blocks)]
 
     def write(self, attempt_id: int, blocks: np.ndarray, start: int, tokens: np.ndarray) -> None:
         """Put tokens where those blocks hold position `start` and following."""
-        slots = slot_mapping(blocks, np.arange(start, start + len(tokens)), self._block_size)
-        self._tokens[slots], self._owners[slots] = tokens, attempt_id
+        slots = self.slots(blocks, start, start + len(tokens))
+        for block in set((slots // self._block_size).tolist()):
+            if self._owners[block] != {attempt_id}:
+                self._owners[block], self._tokens[block] = {attempt_id}, -1
+        self._tokens.reshape(-1)[slots] = tokens
+
+    def join(self, attempt_id: int, blocks: np.ndarray, stop: int) -> None:
+        """An attempt begins with what lies at positions `[0, stop)`, whoever wrote it."""
+        for block in blocks[: stop // self._block_size].tolist():
+            self._owners[block].add(attempt_id)
 
     def read(self, attempt_id: int, blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
         """What is at positions `[start, stop)` of an attempt."""
-        slots = slot_mapping(blocks, np.arange(start, stop), self._block_size)
-        if not (self._owners[slots] == attempt_id).all():
-            raise AssertionError(f"attempt {attempt_id} reads what {self._owners[slots]} wrote")
-        return self._tokens[slots]
+        slots = self.slots(blocks, start, stop)
+        for block in set((slots // self._block_size).tolist()):
+            if attempt_id not in self._owners[block]:
+                raise AssertionError(f"attempt {attempt_id} reads what {self._owners[block]} wrote")
+        return self.contents(slots)
+
+    def contents(self, slots: np.ndarray) -> np.ndarray:
+        """What is at some slots, whosever they are."""
+        tokens = self._tokens.reshape(-1)[slots]
+        if (tokens < 0).any():
+            raise AssertionError(f"nothing was written at {slots[tokens < 0]}")
+        return tokens
+
+    def slots(self, blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Where those blocks hold positions `[start, stop)`."""
+        return slot_mapping(blocks, np.arange(start, stop), self._block_size)
+
+
+class VirtualEntries:
+    """What the MTP module has of each slot: that follows from the position, its token and the one after it."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._entries = np.full((num_slots, 3), -1, np.int64)
+
+    def write(self, slots: np.ndarray, start: int, tokens: np.ndarray, next_tokens: np.ndarray) -> None:
+        """Of positions `start` and following."""
+        self._entries[slots] = np.stack([np.arange(start, start + len(tokens)), tokens, next_tokens], 1)
+
+    def check(self, slots: np.ndarray, tokens: np.ndarray, next_token: int) -> None:
+        """Those of a sequence's first positions are right."""
+        expected = np.stack([np.arange(len(tokens)), tokens, [*tokens[1:], next_token]], 1)
+        if not np.array_equal(self._entries[slots], expected):
+            raise AssertionError(f"MTP entries {self._entries[slots].tolist()} in place of {expected.tolist()}")
 
 
 class VirtualPrefill:
-    """The executor of a prefill instance."""
+    """The executor of a prefill instance.
 
-    def __init__(self, sizes: PrefillSizes, wire: VirtualWire, arrives_at: Callable[[], float | None]) -> None:
-        self.sizes, self._wire, self._arrives_at = sizes, wire, arrives_at
+    Attributes:
+        fetched: attempt -> blocks that have been fetched and not all written yet.
+    """
+
+    def __init__(
+        self, sizes: PrefillSizes, wire: VirtualWire, arrives_at: Callable[[], float | None], pool: VirtualPool
+    ) -> None:
+        self.sizes, self._wire, self._arrives_at, self._pool = sizes, wire, arrives_at, pool
+        self._news: list[News] = []
+        self._num_expected = 0
         self._restart()
 
     def _restart(self) -> None:
-        self._cache = VirtualCache(self.sizes.num_blocks, self.sizes.block_size)
+        sizes = self.sizes
+        self._cache = VirtualCache(sizes.num_blocks, sizes.block_size)
+        self._entries = VirtualEntries(sizes.num_blocks * sizes.block_size)
         self._blocks: dict[int, np.ndarray] = {}  # by place
-        self._ends: dict[int, np.ndarray] = {}  # step -> the last token of each row
+        self._steps: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # step -> its tokens, and the last of each row
+        self.fetched: dict[int, list[np.ndarray]] = {}
 
     def poll(self) -> list[News]:
-        """Nothing arrives here."""
-        return []
+        """See `Executor`."""
+        news, self._news = self._news, []
+        return news
 
     @property
     def expects_arrivals(self) -> bool:
         """See `Executor`."""
-        return False
+        return self._num_expected > 0
 
     def run(self, plan: Plan) -> Result:
         """See `Executor`."""
@@ -126,6 +181,14 @@ class VirtualPrefill:
             return self._step(plan)
         if isinstance(plan, SendPlan):
             self._send(plan)
+        elif isinstance(plan, LookupPlan):
+            self._num_expected += self._pool.lookup(plan, self._tell)
+        elif isinstance(plan, FetchPlan):
+            self._num_expected += self._pool.fetch(plan, self._take_fetched)
+        elif isinstance(plan, LoadPlan):
+            self._load(plan)
+        elif isinstance(plan, StorePlan):
+            self._store(plan)
         elif isinstance(plan, RestartPlan):
             self._restart()
         return None
@@ -133,17 +196,23 @@ class VirtualPrefill:
     def _step(self, plan: PrefillPlan) -> PrefillResult:
         assert len(plan.token_ids) == len(plan.next_token_ids) <= plan.variant.num_tokens
         assert len(set(plan.places.tolist())) == len(plan.places)
-        self._blocks |= dict(zip(plan.places[plan.joins].tolist(), plan.blocks, strict=True))
-        self._ends = {step: ends for step, ends in self._ends.items() if step >= plan.oldest_step}
+        self._steps = {step: kept for step, kept in self._steps.items() if step >= plan.oldest_step}
+        for row, blocks in zip(plan.joins.tolist(), plan.blocks, strict=True):
+            self._blocks[int(plan.places[row])] = blocks
+            self._cache.join(int(plan.attempt_ids[row]), blocks, int(plan.starts[row]))
         found, begin = [], 0
         rows = (plan.attempt_ids.tolist(), plan.places.tolist(), plan.starts.tolist(), plan.stops.tolist())
         for attempt_id, place, start, stop in zip(*rows, strict=True):
-            blocks = self._blocks[place]
-            self._cache.write(attempt_id, blocks, start, plan.token_ids[begin : begin + stop - start])
-            found.append(token_after(self._cache.read(attempt_id, blocks, 0, stop)))
-            begin += stop - start
+            blocks, end = self._blocks[place], begin + stop - start
+            tokens, next_tokens = plan.token_ids[begin:end], plan.next_token_ids[begin:end]
+            self._cache.write(attempt_id, blocks, start, tokens)
+            self._entries.write(self._cache.slots(blocks, start, stop), start, tokens, next_tokens)
+            tokens, begin = self._cache.read(attempt_id, blocks, 0, stop), end
+            if self._has_mtp:
+                self._entries.check(self._cache.slots(blocks, 0, stop), tokens, int(next_tokens[-1]))
+            found.append(token_after(tokens))
         token_ids, bounds = np.array(found, np.int32), np.cumsum(plan.stops - plan.starts)
-        self._ends[plan.number] = plan.token_ids[bounds - 1]
+        self._steps[plan.number] = plan.token_ids, plan.token_ids[bounds - 1]
         is_asked = np.isin(np.repeat(np.arange(len(found)), plan.stops - plan.starts), plan.prompt_logprob_rows)
         logprobs = _logprobs(token_ids[plan.logprob_rows])
         return PrefillResult(token_ids, _NO_LOAD, 0.0, logprobs, _logprobs(plan.next_token_ids[is_asked]))
@@ -156,11 +225,43 @@ class VirtualPrefill:
             tokens = self._cache.read(attempt_id, blocks, offset, offset + int(parts.stops[index]) - start)
             has_hidden = plan.step_rows[index] >= 0
             if has_hidden:
-                assert self._ends[plan.step][plan.step_rows[index]] == tokens[-1]
+                assert self._steps[plan.step][1][plan.step_rows[index]] == tokens[-1]
             payload[int(parts.ranks[index]), int(parts.begins[index])] = attempt_id, tokens, bool(has_hidden)
         when = self._arrives_at()
         if when is not None:
             self._wire.put(plan.target, (plan.transfer_id, plan.round), payload, when)
+
+    @property
+    def _has_mtp(self) -> bool:
+        return self.sizes.cache is None or self.sizes.cache.needs_next
+
+    def _tell(self, news: News) -> None:
+        self._news.append(news)
+        self._num_expected -= 1
+
+    def _take_fetched(self, news: Fetched, blocks: list[np.ndarray]) -> None:
+        self._tell(news)
+        if blocks:
+            self.fetched[news.attempt_id] = blocks
+
+    def _load(self, plan: LoadPlan) -> None:
+        rows = zip(plan.blocks, plan.last_positions.tolist(), plan.next_token_ids.tolist(), strict=True)
+        for index, (blocks, last_position, next_token) in enumerate(rows, plan.first):
+            tokens = self.fetched[plan.attempt_id][index]
+            self._cache.write(plan.attempt_id, blocks, 0, tokens)
+            slots = self._cache.slots(blocks, 0, len(tokens))
+            self._entries.write(slots, last_position + 1 - len(tokens), tokens, np.array([*tokens[1:], next_token]))
+        if plan.is_last:
+            self.fetched.pop(plan.attempt_id, None)
+
+    def _store(self, plan: StorePlan) -> None:
+        found = []
+        for blocks, token_ids, hidden_row in zip(plan.blocks, plan.token_ids, plan.hidden_rows.tolist(), strict=True):
+            tokens = self._cache.contents(self._cache.slots(blocks, 0, len(token_ids)))
+            assert np.array_equal(tokens, token_ids)
+            assert self._steps[plan.step][0][hidden_row] == tokens[-1]
+            found.append(tokens)
+        self._num_expected += self._pool.store(plan, np.array(found), self._tell)
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import pytest
 
 from cmjax.schedule import DecodePlan, ReceivePlan, SendPlan
 from cmjax.schedule.virtual import VirtualError, token_after
-from cmjax.schedule.virtual_executors import VirtualCache
+from cmjax.schedule.virtual_executors import VirtualCache, VirtualEntries
 from tests.schedule.clusters import Cluster, expected_tokens, logprob_of, small_cluster
 
 
@@ -22,11 +22,42 @@ def test_nobody_reads_what_was_written_for_another():
     cache = VirtualCache(4, 4)
     cache.write(1, np.array([2, 0]), 0, np.arange(6))
     assert cache.read(1, np.array([2, 0]), 2, 6).tolist() == [2, 3, 4, 5]
-    with pytest.raises(AssertionError, match="attempt 1 reads what"):
-        cache.read(1, np.array([2, 0]), 2, 7)  # nothing was written there
+    with pytest.raises(AssertionError, match="nothing was written"):
+        cache.read(1, np.array([2, 0]), 2, 7)
     cache.write(2, np.array([0]), 1, np.array([9]))
     with pytest.raises(AssertionError, match="attempt 1 reads what"):
         cache.read(1, np.array([2, 0]), 0, 6)
+    with pytest.raises(AssertionError, match="nothing was written"):
+        cache.read(2, np.array([0]), 0, 2)  # what another one has left there
+
+
+def test_a_shared_block_that_gets_a_new_owner_shows():
+    cache = VirtualCache(4, 4)
+    cache.write(1, np.array([2, 0]), 0, np.arange(8))
+    with pytest.raises(AssertionError, match="attempt 2 reads what"):
+        cache.read(2, np.array([2, 3]), 0, 4)
+    cache.join(2, np.array([2, 3]), 4)
+    cache.write(2, np.array([2, 3]), 4, np.array([9]))
+    assert cache.read(1, np.array([2, 0]), 0, 8).tolist() == list(range(8))
+    assert cache.read(2, np.array([2, 3]), 0, 5).tolist() == [0, 1, 2, 3, 9]
+    cache.write(2, np.array([2, 3]), 3, np.array([3]))  # the same, but it is not its own to write
+    with pytest.raises(AssertionError, match="attempt 1 reads what"):
+        cache.read(1, np.array([2, 0]), 0, 8)
+    with pytest.raises(AssertionError, match="nothing was written"):
+        cache.read(2, np.array([2, 3]), 0, 5)
+
+
+def test_entries_of_the_mtp_module_are_of_a_token_its_place_and_the_next_one():
+    entries, tokens = VirtualEntries(8), np.array([5, 6, 7])
+    slots = np.array([4, 5, 2])
+    entries.write(slots, 0, tokens, np.array([6, 7, 9]))
+    entries.check(slots, tokens, 9)
+    for others in ((slots, tokens, 8), (slots, np.array([5, 6, 8]), 9), (np.array([4, 5, 3]), tokens, 9)):
+        with pytest.raises(AssertionError, match="MTP entries"):
+            entries.check(*others)
+    entries.write(slots[2:], 1, tokens[2:], np.array([9]))
+    with pytest.raises(AssertionError, match="MTP entries"):
+        entries.check(slots, tokens, 9)
 
 
 class Altered:

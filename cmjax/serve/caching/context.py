@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Bytes of blocks on their way to the pool; those that come while there are more are not stored.
 MAX_STORING_BYTES = 512 * 2**20
 _NUM_THREADS = 4
-_NEWEST = 0.3  # weight of the newest measurement of a rate
+_NEWEST = 0.3  # weight of the newest measurement
 _MANY_BYTES = 1 << 20
 
 
@@ -136,7 +136,7 @@ class PoolPort:
         self._fetched: dict[int, list[CachedBlock]] = {}
         self._num_pending = 0
         self._age = 0  # counts up when all is forgotten
-        self._load_s_per_byte = 0.0
+        self._load_s: float | None = None
 
     def poll(self) -> list[PoolNews]:
         """News since the last call."""
@@ -174,10 +174,9 @@ class PoolPort:
                 self._fetched.pop(attempt_id, None)
         return blocks
 
-    def loaded(self, num_bytes: int, seconds: float) -> None:
-        """Blocks have been written into the instance's cache: part of what a fetch takes."""
-        if num_bytes:
-            self._load_s_per_byte += _NEWEST * (seconds / num_bytes - self._load_s_per_byte)
+    def loaded(self, seconds: float) -> None:
+        """Blocks have been written into the instance's cache: part of what a fetch takes, however many they are."""
+        self._load_s = seconds if self._load_s is None else self._load_s + _NEWEST * (seconds - self._load_s)
 
     def store(
         self,
@@ -288,12 +287,10 @@ class PoolPort:
 
     def _rates(self) -> dict[str, PoolRate]:
         """What fetches take by tier: what the pool measures, the modelled delay, and writing into the cache."""
-        delay_s = self._link.delay_s(1)
-        byte_s = (self._link.delay_s(1 + _MANY_BYTES) - delay_s) / _MANY_BYTES + self._load_s_per_byte
-        return {
-            tier: PoolRate(rate.latency_s + delay_s, 1 / (1 / rate.bytes_per_s + byte_s))
-            for tier, rate in self.context.pool.rates().items()
-        }
+        latency_s = self._link.delay_s(1) + (self._load_s or 0.0)
+        byte_s = (self._link.delay_s(1 + _MANY_BYTES) - self._link.delay_s(1)) / _MANY_BYTES
+        rates = self.context.pool.rates()
+        return {tier: PoolRate(latency_s, 1 / (1 / rate.bytes_per_s + byte_s)) for tier, rate in rates.items()}
 
 
 def _bytes_by_cpu(places: Sequence[Place]) -> dict[int, int]:

@@ -82,7 +82,7 @@ class PrefillExecutor(JaxExecutor):
         self._wire = wire or transfer.Wire()
         self.caching: PrefixCaching | None = None
         if context is not None and cache is not None:
-            self.caching = PrefixCaching(self, context, cache.plane, keeps_generated=cache.decode_blocks == "always")
+            self.caching = PrefixCaching(self, context, cache)
         self._forget()
 
     def make_planner(self, name: str, scheduler: Scheduler) -> PrefillPlanner:
@@ -180,7 +180,7 @@ class PrefillExecutor(JaxExecutor):
     def compile(self, plan: CompilePlan) -> None:
         super().compile(plan)
         if self.caching is not None:
-            self._take_cache(self.caching.compile(self.params))
+            self.caching.compile(self.params, self._take_cache)
         for name in plan.targets:
             transfer.compile_read(self, self._wire.receiver(name))
 

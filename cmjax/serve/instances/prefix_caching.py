@@ -1,6 +1,7 @@
 """What a prefill instance does with the memory pool: its half of lookups, fetches, loads and stores."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from cmjax.mesh import fabric
 from cmjax.model import Params, token_order
 from cmjax.schedule import CacheSizes, FetchPlan, LoadPlan, LookupPlan, PoolNews, PoolPlan, PrefillPlan
+from cmjax.serve.caching import CacheSettings
 from cmjax.serve.caching.context import ContextCache, Link, PoolPort
 from cmjax.serve.steps import PrefillOutput
 from cmjax.serve.transfer import CachedBlocks, plan_blocks
@@ -20,25 +22,26 @@ class PrefixCaching:
     Args:
         holder: the instance.
         context: of all instances.
-        plane: that blocks travel on, whose account they are put to.
+        settings: of the cache.
 
     Attributes:
         port: what is under way.
         sizes: for the instance's planner.
     """
 
-    def __init__(self, holder: Holder, context: ContextCache, plane: str, *, keeps_generated: bool) -> None:
+    def __init__(self, holder: Holder, context: ContextCache, settings: CacheSettings) -> None:
         layout = context.layout
         num_blocks = plan_blocks(layout.block_tokens, holder.settings.max_model_len)
         self._holder, self._blocks = holder, CachedBlocks(holder, layout, num_blocks)
         self._hidden: dict[int, tuple[jax.Array, np.ndarray]] = {}  # step -> [tokens, hidden], where each token is
         self._is_compiled = False
-        self.port = PoolPort(context, _link(holder, plane))
+        self.port = PoolPort(context, _link(holder, settings.plane))
         self.sizes = CacheSizes(
             block_tokens=layout.block_tokens,
             needs_next=holder.model.params.mtp is not None,
             plan_blocks=num_blocks,
-            keeps_generated=keeps_generated,
+            keeps_generated=settings.decode_blocks != "never",
+            is_priced=settings.fetch == "auto",
         )
 
     @property
@@ -81,15 +84,11 @@ class PrefixCaching:
             self.port.store(plan.names, plan.namespaces, plan.token_ids, read)
         return None
 
-    def compile(self, params: Params) -> jax.Array | None:
-        """Compile what reads and writes blocks, by doing it once with none; the cache, where that was not done yet."""
-        if self._is_compiled:
-            return None
-        nothing = np.zeros(0, np.int32)
-        jax.block_until_ready(self._blocks.read(nothing.reshape(0, 1)))
-        cache = self._blocks.write(params, LoadPlan(-1, 0, nothing, nothing, nothing, is_last=True), [])
-        self._is_compiled = True
-        return cache
+    def compile(self, params: Params, keep: Callable[[jax.Array], None]) -> None:
+        """Compile what reads and writes blocks, once, by running it; the instance's new cache is given to `keep`."""
+        if not self._is_compiled:
+            self._blocks.compile(params, keep)
+            self._is_compiled = True
 
     def _load(self, plan: LoadPlan, params: Params) -> jax.Array | None:
         found = self.port.fetched(plan.attempt_id, plan.first, len(plan.blocks), is_last=plan.is_last)
@@ -97,8 +96,7 @@ class PrefixCaching:
             return None
         begin = time.perf_counter()
         cache = jax.block_until_ready(self._blocks.write(params, plan, found))
-        num_bytes = len(found) * self._blocks.layout.num_bytes
-        self.port.loaded(num_bytes, time.perf_counter() - begin)
+        self.port.loaded(time.perf_counter() - begin)
         return cache
 
 

@@ -5,7 +5,7 @@ block; and each pulls a share, which all then gather from one another, inside th
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,19 +70,21 @@ def _write(
 
 
 class CachedBlocks:
-    """Reads and writes cached blocks of one prefill instance, at most `num_blocks` at a time.
+    """Reads and writes cached blocks of one prefill instance.
 
     Args:
-        holder: the instance; params: its, on the devices.
+        holder: the instance.
+        num_blocks: at a time, at most. Fewer are filled up to one of `sizes`, which programs are compiled for.
     """
 
     def __init__(self, holder: Holder, layout: BlockLayout, num_blocks: int) -> None:
-        self._holder, self.layout, self.num_blocks = holder, layout, num_blocks
-        self._share = -(-num_blocks * layout.block_tokens // holder.instance.ep_size)  # tokens of a rank
+        self._holder, self.layout = holder, layout
+        self.sizes = tuple(sorted({max(num_blocks // 8, 1), num_blocks}))
 
     def read(self, blocks: np.ndarray) -> jax.Array:
         """Begin to read blocks `int32[n, blocks of a cached block]`; see `on_host`."""
-        return _read(self._holder.cache, self._slots(blocks).reshape(-1, self._share), spec=self._holder.spec)
+        slots = self._slots(blocks, self._size_for(len(blocks)), 0)
+        return _read(self._holder.cache, slots.reshape(self._holder.instance.ep_size, -1), spec=self._holder.spec)
 
     def on_host(self, found: jax.Array, count: int) -> np.ndarray:
         """What was read of `count` blocks: `[count, block_tokens, layers, width]`."""
@@ -92,32 +94,46 @@ class CachedBlocks:
 
     def write(self, params: Params, plan: LoadPlan, found: Sequence[CachedBlock]) -> jax.Array:
         """The cache with blocks that have been fetched; that of the instance is given away."""
+        return self._write(params, plan, found, self._size_for(len(found)))
+
+    def compile(self, params: Params, keep: Callable[[jax.Array], None]) -> None:
+        """Compile all programs by running them with nothing; each new cache is given to `keep`."""
+        nothing = np.zeros(0, np.int32)
+        plan = LoadPlan(-1, 0, nothing.reshape(0, 1), nothing, nothing, is_last=True)
+        for size in self.sizes:
+            jax.block_until_ready(self.read(np.zeros((size, 1), np.int32)))
+            keep(self._write(params, plan, [], size))
+
+    def _write(self, params: Params, plan: LoadPlan, found: Sequence[CachedBlock], size: int) -> jax.Array:
         holder, layout, count = self._holder, self.layout, len(found)
-        num_ranks, size = holder.instance.ep_size, layout.block_tokens
-        latents = np.empty((num_ranks * self._share, layout.num_layers, layout.width), layout.dtype)
+        num_ranks, tokens = holder.instance.ep_size, layout.block_tokens
+        slots = self._slots(plan.blocks, size, -1)
+        latents = np.empty((len(slots), layout.num_layers, layout.width), layout.dtype)
         for index, block in enumerate(found):
-            latents[index * size : (index + 1) * size] = block.latents
-        latents[count * size :] = 0
-        slots = self._slots(plan.blocks, -1)
-        by_rank = jax.device_put(latents.reshape(num_ranks, self._share, *latents.shape[1:]), holder.spec.by_rank())
+            latents[index * tokens : (index + 1) * tokens] = block.latents
+        latents[count * tokens :] = 0
+        by_rank = jax.device_put(latents.reshape(num_ranks, -1, *latents.shape[1:]), holder.spec.by_rank())
         ends = None
         if layout.hidden_size:
-            hidden = np.zeros((self.num_blocks, layout.hidden_size), layout.dtype)
+            hidden = np.zeros((size, layout.hidden_size), layout.dtype)
             for index, block in enumerate(found):
                 hidden[index] = block.hidden
             ends = (
                 hidden,
-                _padded(plan.next_token_ids, self.num_blocks, 0),
-                _padded(plan.last_positions, self.num_blocks, 0),
-                _padded(slots[size - 1 : count * size : size], self.num_blocks, -1),
+                _padded(plan.next_token_ids, size, 0),
+                _padded(plan.last_positions, size, 0),
+                _padded(slots[tokens - 1 : count * tokens : tokens], size, -1),
             )
         return _write(params, holder.cache, by_rank, slots, ends, spec=holder.spec)
 
-    def _slots(self, blocks: np.ndarray, filler: int = 0) -> np.ndarray:
-        """Of the tokens of some blocks, and `filler` for those that a plan could have besides."""
-        block_size = self._holder.settings.block_size
+    def _size_for(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
+
+    def _slots(self, blocks: np.ndarray, size: int, filler: int) -> np.ndarray:
+        """Of the tokens of some blocks, filled up to those of `size` and to as many a rank."""
+        block_size, num_ranks = self._holder.settings.block_size, self._holder.instance.ep_size
         slots = (blocks.reshape(-1, 1) * block_size + np.arange(block_size)).reshape(-1).astype(np.int32)
-        return _padded(slots, self._holder.instance.ep_size * self._share, filler)
+        return _padded(slots, -(-size * self.layout.block_tokens // num_ranks) * num_ranks, filler)
 
 
 def _padded(values: np.ndarray, length: int, filler: int) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""What a prefill instance stores in the memory pool: blocks on their way there, and those known to be there."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from cmjax.schedule.blocks import Lease
+from cmjax.schedule.pool_plans import StorePlan
+
+# Names of blocks that are known to be in the pool.
+_MOST_KNOWN = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class OutgoingBlock:
+    """A block that is to be stored; see `StorePlan`. `lease` holds the instance's blocks until it has been read."""
+
+    name: bytes
+    namespace: str
+    token_ids: np.ndarray
+    lease: Lease
+    step: int
+    hidden_row: int
+
+
+class BlockStores:
+    """Blocks that are to be stored, in the order they were computed, and the names of those that need not be.
+
+    Args:
+        plan_blocks: that a plan stores, at most.
+    """
+
+    def __init__(self, plan_blocks: int) -> None:
+        self._plan_blocks = plan_blocks
+        self._waiting: collections.deque[OutgoingBlock] = collections.deque()
+        self._under_way: list[OutgoingBlock] = []
+        self._known: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+
+    def __contains__(self, name: bytes) -> bool:
+        """Whether a block is in the pool, or on its way there, as far as is known."""
+        return name in self._known
+
+    def add(self, block: OutgoingBlock) -> None:
+        """Store a block."""
+        self._waiting.append(block)
+        self.note([block.name])
+
+    def note(self, names: Iterable[bytes]) -> None:
+        """The pool has these."""
+        for name in names:
+            self._known[name] = None
+            self._known.move_to_end(name)
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+
+    def forget(self, names: Iterable[bytes]) -> None:
+        """The pool does not have these: they are stored when they are computed again."""
+        for name in names:
+            self._known.pop(name, None)
+
+    def clear(self) -> None:
+        """Store all anew."""
+        self._known.clear()
+
+    def plan(self) -> StorePlan | None:
+        """What to store next, of one step."""
+        if not self._waiting:
+            return None
+        step = self._waiting[0].step
+        same = itertools.takewhile(lambda one: one.step == step, self._waiting)
+        blocks = self._under_way = list(itertools.islice(same, self._plan_blocks))
+        for _ in blocks:
+            self._waiting.popleft()
+        return StorePlan(
+            names=tuple(one.name for one in blocks),
+            namespaces=tuple(one.namespace for one in blocks),
+            token_ids=np.stack([one.token_ids for one in blocks]),
+            ranks=np.zeros(len(blocks), np.int32),
+            blocks=np.array([one.lease.ids for one in blocks], np.int32),
+            step=step,
+            hidden_rows=np.array([one.hidden_row for one in blocks], np.int32),
+        )
+
+    def commit(self) -> None:
+        """The plan has been run: its blocks have been read."""
+        for one in self._under_way:
+            one.lease.give_back()
+        self._under_way = []
