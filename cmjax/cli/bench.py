@@ -1,8 +1,5 @@
 """`cmjax bench`: how fast the fabric, a decode step and one device are, with the machine and the commit beside them."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,8 @@ from rich.console import Console
 
 from cmjax.bench import decode, engine, fabric, peer, pipeline, quant, speculative, training
 from cmjax.checkpoint import ModelFormats, load
+from cmjax.cli.bench_cache import cache
+from cmjax.cli.bench_each import run_each
 from cmjax.cli.bench_sampling import bench_sampling
 from cmjax.cli.bench_serve import serve
 from cmjax.cli.command import Commands
@@ -20,7 +19,7 @@ from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
 from cmjax.mesh import bring_up
 
-ALL = ("fabric", "decode", "pipeline", "engine", "peer", "training", "quant")
+ALL = ("fabric", "decode", "pipeline", "engine", "peer", "training", "quant", "cache")
 EXIT_DIFFERENT = 1
 
 rounds_option = count_option("--rounds", 7, "Timed runs of each; medians count.")
@@ -40,6 +39,7 @@ def bench() -> None:
 
 bench.add_command(serve)
 bench.add_command(bench_sampling)
+bench.add_command(cache)
 
 
 @bench.command("fabric", epilog="\b\nExamples:\n  cmjax bench fabric\n  cmjax bench fabric --json")
@@ -207,16 +207,5 @@ def bench_quant(tokens: int, rounds: int, as_json: bool) -> None:
 @click.pass_context
 def run_all(context: click.Context, rounds: int, as_json: bool) -> None:
     """Every benchmark, each in a process of its own: they need different numbers of devices."""
-    reports, worst = {}, 0
-    for name in ALL:
-        command = [sys.executable, "-m", "cmjax", "bench", name, "--rounds", str(rounds)]
-        if as_json:
-            done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=False)
-            reports[name] = json.loads(done.stdout) if done.stdout else None
-        else:
-            done = subprocess.run(command, check=False)
-        worst = max(worst, abs(done.returncode))
-    if as_json:
-        click.echo(json.dumps(reports, indent=2))
-    if worst:
-        context.exit(worst)
+    commands = {name: ["cache", "all"] if name == "cache" else [name] for name in ALL}
+    run_each(context, {name: [*words, "--rounds", str(rounds)] for name, words in commands.items()}, as_json)
