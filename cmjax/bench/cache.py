@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from cmjax.bench import peer
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, ModelConfig, init_params, params_digest
-from cmjax.schedule import PrefillPlanner
 from cmjax.serve import Engine, EngineSettings, RequestHandle, SamplingParams
 from cmjax.serve.caching import CacheSettings
 
@@ -55,21 +54,6 @@ def ttft_s(handle: RequestHandle) -> float:
     """From the arrival of a request that has ended to its first token."""
     assert handle.times.first_token is not None
     return handle.times.first_token - handle.times.arrival
-
-
-def wait_until_stored(engine: Engine) -> None:
-    """Wait until the pool has all that was computed, or will never have it."""
-    if engine.pool is None:
-        return
-    with engine.core.changed:
-        planners = engine.core.scheduler.prefill.values()
-        while any(map(_has_to_store, planners)) or any(executor.expects_arrivals for executor in engine.prefill):
-            engine.core.changed.wait(0.01)
-    engine.pool.flush()
-
-
-def _has_to_store(planner: PrefillPlanner) -> bool:
-    return planner.under_way is not None or planner.cache.oldest_step(-1) >= 0
 
 
 def silent(*_: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s, wait_until_stored
+from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
@@ -178,7 +178,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]]) -> Sample:
     before, begin = engine.stats().cache, time.perf_counter()
     handles = send(engine, prompts)
     end = time.perf_counter()
-    wait_until_stored(engine)
+    engine.wait_until_stored()
     stored, after = time.perf_counter(), engine.stats().cache
     return Sample(
         ttft_s=ttft_s(handles[0]),

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from cmjax.bench import peer
-from cmjax.bench.cache import Tell, random_model, send, silent, started, wait_until_stored
+from cmjax.bench.cache import Tell, random_model, send, silent, started
 from cmjax.bench.cache_bound import Lookup, clairvoyant_hits, count_distinct, lru_hits, make_lookups
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
@@ -227,7 +227,7 @@ def _deliver(
             (handle,) = send(engine, [prompt], settings.max_tokens)
             cached += handle.num_cached_tokens
         seconds = time.perf_counter() - begin
-        wait_until_stored(engine)
+        engine.wait_until_stored()
         assert engine.pool is not None
         counts, nodes = engine.stats().cache, engine.pool.stats().nodes
     total, held = sum(map(len, prompts)), sum(node.num_keys for node in nodes)

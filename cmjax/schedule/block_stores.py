@@ -44,6 +44,11 @@ class BlockStores:
         """Whether a block is in the pool, or on its way there, as far as is known."""
         return name in self._known
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be read."""
+        return not self._waiting and not self._under_way
+
     def add(self, block: OutgoingBlock) -> None:
         """Store a block."""
         self._waiting.append(block)

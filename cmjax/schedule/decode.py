@@ -32,7 +32,7 @@ from cmjax.schedule.slo import SloController
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import empty_receive
 
-# Rounds of a hand-off that are written between two decode calls: a long prompt must not hold decode up.
+# Rounds of a hand-off that are written between two calls: a long prompt must not hold decode up.
 MAX_ROUNDS_PER_CALL = 4
 
 
@@ -126,6 +126,10 @@ class DecodePlanner(Planner):
         return int(self._places.is_running.sum())
 
     @property
+    def has_to_store(self) -> bool:
+        return not self.generated.stores.is_idle
+
+    @property
     def num_per_rank(self) -> np.ndarray:
         """`int64[ranks]`, attempts of each rank."""
         return self._places.num_per_rank
@@ -133,7 +137,7 @@ class DecodePlanner(Planner):
     @property
     def load(self) -> float:
         """Share of the places that are taken."""
-        return len(self.attempts) / (self.sizes.num_ranks * self.sizes.num_places)
+        return len(self.attempts) / len(self._has_joined)
 
     @property
     def limit(self) -> int:
@@ -193,8 +197,7 @@ class DecodePlanner(Planner):
 
     def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
         assert isinstance(plan, StorePlan)
-        self.generated.commit()
-        self.generated.take(Stored(0, plan.names))
+        self.generated.commit(failed=plan.names)
 
     def _plan_urgent(self) -> Plan | None:
         return None

@@ -28,7 +28,7 @@ class GeneratedBlocks:
         self._block_size, self._counts = block_size, counts
         # What the newest step has made the MTP module sees in the next one.
         self._num_unseen = num_drafts + 1 if sizes is not None and sizes.needs_next else 0
-        self._stores = BlockStores(1)
+        self.stores = BlockStores(1)
 
     def ended(self, request: Request) -> None:
         """A request has all its tokens: store what they fill."""
@@ -41,9 +41,9 @@ class GeneratedBlocks:
         chain.extend(token_ids[: max(num_blocks, 0) * size])
         per_block = size // self._block_size
         for index in range(len(request.prompt_ids) // size, num_blocks):
-            if chain.names[index] not in self._stores:
+            if chain.names[index] not in self.stores:
                 blocks = hold.blocks.ids[index * per_block : (index + 1) * per_block]
-                self._stores.add(
+                self.stores.add(
                     OutgoingBlock(
                         chain.names[index],
                         chain.namespace,
@@ -56,19 +56,20 @@ class GeneratedBlocks:
 
     def plan(self) -> StorePlan | None:
         """What to store next: a block of each rank."""
-        return self._stores.plan()
+        return self.stores.plan()
 
-    def commit(self) -> None:
-        """It has been read."""
-        self._stores.commit()
+    def commit(self, failed: tuple[bytes, ...] = ()) -> None:
+        """It has been read, or could not be."""
+        self.stores.commit()
+        self.take(Stored(0, failed))
 
     def make_room(self, places: DecodePlaces) -> None:
         """Sequences that need blocks come before what waits to be stored."""
         if places.least_free_blocks < places.num_places:
-            self._counts.num_failed_stores += self._stores.give_up()
+            self._counts.num_failed_stores += self.stores.give_up()
 
     def take(self, news: Stored) -> None:
         """Blocks have been stored, or could not be."""
         self._counts.num_stored += news.num_stored
         self._counts.num_failed_stores += len(news.failed)
-        self._stores.forget(news.failed)
+        self.stores.forget(news.failed)

@@ -229,6 +229,11 @@ class Planner(abc.ABC):
         return "ready" if self.is_compiled and not self.is_broken else "starting"
 
     @property
+    @abc.abstractmethod
+    def has_to_store(self) -> bool:
+        """Whether something of it is still to be given to the memory pool."""
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is here."""
         return not self.attempts

@@ -84,6 +84,10 @@ class PrefillPlanner(Planner):
         another order, or elsewhere."""
         return self.status == "ready" and self._num_tokens_left < 2 * self.variants[-1].num_tokens
 
+    @property
+    def has_to_store(self) -> bool:
+        return not self.cache.stores.is_idle
+
     def add(self, attempt: Attempt) -> None:
         """Put an attempt at the end of the queue."""
         self.attempts[attempt.id] = self._queue[attempt.id] = attempt

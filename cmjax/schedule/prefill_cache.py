@@ -92,7 +92,7 @@ class PrefillCache:
         self._rates: Mapping[str, PoolRate] = {}
         self._pulls: dict[int, _Pull] = {}
         self._unwanted: list[int] = []  # attempts whose blocks have come too late
-        self._stores = BlockStores(sizes.plan_blocks if sizes else 1)
+        self.stores = BlockStores(sizes.plan_blocks if sizes else 1)
 
     # -- of the planner -----------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class PrefillCache:
                 lease = self._pool.share(self._blocks(attempt, index))
                 name, token_ids = chain.names[index], chain.token_ids[index]
                 hidden_row = row + (index + 1) * size - 1 - start
-                self._stores.add(OutgoingBlock(name, chain.namespace, token_ids, lease, step, hidden_row))
+                self.stores.add(OutgoingBlock(name, chain.namespace, token_ids, lease, step, hidden_row))
 
     def drop(self, attempt: Attempt) -> None:
         """An attempt gives back what it holds: it is over, or has been sent."""
@@ -169,7 +169,7 @@ class PrefillCache:
     def clear(self) -> None:
         """Keep nothing, and store all anew."""
         self._prefixes.clear()
-        self._stores.clear()
+        self.stores.clear()
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class PrefillCache:
         if isinstance(news, Stored):
             self._counts.num_stored += news.num_stored
             self._counts.num_failed_stores += len(news.failed)
-            self._stores.forget(news.failed)
+            self.stores.forget(news.failed)
             return
         pull = self._pulls.get(news.attempt_id)
         if isinstance(news, Found):
@@ -190,7 +190,7 @@ class PrefillCache:
         else:
             self._counts.num_failed_loads += pull.num_blocks - news.num_blocks
             pull.num_arrived, pull.stage = news.num_blocks, "load"
-            self._stores.forget(pull.names[news.num_blocks : pull.num_blocks])
+            self.stores.forget(pull.names[news.num_blocks : pull.num_blocks])
             if not news.num_blocks:
                 self._end(pull)
 
@@ -215,12 +215,12 @@ class PrefillCache:
 
     def plan_store(self) -> StorePlan | None:
         """What to store next; all that a step has computed is read before the next one."""
-        return self._stores.plan()
+        return self.stores.plan()
 
     def commit(self, plan: PoolPlan, *, has_failed: bool = False) -> int:
         """A plan has been run; returns the tokens that an attempt need not compute any more."""
         if isinstance(plan, StorePlan):
-            self._stores.commit()
+            self.stores.commit()
             if has_failed:
                 self.take(Stored(0, plan.names))
         elif isinstance(plan, LoadPlan):
@@ -284,13 +284,13 @@ class PrefillCache:
     def _is_to_be_stored(self, attempt: Attempt, index: int) -> bool:
         assert self._sizes is not None
         is_prompt = (index + 1) * self._block_tokens <= len(attempt.request.prompt_ids)
-        is_new = self._chain_of(attempt).names[index] not in self._stores
+        is_new = self._chain_of(attempt).names[index] not in self.stores
         return self._sizes.has_pool and is_new and (is_prompt or self._sizes.keeps_generated)
 
     def _take_found(self, pull: _Pull, news: Found) -> None:
         pull.found, pull.stage = news.blocks, "found"
-        self._stores.note(pull.names[: len(news.blocks)])
-        self._stores.forget(pull.names[len(news.blocks) :])  # the pool has let go of them
+        self.stores.note(pull.names[: len(news.blocks)])
+        self.stores.forget(pull.names[len(news.blocks) :])  # the pool has let go of them
 
     @property
     def _block_s(self) -> float | None:

@@ -310,6 +310,14 @@ class Engine:
         if self._context is not None:
             self._context.pool.clear()
 
+    def wait_until_stored(self) -> None:
+        """Wait until the pool has all that requests have left for it so far, on disk too, or will never have it."""
+        with self.core.changed:
+            while any(one.planner.has_to_store or one.executor.expects_arrivals for one in self.fleet.loops):
+                self.core.changed.wait(0.01)
+        if self._context is not None:
+            self._context.pool.flush()
+
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def take_load(self) -> tuple[np.ndarray, np.ndarray]:

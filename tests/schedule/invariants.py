@@ -32,7 +32,7 @@ def check_planner(planner):
 
 def cached_leases(cache):
     """What a prefix cache holds: blocks to be shared, and blocks to be stored."""
-    return [known.lease for known in cache._prefixes._known.values()] + [one.lease for one in cache._stores._waiting]
+    return [known.lease for known in cache._prefixes._known.values()] + [one.lease for one in cache.stores._waiting]
 
 
 def check_places(places, leases):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -75,19 +74,10 @@ def base(model, request):
 
 def forget_own_blocks(engine: Engine) -> None:
     """What the instances keep in place; the pool has it still."""
-    wait_for_stores(engine)
+    engine.wait_until_stored()
     with engine.core.changed:
         for planner in engine.core.scheduler.prefill.values():
             planner.cache.clear()
-
-
-def wait_for_stores(engine: Engine) -> None:
-    """Until nothing is on its way to the pool."""
-    deadline = time.monotonic() + 60
-    while any(one.executor.expects_arrivals or one.planner.under_way for one in engine.fleet.loops):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    engine.pool.flush()
 
 
 def ask(engine: Engine, prompt: list[int], sampling: SamplingParams | None = None, **fields) -> tuple[list[int], int]:
@@ -262,7 +252,7 @@ def test_what_decode_made_is_found_by_the_next_turn(engine, plain, base, tempera
 def test_what_decode_made_is_not_kept_where_it_is_not_wanted(model, base):
     with started(make_engine(model, cached(decode_blocks="never"))) as engine:
         answer, _ = ask(engine, base[:13], SamplingParams(max_tokens=40))
-        wait_for_stores(engine)
+        engine.wait_until_stored()
         assert ask(engine, [*base[:13], *answer])[1] == UNIT
 
 
