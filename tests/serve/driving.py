@@ -11,6 +11,7 @@ from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, token_order
 from cmjax.schedule import DecodePlan, DecodeVariant, PrefillPlan, PrefillResult, Ragged, Request
 from cmjax.serve import DecodeExecutor, Engine, EngineSettings, Extras, PrefillExecutor, SamplingParams, decode, prefill
+from cmjax.serve.caching import CacheSettings
 from tests.parity import ParityCase
 
 MACHINE = Supernode.preset("cloudmatrix384")
@@ -23,6 +24,7 @@ def make_engine(
     prefill_ep_size: int | None = None,
     num_prefill_instances: int | None = 1,
     num_decode_instances: int = 1,
+    cache: CacheSettings | None = None,
     **settings: Any,
 ) -> Engine:
     """An engine on the preset machine, with small settings."""
@@ -34,7 +36,7 @@ def make_engine(
         num_decode_instances=num_decode_instances,
     )
     defaults = {"max_model_len": 96, "max_num_seqs_per_rank": 1, "max_num_batched_tokens": 64, "steps_per_call": 4}
-    return Engine(model, pools, settings=EngineSettings(**{**defaults, **settings}))
+    return Engine(model, pools, settings=EngineSettings(**{**defaults, **settings}), cache=cache)
 
 
 def model_of(case: ParityCase) -> Model:

@@ -11,6 +11,7 @@ from cmjax.errors import UserError
 from cmjax.model import Model, convert_params, params_digest
 from cmjax.moe import FabricExchange
 from cmjax.serve import EngineSettings, SamplingParams
+from cmjax.serve.caching import CacheSettings
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 
@@ -52,6 +53,7 @@ FEATURES = {
     "few blocks": ({"num_kv_blocks": 13, "block_size": 4}, {"block_size": 16}),
     "an exchange of one's own": ({"exchange": OwnExchange}, {}),
     "TPOT target": ({"tpot_slo_ms": 1e4}, {"tpot_slo_ms": None}),
+    "prefix cache": ({"cache": CacheSettings(cache_block_size=16, fetch="always")}, {"cache": None}),
 }
 
 
@@ -75,11 +77,13 @@ def streamed(model, off=None):
     engine = make_engine(model, chosen.pop("ep_size"), **chosen)
     engine.start()
     try:
-        handles = [engine.submit(*pair) for pair in zip(PROMPTS, SAMPLINGS, strict=True)]
-        streams = [[token for update in handle for token in update.token_ids] for handle in handles]
-        outputs = [handle.result() for handle in handles]
-        assert [output.token_ids for output in outputs] == streams
+        for _ in range(2):
+            handles = [engine.submit(*pair) for pair in zip(PROMPTS, SAMPLINGS, strict=True)]
+            streams = [[token for update in handle for token in update.token_ids] for handle in handles]
+            outputs = [handle.result() for handle in handles]
+            assert [output.token_ids for output in outputs] == streams
         stats = engine.stats()
+        assert (sum(handle.num_cached_tokens for handle in handles) > 0) == (off != "prefix cache")
         assert (stats.num_drafts > 0) == (off != "drafts")
         assert (stats.num_preemptions > 0) == (off != "few blocks")
         return outputs

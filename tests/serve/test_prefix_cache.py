@@ -8,26 +8,27 @@ import pytest
 
 from cmjax.model import Model
 from cmjax.schedule import LoadPlan, PrefillPlan, SendPlan, StorePlan
-from cmjax.serve import Engine, EngineSettings, SamplingParams
+from cmjax.serve import Engine, SamplingParams
 from cmjax.serve.caching import CacheSettings
 from tests.helpers import tiny_model
-from tests.serve.driving import MACHINE, carve
+from tests.serve import driving
+from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 
 BLOCK, UNIT = 4, 8  # tokens of a block of an instance, of a cached block
 LONGEST = 96
 
 
 def make_engine(model: Model, cache: CacheSettings | None, *, ep_size: int = 2, num_prefill: int = 1, **settings):
-    pools = carve(MACHINE, ep_size=ep_size, prefill_ep_size=ep_size, num_prefill_instances=num_prefill)
     defaults = {
+        "prefill_ep_size": ep_size,
+        "num_prefill_instances": num_prefill,
         "max_model_len": LONGEST,
         "max_num_seqs_per_rank": 8 // ep_size,
         "max_num_batched_tokens": 32,
-        "steps_per_call": 4,
         "block_size": BLOCK,
         "num_speculative_tokens": int(model.params.mtp is not None),
     }
-    return Engine(model, pools, settings=EngineSettings(**{**defaults, **settings}), cache=cache)
+    return driving.make_engine(model, ep_size, cache=cache, **{**defaults, **settings})
 
 
 def cached(**fields) -> CacheSettings:
@@ -366,6 +367,24 @@ class TestFaults:
         monkeypatch.undo()
         forget_own_blocks(engine)
         assert ask(engine, base[:48])[0] == ask(plain, base[:48])[0]
+
+
+def test_after_any_fault_requests_that_share_prefixes_get_their_tokens(engine, monkeypatch):
+    load = make_load(np.random.default_rng(2), 101, 60, 40, 12)
+    load = [(load[index % 4][0] + prompt[:9], params) for index, (prompt, params) in enumerate(load)]
+    expected = [handle.result(timeout=120) for handle in [engine.submit(*one) for one in load]]
+    monkeypatch.setattr(engine.core.scheduler, "handoff_timeout_s", 0.5)
+    before = engine.stats().cache
+    faults = Faults(engine, most=40, probability=0.08)
+    outcomes = under_faults(engine, load, expected, faults, at_once=12)
+    faults.remove()
+    check_nothing_is_left(engine)
+    after = engine.stats().cache
+    assert faults.total == 40
+    assert {kind for kind, _ in faults.counts} >= {"PrefillPlan", "LookupPlan", "FetchPlan", "LoadPlan"}
+    assert outcomes["length"] + outcomes["stop"] > 0.8 * outcomes.total()
+    assert after.num_hits > before.num_hits
+    assert after.num_pool_hits > before.num_pool_hits
 
 
 @pytest.mark.parametrize(("num_mtp", "quant", "prefill_ep"), [(0, None, 1), (1, "int8", 2)])

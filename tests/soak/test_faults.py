@@ -7,6 +7,7 @@ import pytest
 
 import cmjax
 from cmjax.cli.options import BUNDLED_MODEL
+from cmjax.serve.caching import CacheSettings
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 
@@ -26,6 +27,7 @@ def test_a_thousand_faults():
         max_num_batched_tokens=64,
         num_speculative_tokens=1,
         handoff_timeout_s=1.0,
+        cache=CacheSettings(cache_block_size=16, fetch="always"),
     )
     load = make_load(np.random.default_rng(2), engine.model.config.vocab_size, 120, 300, 12)
     engine.start()
