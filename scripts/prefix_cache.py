@@ -41,10 +41,8 @@ def main() -> None:
                 begin = time.perf_counter()
                 handle = engine.submit([*common, *tokenizer.encode(prompt)], SamplingParams(max_tokens=8))
                 texts.append(handle.result().token_ids)
-                milliseconds = (time.perf_counter() - begin) * 1e3
-                print(
-                    f"  {prompt!r}: {handle.num_cached_tokens} of {len(handle.prompt_ids)} tokens cached, {milliseconds:.0f} ms"
-                )
+                seconds, num_cached = time.perf_counter() - begin, handle.num_cached_tokens
+                print(f"  {prompt!r}: {num_cached} of {len(handle.prompt_ids)} tokens cached, {seconds * 1e3:.0f} ms")
             stranger = engine.submit([*common, 1], SamplingParams(max_tokens=1), namespace="another tenant")
             stranger.result()
             print(f"  another tenant: {stranger.num_cached_tokens} tokens cached")

@@ -107,6 +107,11 @@ class Tokenizer:
         return self.chat_templates.get("default")
 
     @property
+    def thinks(self) -> bool:
+        """Whether there is a token that thoughts begin with, as reasoning models have it."""
+        return self.backend.token_to_id("<think>") is not None
+
+    @property
     def vocab_size(self) -> int:
         """Ids that the tokenizer knows, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
