@@ -19,6 +19,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools, fabric
 from cmjax.model import Model, ModelConfig
 from cmjax.serve import Engine, EngineSettings, StartProgress
+from cmjax.serve.caching import CacheSettings
 from cmjax.serve.engine import Progress
 
 MAX_DEFAULT_SEQS = 8
@@ -123,14 +124,15 @@ def start_engine(
     tell: Callable[[StartProgress], None] = tell_start,
     *,
     wait: bool = True,
+    cache: CacheSettings | None = None,
 ) -> Engine:
     """An engine for the model in a folder, started; its sizes do not follow from prompts. `tell`, `wait`: see
-    `Engine.start`."""
+    `Engine.start`; `cache`: its prefix cache, by default none."""
     pools = carve(layout)
     model = load_in(path, formats, engine.get("max_num_seqs_per_rank"))
     settings = engine.make(max_model_len=min(DEFAULT_MODEL_LEN, model.config.max_position_embeddings))
     with memory_errors(settings):
-        started = Engine(model, pools, settings=settings)
+        started = Engine(model, pools, settings=settings, cache=cache)
         started.start(tell, wait=wait)
     ease_collector()
     return started

@@ -18,6 +18,7 @@ from cmjax.cli.running import ease_collector, find_tokenizer, serving_options, s
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, Pools
 from cmjax.serve import Bounds, Engine, EngineSettings, RatioPolicy, StartProgress
+from cmjax.serve.caching import CacheSettings
 from cmjax.serve.settings import ListenSettings, ServerSettings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _END_S = 2.0  # for the engine's threads to end
 @given_options_for("server", ServerSettings)
 @click.option("--chat-template", help="Jinja file or text.  [default: the model's own]")
 @click.option("--max-prefill-instances", type=click.IntRange(min=1), help="Let their number follow the load up to it.")
+@options_for("cache", CacheSettings)
 @options_for("layout", InstanceLayout)
 @options_for("formats", ModelFormats)
 @serving_options
@@ -51,6 +53,7 @@ def serve(
     server: Given[ServerSettings],
     chat_template: str | None,
     max_prefill_instances: int | None,
+    cache: CacheSettings,
     layout: InstanceLayout,
     formats: ModelFormats,
     engine: Given[EngineSettings],
@@ -72,6 +75,7 @@ def serve(
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer, chat_template)
     settings = server.make(model_name=path.resolve().name)
     keys = known_keys(settings, os.environ)
+    settings = dataclasses.replace(settings, api_keys=keys, share_prefix_cache=cache.share)
     generation = GenerationConfig.find(path, settings.generation_config)
 
     def start(room: "WaitingRoom") -> Engine:
@@ -79,7 +83,7 @@ def serve(
             room.tell(progress)
             tell_start(progress)
 
-        started = start_engine(path, layout, formats, engine, tell, wait=False)
+        started = start_engine(path, layout, formats, engine, tell, wait=False, cache=cache)
         if max_prefill_instances is not None:
             started.follow_load(_ratio(started.pools, max_prefill_instances))
         return started
@@ -87,7 +91,7 @@ def serve(
     with _ending_at_once(), waiting_room(listen) as room:
         started = start(room)
         try:
-            app = create_app(started, dataclasses.replace(settings, api_keys=keys), tokenizer, template, generation)
+            app = create_app(started, settings, tokenizer, template, generation)
             ease_collector()  # the app, too, lives as long as the process
             room.close()
             name = settings.model_name

@@ -4,11 +4,14 @@ import itertools
 import json
 import signal
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from cmjax.cli import main
+from cmjax.errors import UserError
+from cmjax.serve.caching import CacheSettings
 from tests.http.serving import PATIENCE, serving_process
 from tests.parity import FOLDER
 
@@ -22,9 +25,16 @@ def server():
         "--max-num-seqs": 1,
         "--max-model-len": 64,
         "--max-num-batched-tokens": 64,
+        "--cache-block-size": 16,
     }
     with serving_process(*itertools.chain(*options.items())) as process_and_address:
         yield process_and_address
+
+
+def test_prompts_are_cached_by_default(server):
+    body = {"prompt": list(range(3, 43)), "max_tokens": 1}
+    usages = [httpx.post(f"{server[1]}/v1/completions", json=body, timeout=PATIENCE).json()["usage"] for _ in range(2)]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 32]
 
 
 def test_sigterm_finishes_what_runs(server):
@@ -76,6 +86,33 @@ def test_a_wrong_configuration_file_is_one_line(tmp_path, capsys, text, message)
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "shares"),
+    [
+        ([], {}, False),
+        (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}, False),
+        (["--cache-dram-gb", "0.5", "--share-prefix-cache"], {"dram_bytes": 500_000_000, "share": True}, True),
+    ],
+)
+def test_the_flags_of_the_prefix_cache(monkeypatch, flags, settings, shares):
+    """An engine that ends before it begins, and a server that does."""
+    engine, asked, served = SimpleNamespace(shutdown=lambda timeout: None), [], []
+
+    def start_engine(*_, cache, **__):
+        asked.append(cache)
+        return engine
+
+    def create_app(_, server, *__):
+        served.append(server)
+        raise UserError("enough")
+
+    monkeypatch.setattr("cmjax.cli.serve.start_engine", start_engine)
+    monkeypatch.setattr("cmjax.serve.http.create_app", create_app)
+    assert main(["serve", "--model", str(FOLDER / "v3-small"), "--port", "0", *flags]) == 2
+    assert asked == [CacheSettings(**settings)]
+    assert served[0].share_prefix_cache == shares
 
 
 def test_the_command_line_comes_before_the_file(tmp_path, capsys):
