@@ -72,6 +72,7 @@ def serve(
 
     path = find_model(folder)
     tokenizer = find_tokenizer(path)
+    cache = cache.for_model(thinks=tokenizer is not None and tokenizer.thinks)
     template = None if tokenizer is None else ChatTemplate.find(path, tokenizer, chat_template)
     settings = server.make(model_name=path.resolve().name)
     keys = known_keys(settings, os.environ)

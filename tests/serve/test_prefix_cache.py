@@ -257,6 +257,13 @@ def test_what_decode_made_is_not_kept_where_it_is_not_wanted(model, base):
         assert ask(engine, [*base[:13], *answer])[1] == UNIT
 
 
+@pytest.mark.parametrize(("said", "thinks", "kept"), [("auto", True, "never"), ("auto", False, "always")])
+def test_a_model_that_thinks_keeps_no_thoughts_unless_told_to(said, thinks, kept):
+    assert CacheSettings(decode_blocks=said).for_model(thinks=thinks).decode_blocks == kept
+    for told in ("always", "never"):
+        assert CacheSettings(decode_blocks=told).for_model(thinks=thinks).decode_blocks == told
+
+
 def test_reset_forgets_all(engine, base):
     prompt = base[:40]
     ask(engine, prompt)

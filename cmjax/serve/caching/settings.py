@@ -73,10 +73,17 @@ class CacheSettings:
     )
     decode_blocks: When = option(
         "auto",
-        "Whether blocks of generated tokens are kept; auto: where they come back in later prompts.",
+        "Whether blocks of generated tokens are kept; auto: unless the model thinks before it answers, since its "
+        "thoughts do not come back in later prompts.",
         flag="--cache-decode-blocks",
         choices=get_args(When),
     )
+
+    def for_model(self, *, thinks: bool) -> "CacheSettings":
+        """With what "auto" stands for, for a model that thinks before it answers, or does not."""
+        if self.decode_blocks != "auto":
+            return self
+        return dataclasses.replace(self, decode_blocks="never" if thinks else "always")
 
     def __post_init__(self) -> None:
         check_bounds(self)
