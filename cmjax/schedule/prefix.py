@@ -51,9 +51,9 @@ class BlockChain:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Name the blocks that `token_ids`, all from the first on, fill."""
-        size = self.block_tokens
-        for index in range(len(self.names), len(token_ids) // size):
-            block = np.array(token_ids[index * size : (index + 1) * size], np.int32)
+        size, first = self.block_tokens, len(self.names)
+        blocks = np.array(token_ids[first * size : len(token_ids) // size * size], np.int32)
+        for block in blocks.reshape(-1, size):
             self.token_ids.append(block)
             self.names.append(self._names.name(self.names[-1] if self.names else self._root, block))
 
