@@ -56,6 +56,7 @@ STAGES = ("waiting", "prefill", "handoff", "decode")
 ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 Moment = Literal["before", "after"]
+MOMENTS: tuple[Moment, Moment] = ("before", "after")
 KINDS = ("greedy", "greedy", "sampled", "stop", "far stop", "logprobs")
 PLAN_NAMES = {
     PrefillPlan: "step",
@@ -85,7 +86,7 @@ class Layout:
         prefill_blocks, decode_blocks: of an instance, of a rank; what is more than enough for one request.
         is_limited: a controller says how many sequences run together.
         is_patient: calls wait until all have arrived.
-        cache: of prefixes, if there is one.
+        is_cached: whether there is a prefix cache, of one kind or another.
     """
 
     seed: int
@@ -98,7 +99,7 @@ class Layout:
     decode_blocks: int = 20
     is_limited: bool = False
     is_patient: bool = False
-    cache: CacheSizes | None = None
+    is_cached: bool = False
 
 
 class Wrapped:
@@ -167,12 +168,13 @@ class Chaos:
         self.scheduler, self.pool = self.cluster.scheduler, self.cluster.pool
         self.pool.rates, self.pool.tier_of = RATES, lambda name: "disk" if name[0] % 4 == 0 else "dram"
         self.pool.delay_s, self.pool.is_refused = self._pool_s, self._is_refused
-        # Prompts begin with one of these; some of them begin alike.
-        stem = self._random_tokens(LONGEST_PROMPT)
-        self._stems = [stem, stem, stem[:8] + self._random_tokens(LONGEST_PROMPT - 8)]
+        # Prompts begin with one of these, two of which begin alike.
+        self._stems = [self._random_tokens(LONGEST_PROMPT) for _ in range(4)]
+        self._stems[1][:8] = self._stems[0][:8]
         self._chains: list[BlockChain] = []
-        if layout.cache is not None:
-            self._fill_pool(layout.cache.block_tokens)
+        self.cache = self._random_cache() if layout.is_cached else None
+        if self.cache is not None:
+            self._fill_pool(self.cache.block_tokens)
         self.told: dict[Request, Told] = {}
         self.changes: list[InstanceChange] = []
         self.sending: SendPlan | None = None
@@ -217,14 +219,26 @@ class Chaos:
             kind = self.random.choice(KINDS)
             self.submit(length, max_tokens, self.random.randrange(2), self.random.choice("ab"), kind)
 
-    def submit(self, length: int, max_tokens: int, priority: int, tenant: str, kind: str) -> None:
+    def submit_alike(self, count: int) -> None:
+        """Several long prompts that begin alike."""
+        stem = self.random.randrange(len(self._stems))
+        for _ in range(count):
+            length = self.random.randint(LONGEST_PROMPT // 2, LONGEST_PROMPT)
+            self.submit(length, self.random.randint(1, 4), 0, "a", "greedy", stem=stem)
+
+    def submit(
+        self, length: int, max_tokens: int, priority: int, tenant: str, kind: str, stem: int | None = None
+    ) -> None:
         """A request. `kind`: greedy, sampled, stop (a token that comes), far stop (one that steps do not know), or
         logprobs."""
         prompt, chain = self._random_tokens(length), None
-        if (cache := self.layout.cache) is not None:
-            num_shared = self.random.choice(range(0, length + 1, BLOCK)) + self.random.choice((-1, 0, 0, 1))
-            prompt[: max(num_shared, 0)] = self.random.choice(self._stems)[: min(max(num_shared, 0), length)]
-            chain = make_chain(cache.block_tokens, self.random.choice(("", "", "", "other")))
+        if (cache := self.cache) is not None:
+            # As much as a few blocks, or a token more or less.
+            num_shared = self.random.randrange(0, length + 2, BLOCK) + self.random.choice((-1, 0, 0, 1))
+            num_shared = min(max(num_shared, 0), length)
+            stem = self.random.randrange(len(self._stems)) if stem is None else stem
+            prompt[:num_shared] = self._stems[stem][:num_shared]
+            chain = make_chain(cache.block_tokens, self.random.choice(("", "", "", "", "other")))
             self._chains.append(chain)
         expected = expected_tokens(prompt, max_tokens)
         options: dict[str, Any] = {}
@@ -264,9 +278,9 @@ class Chaos:
         """Time passes."""
         self.cluster.run(self.cluster.now + seconds)
 
-    def fail_runs(self, kind: str, moment: Moment, count: int) -> None:
-        """The next plans of a kind fail, whosever they are."""
-        self._failing[kind] += [moment] * count
+    def fail_runs(self, kind: str, count: int) -> None:
+        """The next plans of a kind fail, whosever they are, before they have any effect or after."""
+        self._failing[kind] += self.random.choices(MOMENTS, k=count)
 
     def hurt(self, what: str, index: int, is_last_spared: bool) -> None:
         """Lose, drain, remove or break down an instance, or compile it anew."""
@@ -286,9 +300,9 @@ class Chaos:
         """The next rounds sent get lost, or come late, or later than the next ones."""
         self._round_fates.extend([fate] * count)
 
-    def decide_answers(self, kind: str, fate: str, count: int) -> None:
+    def decide_answers(self, kind: str, count: int) -> None:
         """The next answers of the pool to plans of a kind never come, or late."""
-        self._pool_fates[kind] += [fate] * count
+        self._pool_fates[kind] += self.random.choices(("lost", "late"), k=count)
 
     def spoil_pool(self, what: str, count: int) -> None:
         """Some blocks vanish from the pool, others lie in their places, or the next ones are not taken."""
@@ -344,7 +358,7 @@ class Chaos:
             # A prompt may be as long as what decode has added to it.
             num_blocks = MAX_BLOCKS + layout.prefill_blocks
             self._planners[name] = self.cluster.add_prefill(
-                name, prefill_sizes(num_blocks, step_tokens=12, num_places=layout.num_places, cache=layout.cache)
+                name, prefill_sizes(num_blocks, step_tokens=12, num_places=layout.num_places, cache=self.cache)
             )
         else:
             sizes = decode_sizes(
@@ -381,7 +395,6 @@ class Chaos:
             for attempt in planner.attempts.values():
                 # It has left its source, or will when that has been told that its last round was sent.
                 assert attempt.stage != "decode" or attempt.id in attempt_ids_of(planner.under_way)
-            self._check_sharing(planner)
         self._check_fences()
 
     def finish(self) -> None:
@@ -429,7 +442,7 @@ class Chaos:
 
     def _check_cache_counts(self) -> None:
         """What is counted of the prefix cache adds up, and the pool has nothing that it should not have."""
-        cache, size = self.scheduler.cache_counts, self.layout.cache.block_tokens if self.layout.cache else 1
+        cache, size = self.scheduler.cache_counts, self.cache.block_tokens if self.cache else 1
         assert cache.num_hits + cache.num_pool_hits <= cache.num_queried
         assert cache.num_pool_hits <= cache.num_pool_queried <= cache.num_queried - cache.num_hits
         assert self.pool.blocks.keys() <= {(chain.namespace, name) for chain in self._chains for name in chain.names}
@@ -440,7 +453,7 @@ class Chaos:
             self.counts["requests with cached tokens"] += request.num_cached_tokens > 0
         for field in dataclasses.fields(cache):
             self.counts[f"cache: {field.name}"] += getattr(cache, field.name)
-        if self.layout.cache is None:
+        if self.cache is None:
             assert cache == CacheStats()
 
     def _run_out(self) -> None:
@@ -517,7 +530,7 @@ class Chaos:
                     self.counts["blocks that several share"] += 1
                     stop = (index + 1) * BLOCK
                     assert index == other_index
-                    assert stop < min(attempt.num_prefill, other.num_prefill) + (not self.layout.cache.needs_next)
+                    assert stop < min(attempt.num_prefill, other.num_prefill) + (not self.cache.needs_next)
                     assert attempt.request.prefill_slice(0, stop) == other.request.prefill_slice(0, stop)
                     assert attempt.request.chain.namespace == other.request.chain.namespace
 
@@ -527,7 +540,7 @@ class Chaos:
         """Whether a run fails, and when."""
         kind, moment = PLAN_NAMES[type(plan)], None
         if name in self._broken:
-            moment = self.random.choice(("before", "after"))
+            moment = self.random.choice(MOMENTS)
         elif self._failing[kind]:
             moment = self._failing[kind].pop()
         if moment is not None:
@@ -566,6 +579,8 @@ class Chaos:
                     owners[key].add(attempt.id)
         self._under_way[planner.name] = plan, owners
         self._count_plan(plan, named)
+        if isinstance(planner, PrefillPlanner):
+            self._check_sharing(planner)
         self._num_plans += 1
         assert self._num_plans < MOST_PLANS, "nothing comes to an end"
         is_short = isinstance(plan, SendPlan | ReceivePlan | PoolPlan)
@@ -619,6 +634,15 @@ class Chaos:
             self._chains.append(chain)
             for name, token_ids in zip(chain.names, chain.token_ids, strict=True):
                 self.pool.blocks["", name] = VirtualBlock(token_ids, self.pool.tier_of(name))
+
+    def _random_cache(self) -> CacheSizes:
+        return CacheSizes(
+            block_tokens=self.random.choice((BLOCK, 2 * BLOCK)),
+            needs_next=self.random.random() < 0.5,
+            has_pool=self.random.random() < 0.9,
+            plan_blocks=self.random.randint(1, 3),
+            keeps_generated=self.random.random() < 0.5,
+        )
 
     def _random_tokens(self, length: int) -> list[int]:
         return [self.random.randrange(5000) for _ in range(length)]

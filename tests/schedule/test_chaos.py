@@ -9,21 +9,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from cmjax.schedule import CacheSizes, CacheStats
+from cmjax.schedule import CacheStats
 from tests.schedule.chaos import KINDS, LONGEST_PROMPT, MOST_TOKENS, PLAN_NAMES, ROLES, STAGES, Chaos, Layout
-from tests.schedule.clusters import BLOCK
 
 INSTANCES = st.integers(0, 11)
 DELAYS = st.integers(-30, 100)  # hundredths of a second; those below 0 are none
-MOMENTS = st.sampled_from(["before", "after"])
-CACHES = st.builds(
-    CacheSizes,
-    block_tokens=st.sampled_from([BLOCK, 2 * BLOCK]),
-    needs_next=st.booleans(),
-    has_pool=st.sampled_from([True, True, True, False]),
-    plan_blocks=st.integers(1, 3),
-    keeps_generated=st.booleans(),
-)
 
 
 class ChaosMachine(RuleBasedStateMachine):
@@ -44,7 +34,7 @@ class ChaosMachine(RuleBasedStateMachine):
             decode_blocks=st.integers(0, 12),
             is_limited=st.booleans(),
             is_patient=st.sampled_from([False, False, True]),
-            cache=st.none() | CACHES,
+            is_cached=st.sampled_from([True, True, False]),
         ),
         num_requests=st.integers(0, 10),
     )
@@ -60,6 +50,10 @@ class ChaosMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6), delay=DELAYS)
     def submit_some(self, count, delay):
         self.do("submit_some", count, delay=delay)
+
+    @rule(count=st.integers(2, 6), delay=DELAYS)
+    def submit_alike(self, count, delay):
+        self.do("submit_alike", count, delay=delay)
 
     @rule(
         length=st.integers(1, LONGEST_PROMPT),
@@ -87,9 +81,9 @@ class ChaosMachine(RuleBasedStateMachine):
     def advance_on(self, hundredths):
         self.do("advance", hundredths / 100)
 
-    @rule(kind=st.sampled_from(sorted(PLAN_NAMES.values())), moment=MOMENTS, count=st.integers(1, 2), delay=DELAYS)
-    def fail_runs(self, kind, moment, count, delay):
-        self.do("fail_runs", kind, moment, count, delay=delay)
+    @rule(kind=st.sampled_from(sorted(PLAN_NAMES.values())), count=st.integers(1, 2), delay=DELAYS)
+    def fail_runs(self, kind, count, delay):
+        self.do("fail_runs", kind, count, delay=delay)
 
     @rule(fate=st.sampled_from(["lost", "late", "overtaken"]), count=st.integers(1, 3), delay=DELAYS)
     def decide_rounds(self, fate, count, delay):
@@ -108,14 +102,9 @@ class ChaosMachine(RuleBasedStateMachine):
     def add(self, role, delay):
         self.do("add", role, delay=delay)
 
-    @rule(
-        kind=st.sampled_from(["lookup", "fetch", "store"]),
-        fate=st.sampled_from(["lost", "late"]),
-        count=st.integers(1, 3),
-        delay=DELAYS,
-    )
-    def decide_answers(self, kind, fate, count, delay):
-        self.do("decide_answers", kind, fate, count, delay=delay)
+    @rule(kind=st.sampled_from(["lookup", "fetch", "fetch", "store"]), count=st.integers(1, 3), delay=DELAYS)
+    def decide_answers(self, kind, count, delay):
+        self.do("decide_answers", kind, count, delay=delay)
 
     @rule(what=st.sampled_from(["gone", "others", "refused"]), count=st.integers(1, 5), delay=DELAYS)
     def spoil_pool(self, what, count, delay):
@@ -164,7 +153,7 @@ def all_kinds():
     ends = ("length", "stop", "not finite", "no instance left", "hit three times")
     yield from (f"ended: {end}" for end in ends)
     yield from (f"rounds: {fate}" for fate in ("lost", "late", "overtaken", "out of order", "thrown away"))
-    yield from (f"rows of attempts that are over: {kind}" for kind in ("step", "call", "round"))
+    yield from (f"rows of attempts that are over: {kind}" for kind in ("step", "call", "round", "load"))
     yield from ("removed", "removed at work", "lost by hand", "lost by hand at work", "lost by failing three times")
     yield from ("drained", "added: prefill", "added: decode", "changes", "changes that failed", "rows spoilt")
     yield from ("preemptions", "prompts computed again", "ended after a failure", "hand-offs failed")
@@ -173,7 +162,6 @@ def all_kinds():
     yield from ("blocks of the pool: gone", "blocks of the pool: others", "resets at work", "blocks that several share")
     yield from ("prompts that begin with a prefix", "requests with cached tokens", "lookups of several")
     yield from ("loads: thrown away", "loads: in parts", "stores of attempts that are over")
-    yield from (f"rows of attempts that are over: {kind}" for kind in ("lookup", "fetch", "load"))
     yield from ("chunks that end no prompt", "second and later rounds", "calls with growth", "calls with nothing new")
 
 
@@ -181,7 +169,7 @@ def test_requests_end_rightly_in_hundreds_of_histories():
     counts = run_histories(200)
     # Which histories these are follows from the sources; a rare kind may be in none of them. The long test has all.
     missing = [kind for kind in all_kinds() if not counts[kind]]
-    assert len(missing) <= 3, missing
+    assert len(missing) <= 5, missing
 
 
 @pytest.mark.soak

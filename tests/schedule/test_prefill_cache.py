@@ -250,6 +250,8 @@ def test_what_the_instance_has_by_now_is_not_fetched():
     driver.next(StorePlan)
     assert driver.next(FetchPlan, Found(late.id, (DRAM,) * 3, {})).names == names(2, 3)
     assert late.num_computed == 8
+    load = driver.next(LoadPlan, Fetched(late.id, 1))
+    assert (load.blocks.tolist(), load.last_positions.tolist()) == ([[late.prefill.blocks.ids[2]]], [11])
 
 
 def test_others_are_computed_while_a_prompt_is_looked_up_and_fetched():
