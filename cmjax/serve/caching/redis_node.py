@@ -29,6 +29,7 @@ from cmjax.serve.caching.values import (
 T = TypeVar("T")
 
 _SCANNED_TOGETHER = 1000
+_READ_BYTES = 1 << 20  # from the socket at once; the client's own 64 KB halve its speed
 _MOST_TOGETHER = 1000  # small values in one message
 
 # KEYS: the value's, the namespace's order of use, its sizes. ARGV: the digest; of a put also what keys of values begin
@@ -74,6 +75,10 @@ class RedisNode(PoolNode):
     their bytes and deletes those used longest ago. It holds approximately: each of a pool's servers takes an equal
     share, and values that the server itself evicts count until their turn comes.
 
+    The epoch holds for one run of the server: one that was started anew has nothing, or an older snapshot, in which
+    what was deleted since is back. So every new connection sees whether it is the same run under the same epoch; where
+    it is not, the node counts as failed until it has been wiped, or been found to be wiped by another process.
+
     Args:
         url: redis://[[user]:password@]host[:port][/database], rediss:// for TLS, unix://path.
         cpu: number of the node in the pool.
@@ -109,12 +114,17 @@ class RedisNode(PoolNode):
             raise UserError(f"pool name {pool_name!r} has other characters than letters, digits and ._-")
         try:
             self._client: Any = valkey.Valkey.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=connect_timeout_s
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=connect_timeout_s,
+                socket_read_size=_READ_BYTES,
+                valkey_connect_func=self._connected,
             )
             self.name = _address(self._client)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{_without_password(url)!r} is no redis://host:port[/database]: {error}") from error
         self._failures = (valkey.ConnectionError, valkey.TimeoutError, OSError)
+        self._failure = valkey.ConnectionError
         self._refusals = valkey.ValkeyError
         self.cpu, self.is_shared = cpu, is_shared
         self._prefix, self._chunk_bytes = f"cmjax:{pool_name}:", chunk_bytes
@@ -123,7 +133,9 @@ class RedisNode(PoolNode):
         self._counters = Counters()
         self._size = 1_000_000.0  # bytes of a large one of the values seen lately: sets how many are asked for at once
         self._owed: set[str | None] = set()  # namespaces to clear once it answers again
-        self._epoch = ""
+        self._epoch = ""  # set between `start` and `close`
+        self._mark = b""  # the epoch as it stands on the server, with the run that it holds for
+        self._is_catching_up = False
         self._accounts, self._meter = Accounts(), Meter()
 
     def _key(self, namespace: str, digest: int) -> str:
@@ -144,18 +156,41 @@ class RedisNode(PoolNode):
         except self._refusals as error:
             raise ConnectionError(str(error)) from error
 
+    def _connected(self, connection: Any) -> None:
+        """For the client: prepare a new connection."""
+        connection.on_connect()
+        if self._epoch and not self._is_catching_up:
+            answers = []
+            for command in (("GET", f"{self._prefix}epoch"), ("INFO", "server")):
+                connection.send_command(*command)
+                answers.append(connection.read_response())
+            if answers[0] != self._mark or _run_in(answers[1]) != self._mark.split()[-1]:
+                raise self._failure(f"{self.name} was started anew, or has come under another epoch")
+
     def read_epoch(self) -> str | None:
         with self._as_os_error():
-            found = self._client.get(f"{self._prefix}epoch")
-        return found.decode("ascii", "replace") if isinstance(found, bytes) else None
+            return self._read_epoch()
+
+    def _read_epoch(self) -> str | None:
+        """The token; None where there is none, or it is of an earlier run of the server."""
+        epoch, _, run = (self._client.get(f"{self._prefix}epoch") or b"").decode("ascii", "replace").partition(" ")
+        return epoch if epoch and run.encode() == self._run() else None
+
+    def _run(self) -> bytes:
+        return self._client.info("server").get("run_id", "none").encode()
+
+    def _write_epoch(self, epoch: str) -> None:
+        self._mark = epoch.encode() + b" " + self._run()
+        self._client.set(f"{self._prefix}epoch", self._mark)
+        self._epoch = epoch
 
     def start(self, epoch: str, keep: bool, accounts: Accounts, meter: Meter) -> None:
         with self._as_os_error():
             if not keep:
                 self._delete_all("*")
-            self._client.set(f"{self._prefix}epoch", epoch)
+            self._write_epoch(epoch)
         accounts.count_server(1)
-        self._epoch, self._accounts, self._meter = epoch, accounts, meter
+        self._accounts, self._meter = accounts, meter
 
     def memory_limit(self) -> int:
         """Bytes that the server may use; 0: no limit, or it does not say."""
@@ -182,7 +217,11 @@ class RedisNode(PoolNode):
             return otherwise
         try:
             if not self._health.is_up:
-                self._catch_up()
+                self._is_catching_up = True
+                try:
+                    self._catch_up()
+                finally:
+                    self._is_catching_up = False
             answer = work()
         except self._failures:
             self._health.failed()
@@ -196,21 +235,14 @@ class RedisNode(PoolNode):
         return otherwise
 
     def _catch_up(self) -> None:
-        """It answers again: do what is owed, and see whether its data still are those of this pool. A server that was
-        started anew has none, or an older snapshot's; under another epoch they are another's."""
-        found = self._client.get(f"{self._prefix}epoch")
+        """It answers again: do what is owed, and see whether its data still are the pool's."""
+        found = self._read_epoch()
         with self._lock:
             owed = set(self._owed)
-        if found is None:
-            self._client.set(f"{self._prefix}epoch", self._epoch)
-        elif self.is_shared:
-            self._epoch = found.decode("ascii", "replace")
-        elif found != self._epoch.encode():
-            owed.add(None)
-        for namespace in owed:
+        is_known = found is not None and (self.is_shared or found == self._epoch)
+        for namespace in owed if is_known else {None}:
             self._clear_now(namespace)
-        if None in owed:
-            self._client.set(f"{self._prefix}epoch", self._epoch)
+        self._write_epoch(found if found is not None and is_known else self._epoch)
         with self._lock:
             self._owed -= owed
 
@@ -379,6 +411,12 @@ class RedisNode(PoolNode):
             self._accounts.count_server(-1)
             self._epoch = ""
         self._client.close()
+
+
+def _run_in(info: bytes) -> bytes:
+    """The run that an answer to INFO names."""
+    found = re.search(rb"run_id:(\S+)", info)
+    return found[1] if found else b"none"
 
 
 def _address(client: Any) -> str:
