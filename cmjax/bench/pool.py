@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+import cmjax
 from cmjax.bench.report import in_turn, machine
 from cmjax.bench.tables import define, new_table
 from cmjax.serve.caching import FileStore, LocalNode, MemoryPool, RedisNode
@@ -142,7 +143,7 @@ def run(
         finally:
             if process:
                 process.kill()
-                process.wait()
+                process.communicate()
     index = measure_index(num_index_keys) if num_index_keys else None
     return PoolResult(per_s.pop("copy"), per_s, operations, index, url)
 
@@ -241,7 +242,7 @@ for number in range(1, count + 1):
     index.on_disk.append(Index.DISK, slot)
 seconds = time.perf_counter() - begin
 grown = process.memory_info().rss - before
-digests = rng.sample(index.digests[2:], min(count, 100_000))
+digests = rng.sample([one for one in index.digests if one], min(count, 100_000))
 begin = time.perf_counter()
 for number, digest in enumerate(digests, count + 1):
     index.touch(index.find(digest), number)
@@ -253,7 +254,8 @@ print(grown / count, seconds, touch * 1e6)
 def measure_index(num_keys: int = INDEX_KEYS) -> IndexResult:
     """An index of so many keys, in a process of its own, so that its memory can be told from the rest."""
     command = [sys.executable, "-c", _INDEX, str(num_keys)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(cmjax.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     bytes_a_key, seconds, touch_us = map(float, done.stdout.split())
     return IndexResult(num_keys, bytes_a_key, seconds, touch_us)
 
