@@ -432,7 +432,7 @@ WRITE_UNTIL_KILLED = """
 import itertools, sys
 from pathlib import Path
 from tests.caching.contents import open_over, parts_of
-pool = open_over(Path(sys.argv[1]), dram=10**7, disk=10**4)
+pool = open_over(Path(sys.argv[1]), dram=10**7, disk=10**4, queue_bytes=200_000)
 for turn in itertools.count():
     key = b"k%d" % (turn % 50)
     pool.put("a", [(key, parts_of(key, turn, 20_000))])

@@ -82,7 +82,7 @@ class FileStore:
         self.folder, self.capacity = Path(folder), capacity
         self.reading, self.writing = Health(), Health()  # a full disk can still be read
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # values are what people have written
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise UserError(f"the cache folder {self.folder} cannot be written to: {error.strerror}") from error
