@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from cmjax.bench import peer
-from cmjax.bench.cache import Tell, random_model, send, silent, started, wait_until_stored
+from cmjax.bench.cache import Tell, random_model, send, silent, started
 from cmjax.bench.cache_bound import Lookup, clairvoyant_hits, count_distinct, lru_hits, make_lookups
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
@@ -217,7 +217,9 @@ def _deliver(
         max_num_batched_tokens=1024,
     )
     block_bytes = block * config.num_cache_layers * config.latent_width * model.dtype.itemsize
-    cache = CacheSettings(cache_block_size=block, dram_bytes=wanted * block_bytes, decode_blocks="never")
+    cache = CacheSettings(
+        cache_block_size=block, dram_bytes=wanted * block_bytes, decode_blocks="never", fetch="always"
+    )
     tell("compiling", 0, None)
     cached = 0
     with started(model, sizes, cache) as engine:
@@ -227,7 +229,6 @@ def _deliver(
             (handle,) = send(engine, [prompt], settings.max_tokens)
             cached += handle.num_cached_tokens
         seconds = time.perf_counter() - begin
-        wait_until_stored(engine)
         assert engine.pool is not None
         counts, nodes = engine.stats().cache, engine.pool.stats().nodes
     total, held = sum(map(len, prompts)), sum(node.num_keys for node in nodes)
