@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s
+from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s, wait_until_stored
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
@@ -107,7 +107,7 @@ class _Prompts:
     """Prompts that share a beginning: the same one for each share and place in a burst, and other ends every time."""
 
     def __init__(self, settings: ReuseSettings, vocab_size: int, cache_block: int) -> None:
-        self._length, self._vocab_size, self._block = settings.prompt_len, vocab_size, cache_block
+        self._length, self._vocab_size, self.block_tokens = settings.prompt_len, vocab_size, cache_block
         self._rng = np.random.default_rng(settings.seed)
         self.beginnings = {
             (reuse, place): self.random(self.num_shared(reuse))
@@ -117,8 +117,8 @@ class _Prompts:
 
     def num_shared(self, reuse: float) -> int:
         """Tokens in whole cached blocks, at least one of the prompt's being left to compute."""
-        wanted = round(reuse / 100 * self._length / self._block)
-        return min(wanted, (self._length - 1) // self._block) * self._block
+        wanted = round(reuse / 100 * self._length / self.block_tokens)
+        return min(wanted, (self._length - 1) // self.block_tokens) * self.block_tokens
 
     def make(self, reuse: float, places: Sequence[int]) -> list[list[int]]:
         """A prompt for each place, with an end of its own."""
@@ -158,27 +158,31 @@ class _Cached:
         self, engine: Engine, prompts: _Prompts, settings: ReuseSettings, delay: fabric.DelayModel | None
     ) -> None:
         self._engine, self._delay = engine, delay
+        self._block_tokens = prompts.block_tokens
         self._others = [prompts.random(settings.prompt_len) for _ in range(settings.burst + 1)]
         for one in [*self._others, *([*beginning, 0] for beginning in prompts.beginnings.values() if beginning)]:
-            self.measure([one])
+            self.measure([one], 0)
 
-    def measure(self, prompts: Sequence[Sequence[int]]) -> Sample:
-        """Send prompts together, and wait until all of their blocks are stored."""
+    def measure(self, prompts: Sequence[Sequence[int]], num_shared: int) -> Sample:
+        """Send prompts together, and wait until all of their blocks but those of the first `num_shared` tokens, which
+        the pool has, are stored."""
+        num_new = sum((len(one) - num_shared) // self._block_tokens for one in prompts)
         with _delayed(self._delay):
-            return measure(self._engine, prompts)
+            return measure(self._engine, prompts, num_new)
 
     def crowd_out(self) -> None:
         """Fill the instance's own blocks with other prompts, which the pool has."""
-        for one in self._others:
-            self.measure([one])
+        with _delayed(self._delay):
+            for one in self._others:
+                send(self._engine, [one])
 
 
-def measure(engine: Engine, prompts: Sequence[Sequence[int]]) -> Sample:
-    """Send prompts together, and wait until all of their blocks are stored."""
+def measure(engine: Engine, prompts: Sequence[Sequence[int]], num_new: int = 0) -> Sample:
+    """Send prompts together, and wait until `num_new` blocks more are stored."""
     before, begin = engine.stats().cache, time.perf_counter()
     handles = send(engine, prompts)
     end = time.perf_counter()
-    engine.wait_until_stored()
+    wait_until_stored(engine, num_new, before)
     stored, after = time.perf_counter(), engine.stats().cache
     return Sample(
         ttft_s=ttft_s(handles[0]),
@@ -258,13 +262,13 @@ def _measure_all(
     turns = list(itertools.product(range(settings.rounds), settings.each_reuse, (False, True)))
     for done, (index, reuse, is_burst) in enumerate(turns):
         tell("measuring", done, len(turns))
-        places = range(1, settings.burst + 1) if is_burst else [0]
+        places, shared = (range(1, settings.burst + 1) if is_burst else [0]), prompts.num_shared(reuse)
         yield (index, reuse, "off", is_burst), measure(off, prompts.make(reuse, places))
         pool.crowd_out()
-        yield (index, reuse, "pool", is_burst), pool.measure(prompts.make(reuse, places))
-        yield (index, reuse, "own", is_burst), pool.measure(prompts.make(reuse, places))
+        yield (index, reuse, "pool", is_burst), pool.measure(prompts.make(reuse, places), shared)
+        yield (index, reuse, "own", is_burst), pool.measure(prompts.make(reuse, places), shared)
         vpc.crowd_out()
-        yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places))
+        yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places), shared)
 
 
 def summarize(settings: ReuseSettings, samples: Mapping[Key, Sample], shared: Mapping[float, int]) -> dict[str, Any]:

@@ -217,7 +217,9 @@ def _deliver(
         max_num_batched_tokens=1024,
     )
     block_bytes = block * config.num_cache_layers * config.latent_width * model.dtype.itemsize
-    cache = CacheSettings(cache_block_size=block, dram_bytes=wanted * block_bytes, decode_blocks="never")
+    cache = CacheSettings(
+        cache_block_size=block, dram_bytes=wanted * block_bytes, decode_blocks="never", fetch="always"
+    )
     tell("compiling", 0, None)
     cached = 0
     with started(model, sizes, cache) as engine:
@@ -227,7 +229,6 @@ def _deliver(
             (handle,) = send(engine, [prompt], settings.max_tokens)
             cached += handle.num_cached_tokens
         seconds = time.perf_counter() - begin
-        engine.wait_until_stored()
         assert engine.pool is not None
         counts, nodes = engine.stats().cache, engine.pool.stats().nodes
     total, held = sum(map(len, prompts)), sum(node.num_keys for node in nodes)
