@@ -1,4 +1,4 @@
-"""`cmjax bench cache`: what the prefix cache gains."""
+"""`cmjax bench cache`: what the prefix cache gains, and what its memory pool does."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 from rich.table import Table
 
-from cmjax.bench import cache_agents, cache_reuse, cache_trace
+from cmjax.bench import cache_agents, cache_reuse, cache_trace, pool
 from cmjax.bench.cache_agents import AgentSettings
 from cmjax.bench.cache_reuse import ReuseSettings
 from cmjax.bench.cache_trace import TraceCacheSettings
@@ -38,6 +38,7 @@ def plot_option(function: Function) -> Function:
       cmjax bench cache reuse --plot reuse.png           beside no cache, and the instance's own blocks
       cmjax bench cache trace --trace mooncake.jsonl     hit rates predicted, delivered, and possible
       cmjax bench cache agents --users 8                 conversations that grow
+      cmjax bench cache pool                             the memory pool beside plain copies
       cmjax bench cache all --plots docs                 each in a process of its own""",
 )
 def cache() -> None:
@@ -114,6 +115,30 @@ def agents(settings: AgentSettings, plot: Path | None, as_json: bool) -> None:
 
 
 @cache.command(
+    "pool",
+    epilog="""\b
+    Examples:
+      cmjax bench cache pool
+      cmjax bench cache pool --index-keys 0 --server redis://localhost:6379 --json""",
+)
+@count_option("--rounds", 5, "Timed runs of each contender.")
+@click.option(
+    "--index-keys", type=click.IntRange(min=0), default=pool.INDEX_KEYS, show_default=True, help="0: no index."
+)
+@click.option(
+    "--server", metavar="URL", help="Of a Redis or Valkey server.  [default: one is started, if there is one]"
+)
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where the persistent tier is made.")
+@json_option
+def memory_pool(rounds: int, index_keys: int, server: str | None, folder: Path | None, as_json: bool) -> None:
+    """The memory pool beside plain copies of memory; small values; an index of many keys."""
+    result = pool.run(
+        rounds=rounds, num_index_keys=index_keys, server=server, folder=None if folder is None else str(folder)
+    )
+    print_report(pool.report(result), pool.tables(result), as_json)
+
+
+@cache.command(
     "all", epilog="\b\nExamples:\n  cmjax bench cache all\n  cmjax bench cache all --trace mooncake.jsonl --json"
 )
 @click.option("--trace", "file", metavar="FILE", help="For the benchmark of that name, which is left out without it.")
@@ -127,6 +152,7 @@ def run_all(context: click.Context, file: str | None, plots: Path | None, rounds
     if plots is not None:
         for name, options in commands.items():
             options += ["--plot", str(plots / f"cache-{name}.png")]
+    commands["pool"] = []
     run_each(context, {name: ["cache", name, *options] for name, options in commands.items()}, as_json)
 
 
