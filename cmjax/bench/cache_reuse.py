@@ -170,11 +170,12 @@ class _Cached:
         with _delayed(self._delay):
             return measure(self._engine, prompts, num_new)
 
-    def crowd_out(self) -> None:
-        """Fill the instance's own blocks with other prompts, which the pool has."""
+    def crowd_out(self, last: Sequence[int]) -> None:
+        """Fill the instance's own blocks with other prompts, which the pool has; a new one comes last."""
         with _delayed(self._delay):
             for one in self._others:
                 send(self._engine, [one])
+        self.measure([last], 0)
 
 
 def measure(engine: Engine, prompts: Sequence[Sequence[int]], num_new: int = 0) -> Sample:
@@ -263,11 +264,15 @@ def _measure_all(
     for done, (index, reuse, is_burst) in enumerate(turns):
         tell("measuring", done, len(turns))
         places, shared = (range(1, settings.burst + 1) if is_burst else [0]), prompts.num_shared(reuse)
+        # A step is faster after one of its own size: before each sample there is one of what it will have to compute.
+        # ("own" comes right after "pool".)
+        length = settings.prompt_len
+        measure(off, [prompts.random(length)])
         yield (index, reuse, "off", is_burst), measure(off, prompts.make(reuse, places))
-        pool.crowd_out()
+        pool.crowd_out(prompts.random(length - shared))
         yield (index, reuse, "pool", is_burst), pool.measure(prompts.make(reuse, places), shared)
         yield (index, reuse, "own", is_burst), pool.measure(prompts.make(reuse, places), shared)
-        vpc.crowd_out()
+        vpc.crowd_out(prompts.random(length - shared))
         yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places), shared)
 
 
