@@ -1,15 +1,19 @@
 """`cmjax bench cache`: traces with hashes, the prompts made of them, what is asked of the figures, and small runs."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from cmjax.bench import cache_agents, cache_reuse
+from cmjax.bench import cache_agents, cache_reuse, cache_trace
 from cmjax.bench.cache_agents import AgentSettings, Turn
 from cmjax.bench.cache_reuse import VARIANTS, ReuseSettings, Sample, vpc_delay
 from cmjax.bench.cache_trace import HashedRequest, TraceCacheSettings, make_prompt, read_hashed_trace, scaled_lookups
 from cmjax.cli import main
 from cmjax.errors import UserError
+from cmjax.serve.caching import CacheSettings
+from tests.helpers import tiny_model
 
 LINE = {"timestamp": 2000, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]}
 
@@ -137,13 +141,11 @@ def test_the_summary_of_reuse():
 def test_what_is_found_elsewhere_is_told():
     settings, shared = ReuseSettings(reuse="0,90", prompt_len=1000, rounds=1), {0.0: 0, 90.0: 900}
     assert not cache_reuse.summarize(settings, reuse_samples(settings, shared, own_at_pool=16), shared)["as_meant"]
-    samples = reuse_samples(settings, shared)
-    some = samples[0, 90.0, "vpc", False]
-    fewer = Sample(some.ttft_s, some.seconds, some.stored_s, some.num_tokens, 0, some.num_pool - 128)
-    samples[0, 90.0, "vpc", False] = fewer  # declined: the engine may
-    assert cache_reuse.summarize(settings, samples, shared)["as_meant"]
-    samples[0, 90.0, "pool", False] = fewer
-    assert not cache_reuse.summarize(settings, samples, shared)["as_meant"]
+    for variant in ("pool", "vpc", "own"):
+        samples = reuse_samples(settings, shared)
+        some = samples[0, 90.0, variant, False]
+        samples[0, 90.0, variant, False] = dataclasses.replace(some, num_pool=some.num_pool - 128)
+        assert not cache_reuse.summarize(settings, samples, shared)["as_meant"]
 
 
 def test_a_transfer_takes_as_much_of_a_prefill_as_in_the_paper():
@@ -195,8 +197,53 @@ def test_mistakes_are_one_line(capsys, options, message):
     assert captured.err.count("\n") == 1
 
 
-def load_json(capsys, *options):
-    status = main(["bench", "cache", *map(str, options), "--json"])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return json.loads(captured.out)
+def test_reuse_on_a_tiny_model(tmp_path):
+    """Every sample finds its beginning where its variant has it, also with a single share."""
+    settings = ReuseSettings(reuse="75", prompt_len=64, burst=1, rounds=2)
+    report = cache_reuse.run(settings, tiny_model(num_hidden_layers=2), cache_block=16)
+    assert report["as_meant"]
+    found = {row["variant"]: (row["found_own"], row["found_pool"]) for row in report["results"]}
+    assert found == {"off": (0, 0), "pool": (0, 0.75), "own": (0.75, 0), "vpc": (0, 0.75)}
+    assert json.loads(json.dumps(report)) == report
+    assert [len(one.rows) for one in cache_reuse.tables(report)] == [4, 0]
+    cache_reuse.plot(report, str(tmp_path / "reuse.png"))
+    assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_on_a_tiny_model(tmp_path):
+    """The engine delivers what the hashes predict, and a cache of the size could do better."""
+    rng = np.random.default_rng(0)
+    families = [[(family, place) for place in range(6)] for family in range(20)]
+    lines = []
+    for index, family in enumerate(rng.integers(0, 20, 150).tolist()):
+        kept = families[family][: int(rng.integers(1, 6))]
+        hashes = [10 * one + place for one, place in kept] + [1000 + index]
+        length = 512 * len(hashes) - int(rng.integers(0, 512))
+        lines.append({"timestamp": index, "input_length": length, "output_length": 1, "hash_ids": hashes})
+    file = write_trace(tmp_path / "trace.jsonl", *lines)
+    settings = TraceCacheSettings(scale=64, cache_blocks="66,84")
+    report = cache_trace.run(file, settings, tiny_model(num_hidden_layers=2))
+    assert [row["pool_blocks"] for row in report["results"]] == [64, 82]  # a block's tokens are stored with it
+    for row in report["results"]:
+        assert row["num_evicted"] > 0
+        assert row["predicted"] < row["clairvoyant"], row
+    assert report["largest_difference"] <= report["bounds"]["largest_difference"], report["results"]
+    assert json.loads(json.dumps(report)) == report
+    assert [len(one.rows) for one in cache_trace.tables(report)] == [2]
+    cache_trace.plot(report, str(tmp_path / "trace.png"))
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_agents_on_a_tiny_model(tmp_path):
+    settings = AgentSettings(users=2, turns=3, prefix_len=24, message_len=5, answer_len=7)
+    cache = CacheSettings(cache_block_size=16, decode_blocks="always", fetch="always")
+    report = cache_agents.run(settings, tiny_model(num_hidden_layers=2), cache=cache)
+    rows = report["results"]
+    assert [row["prompt_tokens"] for row in rows] == [29, 41, 53]
+    for row in rows:
+        assert row["possible"] <= row["hit_rate"] <= row["possible_with_answers"]
+    assert rows[0]["hit_rate"] == 16 / 58  # the second agent finds what the first one has in common with it
+    assert json.loads(json.dumps(report)) == report
+    assert [len(one.rows) for one in cache_agents.tables(report)] == [3]
+    cache_agents.plot(report, str(tmp_path / "agents.png"))
+    assert (tmp_path / "agents.png").read_bytes().startswith(b"\x89PNG")

@@ -225,7 +225,7 @@ def run(
             for cache in (
                 None,
                 *(
-                    CacheSettings(cache_block_size=cache_block, plane=plane, decode_blocks="never")
+                    CacheSettings(cache_block_size=cache_block, plane=plane, decode_blocks="never", fetch="always")
                     for plane in ("ub", "vpc")
                 ),
             )
@@ -305,9 +305,7 @@ def summarize(settings: ReuseSettings, samples: Mapping[Key, Sample], shared: Ma
 
 
 def _is_as_meant(variant: str, sample: Sample, num_shared: int) -> bool:
-    if variant == "vpc":  # the engine may compute blocks itself that it expects sooner so
-        return sample.num_own == 0 and sample.num_pool <= num_shared
-    own, pool = num_shared * (variant == "own"), num_shared * (variant == "pool")
+    own, pool = num_shared * (variant == "own"), num_shared * (variant in ("pool", "vpc"))
     return (sample.num_own, sample.num_pool) == (own, pool)
 
 

@@ -46,8 +46,8 @@ CONFIG = dataclasses.replace(
 MOST_OFF = 0.02
 DEFINITIONS = {
     "hit rate": "prompt tokens that need not be computed, over all prompt tokens",
-    "predicted": "by the hashes alone: a cache of as many blocks as the pool, which forgets what was used longest ago; "
-    "whole blocks, from the first on, and never the last token of a prompt",
+    "predicted": "by the hashes alone: a cache of as many blocks as the pool (or as the instance, where it has more), "
+    "which forgets what was used longest ago; whole blocks, from the first on, and never the last token of a prompt",
     "delivered": "by the engine, which gets the requests in the order of their arrival, each when the one before has "
     "been answered",
     "clairvoyant": "the most that any cache can that holds as many blocks as pool and instance together, and gets them "
@@ -187,7 +187,8 @@ def run(file: Path, settings: TraceCacheSettings, model: Model | None = None, *,
     results = []
     for wanted in settings.each_capacity:
         row = _deliver(model, prompts, wanted, settings, tell)
-        results.append(row | rates(row["pool_blocks"], row["pool_blocks"] + row["own_blocks"]))
+        pool, own = row["pool_blocks"], row["own_blocks"]
+        results.append(row | rates(max(pool, own), pool + own))
     distinct = count_distinct(lookups)
     sizes = sorted({*settings.each_capacity, distinct, *np.geomspace(1, distinct, 24).astype(int).tolist()})
     return {
@@ -210,11 +211,13 @@ def _deliver(
     """Send the prompts, one after another, to an engine whose pool has room for about so many blocks; how many it is is
     told by what it holds in the end, with what it keeps beside the latents."""
     block, config = settings.block_tokens, model.config
+    longest = max(map(len, prompts)) + settings.max_tokens
     sizes = EngineSettings(
-        max_model_len=max(map(len, prompts)) + settings.max_tokens,
+        max_model_len=longest,
         max_num_seqs_per_rank=1,
         block_size=block,
         max_num_batched_tokens=1024,
+        num_prefill_kv_blocks=blocks_for(longest, block),
     )
     block_bytes = block * config.num_cache_layers * config.latent_width * model.dtype.itemsize
     cache = CacheSettings(
