@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cmjax.schedule.block_stores import BlockStores
 from cmjax.schedule.blocks import Ragged
 from cmjax.schedule.decode_places import DecodePlaces
 from cmjax.schedule.generated_blocks import GeneratedBlocks
@@ -126,8 +127,8 @@ class DecodePlanner(Planner):
         return int(self._places.is_running.sum())
 
     @property
-    def has_to_store(self) -> bool:
-        return not self.generated.stores.is_idle
+    def stores(self) -> BlockStores:
+        return self.generated.stores
 
     @property
     def num_per_rank(self) -> np.ndarray:
@@ -196,8 +197,7 @@ class DecodePlanner(Planner):
                 self.generated.take(news)
 
     def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
-        assert isinstance(plan, StorePlan)
-        self.generated.commit(failed=plan.names)
+        self.generated.commit(plan.names if isinstance(plan, StorePlan) else ())
 
     def _plan_urgent(self) -> Plan | None:
         return None

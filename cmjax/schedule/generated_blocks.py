@@ -41,18 +41,17 @@ class GeneratedBlocks:
         chain.extend(token_ids[: max(num_blocks, 0) * size])
         per_block = size // self._block_size
         for index in range(len(request.prompt_ids) // size, num_blocks):
-            if chain.names[index] not in self.stores:
-                blocks = hold.blocks.ids[index * per_block : (index + 1) * per_block]
-                self.stores.add(
-                    OutgoingBlock(
-                        chain.names[index],
-                        chain.namespace,
-                        chain.token_ids[index],
-                        hold.blocks.pool.share(blocks),
-                        rank=hold.rank,
-                        next_token=token_ids[(index + 1) * size] if sizes.needs_next else -1,
-                    )
+            blocks = hold.blocks.ids[index * per_block : (index + 1) * per_block]
+            self.stores.add(
+                OutgoingBlock(
+                    chain.names[index],
+                    chain.namespace,
+                    chain.token_ids[index],
+                    hold.blocks.pool.share(blocks),
+                    rank=hold.rank,
+                    next_token=token_ids[(index + 1) * size] if sizes.needs_next else -1,
                 )
+            )
 
     def plan(self) -> StorePlan | None:
         """What to store next: a block of each rank."""

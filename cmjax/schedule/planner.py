@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cmjax.schedule.autotune import Autotune
+from cmjax.schedule.block_stores import BlockStores
 from cmjax.schedule.blocks import Fence
 from cmjax.schedule.plans import CompilePlan, News, Plan, RestartPlan, Result, SendPlan
 from cmjax.schedule.pool_plans import FetchPlan, LookupPlan, StorePlan
@@ -230,8 +231,8 @@ class Planner(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def has_to_store(self) -> bool:
-        """Whether something of it is still to be given to the memory pool."""
+    def stores(self) -> BlockStores:
+        """What is still to be given to the memory pool."""
 
     @property
     def is_idle(self) -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cmjax.schedule.autotune import StepTimes
+from cmjax.schedule.block_stores import BlockStores
 from cmjax.schedule.blocks import BlockPool, Ragged, blocks_for
 from cmjax.schedule.fetch_policy import FetchPolicy
 from cmjax.schedule.planner import Owner, Planner
@@ -85,8 +86,8 @@ class PrefillPlanner(Planner):
         return self.status == "ready" and self._num_tokens_left < 2 * self.variants[-1].num_tokens
 
     @property
-    def has_to_store(self) -> bool:
-        return not self.cache.stores.is_idle
+    def stores(self) -> BlockStores:
+        return self.cache.stores
 
     def add(self, attempt: Attempt) -> None:
         """Put an attempt at the end of the queue."""
@@ -137,7 +138,7 @@ class PrefillPlanner(Planner):
         return None
 
     def _plan_work(self, now: float) -> Plan | None:
-        self.cache.give_up(now)
+        self.cache.settle(now)
         chunks = list(self._next_chunks(now))
         pool_plan = self.cache.plan(now) or self.cache.plan_store()
         if pool_plan is not None:

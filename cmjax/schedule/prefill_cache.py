@@ -140,8 +140,13 @@ class PrefillCache:
         if self._chain(attempt) is not None and not attempt.request.is_resumed:
             self._counts.num_queried += attempt.num_prefill
             self._counts.num_hits += attempt.num_computed
-        if attempt.id in self._pulls:
-            self._choose(self._pulls[attempt.id], len(shared), now)
+        pull = self._pulls.get(attempt.id)
+        if pull is not None and len(shared) < pull.first:
+            # The instance has let go of some meanwhile: the pool is asked for these, too.
+            names = self._chain_of(attempt).names[len(shared) : self._most(attempt)]
+            self._pulls[attempt.id] = _Pull(attempt, len(shared), tuple(names))
+        elif pull is not None:
+            self._choose(pull, len(shared), now)
         return lease
 
     def computed(self, attempt: Attempt, start: int, stop: int, step: int, row: int) -> None:
@@ -304,7 +309,7 @@ class PrefillCache:
 
     def _choose(self, pull: _Pull, num_shared: int, now: float) -> None:
         """Fetch what is worth it, after the blocks that the instance has by now."""
-        found = pull.found[num_shared - pull.first :] if num_shared >= pull.first else ()
+        found = pull.found[num_shared - pull.first :]
         count = self._policy.choose(found, self._rates, self._block_s)
         self._counts.num_declined += len(found) - count
         if not pull.attempt.request.is_resumed:
@@ -360,11 +365,14 @@ class PrefillCache:
             self._end(pull)
         return num_tokens
 
-    def give_up(self, now: float) -> None:
-        """Wait no longer for what has not come in time."""
-        for pull in [one for one in self._pulls.values() if one.stage in ("lookup", "fetch") and now > one.deadline]:
-            self._counts.num_failed_loads += pull.num_blocks
-            self._end(pull)
+    def settle(self, now: float) -> None:
+        """Wait no longer for what has not come in time; decide on what has been found for those that have blocks."""
+        for pull in list(self._pulls.values()):
+            if pull.stage in ("lookup", "fetch") and now > pull.deadline:
+                self._counts.num_failed_loads += pull.num_blocks
+                self._end(pull)
+            elif pull.stage == "found" and pull.attempt.prefill is not None:
+                self._choose(pull, pull.first, now)
 
     def _end(self, pull: _Pull) -> None:
         """Nothing more comes for an attempt."""

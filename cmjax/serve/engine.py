@@ -81,7 +81,12 @@ class Engine:
             self.core.device_lock = threading.RLock()
         if cache is not None and cache.enable_prefix_caching:
             self._context = open_context(model, self.settings, cache)
-        self.fleet = Fleet(model, self.pools, self.settings, self.core, self._context, cache)
+        try:
+            self.fleet = Fleet(model, self.pools, self.settings, self.core, self._context, cache)
+        except BaseException:
+            if self._context is not None:
+                self._context.close()
+            raise
         self._ids = itertools.count()
         self._is_started = False
         self._startup: Startup | None = None
@@ -305,15 +310,21 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, those of the instances and of the pool; what requests under way use they keep."""
         with self.core.changed:
-            for planner in self.core.scheduler.prefill.values():
-                planner.cache.clear()
+            for planner in self.core.scheduler.planners:
+                planner.stores.clear()
+            for prefill in self.core.scheduler.prefill.values():
+                prefill.cache.clear()
         if self._context is not None:
             self._context.pool.clear()
 
     def wait_until_stored(self) -> None:
         """Wait until the pool has all that requests have left for it so far, on disk too, or will never have it."""
         with self.core.changed:
-            while any(one.planner.has_to_store or one.executor.expects_arrivals for one in self.fleet.loops):
+            # What a thread that has ended had left to do is not done any more.
+            while any(
+                one.is_alive and (not one.planner.stores.is_idle or one.executor.expects_arrivals)
+                for one in self.fleet.loops
+            ):
                 self.core.changed.wait(0.01)
         if self._context is not None:
             self._context.pool.flush()

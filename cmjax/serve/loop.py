@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from cmjax.schedule import Executor, Plan, Planner, Result
+from cmjax.schedule import Executor, FetchPlan, LookupPlan, Plan, Planner, Result
 from cmjax.serve.core import Core
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ class InstanceLoop:
         """Make a plan, run it and commit what came of it; None, after a while, where there was nothing to do."""
         core = self.core
         core.deliver()
-        arrivals = self.executor.poll()
         with core.changed:
             if self.is_stopping:
                 return None
-            plan = self.planner.plan(core.clock(), arrivals)
+            # Polled with the lock: whoever has news after this finds the loop waiting, and wakes it.
+            plan = self.planner.plan(core.clock(), self.executor.poll())
             if plan is None:
                 is_urgent = self.executor.expects_arrivals or core.scheduler.has_updates
                 core.changed.wait(min(_POLL_S, patience_s) if is_urgent else patience_s)
@@ -87,6 +87,8 @@ class InstanceLoop:
         core.deliver()
 
     def _execute(self, plan: Plan) -> Result:
+        if isinstance(plan, LookupPlan | FetchPlan):  # they only begin something, on no device
+            return self.executor.run(plan)
         with self.core.device_lock, self.core.activities[plan.kind]():
             return self.executor.run(plan)
 

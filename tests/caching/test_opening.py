@@ -129,3 +129,19 @@ def test_a_server_that_cannot_hold_a_block_is_one_line(start_server):
     server = start_server("--maxmemory", "2mb")
     message = refused(CacheSettings(nodes=(server.url,)), 3_000_000)
     assert message == f"--cache-node {server.folder}/s/0 has a maxmemory of 2097152 bytes: a block takes 3000000"
+
+
+def test_a_pool_of_fewer_nodes_leaves_nothing_of_the_others(tmp_path):
+    def sizes() -> dict[str, int]:
+        return {
+            node.name: sum(path.stat().st_size for path in node.rglob("*") if path.is_file())
+            for node in tmp_path.glob("node*")
+        }
+
+    for count, most in ((3, 10**6), (1, 10**6), (3, 10**6)):
+        pool = open_pool(CacheSettings(folder=str(tmp_path), num_nodes=count, disk_bytes=most), 1000)
+        pool.put("a", [(b"%d" % number, [b"x" * 9000]) for number in range(60)])
+        pool.flush()
+        pool.close()
+        assert {name for name, size in sizes().items() if size > 9000} == {f"node{index}" for index in range(count)}
+        assert sum(sizes().values()) <= most

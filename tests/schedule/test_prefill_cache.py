@@ -505,3 +505,26 @@ def test_without_a_pool_nothing_is_asked_or_stored_and_without_names_nothing_is_
     assert driver.cached(range(9)) == 8
     assert driver.cached(range(9), is_named=False) == 0
     assert not driver.stored
+
+
+def test_what_the_instance_lets_go_of_before_a_prompt_begins_is_asked_of_the_pool():
+    driver = Driver(num_blocks=8, step_tokens=32)
+    driver.run(range(9))  # two blocks kept in place
+    driver.add(range(500, 528))  # seven blocks: it takes their room
+    _, attempt = driver.add(range(22))  # its first two lie here now, the pool has all five
+    lookup = driver.next(LookupPlan)
+    assert list(map(len, lookup.names)) == [6, 3]
+    answers = [Found(lookup.attempt_ids[0].item(), (), {}), Found(attempt.id, (DRAM,) * 3, {})]
+    plan, asked = driver.plan(*answers), []
+    while plan is not None:
+        driver.commit(plan)
+        news = ()
+        if isinstance(plan, LookupPlan):
+            asked += plan.names
+            news = [Found(attempt.id, (DRAM,) * 5, {})]
+        elif isinstance(plan, FetchPlan):
+            news = [Fetched(attempt.id, len(plan.names))]
+        plan = driver.plan(*news)
+    assert asked == [tuple(NAMES.names[:5])]
+    assert driver.counts.num_pool_hits == 20
+    assert attempt.num_computed == 22

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from cmjax.errors import UserError
 from cmjax.model import Model
 from cmjax.schedule import LoadPlan, PrefillPlan, SendPlan, StorePlan
 from cmjax.serve import Engine, SamplingParams
@@ -270,6 +271,39 @@ def test_reset_forgets_all(engine, base):
     engine.pool.flush()
     engine.reset_prefix_cache()
     assert ask(engine, prompt)[1] == 0
+
+
+def test_after_a_reset_answers_are_stored_anew(engine, base):
+    sampling = SamplingParams(max_tokens=40)
+    for _ in range(2):
+        answer, _ = ask(engine, base[:13], sampling)
+        forget_own_blocks(engine)
+        assert ask(engine, [*base[:13], *answer, 5])[1] == 48
+        engine.wait_until_stored()
+        engine.reset_prefix_cache()
+
+
+def test_any_salt_will_do(engine, base):
+    """Lone surrogates, too, which JSON can bring."""
+    for salt in ("\ud800", "\0", "a" * 1000, "ü"):
+        assert ask(engine, base[:40], cache_salt=salt)[1] == 0
+        assert ask(engine, base[:40], cache_salt=salt)[1] == 32
+
+
+def test_an_engine_that_only_generates_uses_the_cache_from_call_to_call(model, plain, base, tmp_path):
+    prompts = [base[:length] for length in (40, 44, 60)]
+    engine = make_engine(model, cached(folder=str(tmp_path)))
+    wanted = [ask(plain, prompt)[0] for prompt in prompts]
+    for _ in range(2):
+        result = engine.generate(prompts, SamplingParams(max_tokens=6))
+        assert [output.token_ids for output in result.outputs] == wanted
+        engine.wait_until_stored()
+    assert engine.stats().cache.num_pool_hits > 0
+    # One that cannot be made leaves the folder to others.
+    engine.shutdown()
+    with pytest.raises(UserError, match="max_model_len"):
+        make_engine(model, cached(folder=str(tmp_path)), max_model_len=10**6)
+    make_engine(model, cached(folder=str(tmp_path))).shutdown()
 
 
 def test_under_pressure_readers_keep_what_they_read(model, plain, base):

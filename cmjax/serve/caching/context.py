@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of blocks on their way to the pool; those that come while there are more are not stored.
 MAX_STORING_BYTES = 512 * 2**20
-_NUM_THREADS = 4
+# What requests wait for has threads of its own: a slow store must not hold up a lookup.
+_NUM_THREADS, _NUM_STORING_THREADS = 4, 2
 _NEWEST = 0.3  # weight of the newest measurement
 _MANY_BYTES = 1 << 20
 
@@ -109,7 +110,8 @@ class ContextCache:
 
     def __init__(self, pool: MemoryPool, layout: BlockLayout, keys: CacheKeys) -> None:
         self.pool, self.layout, self.keys = pool, layout, keys
-        self.threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="context-cache")
+        self.threads = ThreadPoolExecutor(_NUM_THREADS, "context-cache")
+        self.storing_threads = ThreadPoolExecutor(_NUM_STORING_THREADS, "context-cache-store")
         self._lock = threading.Lock()
         self._storing_bytes = 0
 
@@ -128,7 +130,8 @@ class ContextCache:
 
     def close(self) -> None:
         """End what is under way, and the pool."""
-        self.threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self.threads, self.storing_threads):
+            threads.shutdown(wait=True, cancel_futures=True)
         self.pool.close()
 
 
@@ -157,8 +160,9 @@ class PoolPort:
 
     @property
     def expects_news(self) -> bool:
-        """Whether something is under way."""
-        return self._num_pending > 0
+        """Whether something is under way, or has not been polled."""
+        with self._lock:
+            return self._num_pending > 0 or bool(self._news)
 
     def forget(self) -> None:
         """Nobody waits for anything any more."""
@@ -213,11 +217,16 @@ class PoolPort:
             finally:
                 self.context.release(num_bytes)
 
-        self._begin(work, lambda: [Stored(0, tuple(names))])
+        self._begin(work, lambda: [Stored(0, tuple(names))], self.context.storing_threads)
 
     # -- in threads ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, work: Callable[[], Sequence[PoolNews]], failed: Callable[[], Sequence[PoolNews]]) -> None:
+    def _begin(
+        self,
+        work: Callable[[], Sequence[PoolNews]],
+        failed: Callable[[], Sequence[PoolNews]],
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
         def run() -> None:
             try:
                 news = work()
@@ -230,7 +239,7 @@ class PoolPort:
             age = self._age
             self._num_pending += 1
         try:
-            self.context.threads.submit(run)
+            (threads or self.context.threads).submit(run)
         except RuntimeError:  # it has been closed
             self._tell(failed(), ended=1, age=age)
 

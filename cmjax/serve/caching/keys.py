@@ -46,7 +46,9 @@ class CacheKeys:
     def _root(self, namespace: str, cache_salt: str) -> bytes:
         """What stands before the first block of a prompt."""
         fields = {**self._fields, "namespace": namespace, "cache_salt": cache_salt}
-        return self._hash(b"root", *(part.encode() for pair in sorted(fields.items()) for part in pair))
+        return self._hash(
+            b"root", *(part.encode("utf-8", "surrogatepass") for pair in sorted(fields.items()) for part in pair)
+        )
 
     def name(self, parent: bytes, token_ids: np.ndarray) -> bytes:
         """32 bytes; `token_ids`: `int32[block_tokens]`."""

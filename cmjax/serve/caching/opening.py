@@ -1,6 +1,7 @@
 """A pool made of settings."""
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 
 from cmjax.errors import UserError
@@ -32,6 +33,8 @@ def open_pool(settings: CacheSettings, block_bytes: int) -> MemoryPool:
             node = _server(settings, cpu, block_bytes) if is_server else _embedded(settings, cpu, block_bytes)
             nodes.append(node)
             stack.callback(node.close)
+        if settings.folder is not None:
+            _wipe_leftovers(Path(settings.folder), {node.name for node in nodes})
         pool = MemoryPool(nodes, folder=settings.folder, namespace_bytes=settings.namespace_bytes)
         stack.pop_all()  # the pool closes them
         return pool
@@ -62,6 +65,15 @@ def _embedded(settings: CacheSettings, cpu: int, block_bytes: int) -> LocalNode:
     if settings.folder is not None:
         store = FileStore(Path(settings.folder) / name, settings.disk_bytes // count)
     return LocalNode(name, cpu, settings.dram_bytes // count, store)
+
+
+def _wipe_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Nodes that the pool had when it had more of them: nobody would count what they take of the disk."""
+    for path in folder.glob("node*"):
+        if path.is_dir() and path.name not in names and path.name.removeprefix("node").isdigit():
+            store = FileStore(path, 0)
+            store.wipe()
+            store.close()
 
 
 def _server(settings: CacheSettings, cpu: int, block_bytes: int) -> RedisNode:
