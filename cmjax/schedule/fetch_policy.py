@@ -1,8 +1,9 @@
 """Whether blocks are fetched from the memory pool or computed again: whichever is expected to take less time."""
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,20 @@ class PoolBlock:
 class FetchPolicy:
     """Prices a fetch against computing the same tokens, so that a slow tier costs no more than having no pool.
 
-    What has not been measured is tried. A tier that has lost so often in a row is tried again with one block: its
-    figures may have been those of a bad moment.
+    What has not been measured is tried. A tier that was too late is left alone, whatever its figures say. One that has
+    lost so often in a row is tried again with one block: that may have been a bad moment.
     """
 
     RETRY_AFTER = 32
 
     def __init__(self) -> None:
         self._num_declined: dict[str, int] = defaultdict(int)
+        self._late: set[str] = set()
+
+    def note(self, fetched: Iterable[PoolBlock], *, is_late: bool) -> None:
+        """A fetch of these blocks has come, or was given up."""
+        for block in fetched:
+            (self._late.add if is_late else self._late.discard)(block.tier)
 
     def choose(self, found: Sequence[PoolBlock], rates: Mapping[str, PoolRate], compute_s: float | None) -> int:
         """How many of the blocks found, from the first on, to fetch: as many as save the most time.
@@ -47,6 +54,7 @@ class FetchPolicy:
         if compute_s is None:
             return len(found)
         best, best_saved = 0, 0.0
+        rates = {**rates, **dict.fromkeys(self._late, PoolRate(math.inf, 1.0))}
         by_tier: dict[str, int] = defaultdict(int)
         for count, block in enumerate(found, 1):
             by_tier[block.tier] += block.num_bytes

@@ -103,11 +103,13 @@ PoolPlan = LookupPlan | FetchPlan | LoadPlan | StorePlan
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A lookup has ended: the blocks found, from the first one on, and what fetches are measured to take."""
+    """A lookup has ended: the blocks found, from the first one on, and what fetches are measured to take; or it has
+    failed."""
 
     attempt_id: int
     blocks: tuple[PoolBlock, ...]
     rates: Mapping[str, PoolRate]
+    has_failed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

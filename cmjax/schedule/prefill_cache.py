@@ -64,6 +64,11 @@ class _Pull:
     num_arrived: int = 0
     num_loaded: int = 0
 
+    @property
+    def fetched(self) -> tuple[PoolBlock, ...]:
+        """Of those found, those that are fetched."""
+        return self.found[: self.num_blocks]
+
 
 class PrefillCache:
     """What is known of prefixes by one instance, and its transfers from and to the pool.
@@ -187,7 +192,7 @@ class PrefillCache:
             return
         pull = self._pulls.get(news.attempt_id)
         if isinstance(news, Found):
-            self._rates = news.rates
+            self._rates = news.rates or self._rates
             if pull is not None and pull.stage == "lookup":
                 self._take_found(pull, news)
         elif pull is None or pull.stage != "fetch":
@@ -195,6 +200,7 @@ class PrefillCache:
         else:
             self._counts.num_failed_loads += pull.num_blocks - news.num_blocks
             pull.num_arrived, pull.stage = news.num_blocks, "load"
+            self._policy.note(pull.fetched, is_late=False)
             self.stores.forget(pull.names[news.num_blocks : pull.num_blocks])
             if not news.num_blocks:
                 self._end(pull)
@@ -293,6 +299,7 @@ class PrefillCache:
         return self._sizes.has_pool and is_new and (is_prompt or self._sizes.keeps_generated)
 
     def _take_found(self, pull: _Pull, news: Found) -> None:
+        self._counts.num_failed_lookups += news.has_failed
         pull.found, pull.stage = news.blocks, "found"
         self.stores.note(pull.names[: len(news.blocks)])
         self.stores.forget(pull.names[len(news.blocks) :])  # the pool has let go of them
@@ -318,7 +325,7 @@ class PrefillCache:
             self._end(pull)
             return
         self._counts.num_fetches += 1
-        pull.names, pull.first = pull.names[num_shared - pull.first :], num_shared
+        pull.names, pull.found, pull.first = pull.names[num_shared - pull.first :], found, num_shared
         pull.stage, pull.num_blocks, pull.deadline = "wanted", count, now + self._patience_s(count)
 
     def _plan_fetch(self, pull: _Pull) -> FetchPlan:
@@ -369,7 +376,9 @@ class PrefillCache:
         """Wait no longer for what has not come in time; decide on what has been found for those that have blocks."""
         for pull in list(self._pulls.values()):
             if pull.stage in ("lookup", "fetch") and now > pull.deadline:
+                self._counts.num_failed_lookups += pull.stage == "lookup"
                 self._counts.num_failed_loads += pull.num_blocks
+                self._policy.note(pull.fetched, is_late=True)
                 self._end(pull)
             elif pull.stage == "found" and pull.attempt.prefill is not None:
                 self._choose(pull, pull.first, now)

@@ -49,6 +49,13 @@ class BlockChain:
         """Tokens of a cached block."""
         return self._names.block_tokens
 
+    def copy(self) -> "BlockChain":
+        """With the names that there are so far."""
+        other = BlockChain.__new__(BlockChain)
+        vars(other).update(vars(self))
+        other.names, other.token_ids = list(self.names), list(self.token_ids)
+        return other
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Name the blocks that `token_ids`, all from the first on, fill."""
         size, first = self.block_tokens, len(self.names)

@@ -104,6 +104,7 @@ class CacheStats:
         num_pool_hits: of these, loaded from it.
         num_fetches: fetches of blocks that began.
         num_declined: blocks that the pool had and that were computed again, which was expected to be faster.
+        num_failed_lookups: requests of which the pool did not say in time what it has.
         num_failed_loads: blocks that were asked for and did not come, in time and whole.
         num_stored, num_failed_stores: blocks.
     """
@@ -114,6 +115,7 @@ class CacheStats:
     num_pool_hits: int = 0
     num_fetches: int = 0
     num_declined: int = 0
+    num_failed_lookups: int = 0
     num_failed_loads: int = 0
     num_stored: int = 0
     num_failed_stores: int = 0

@@ -72,3 +72,12 @@ def test_latency_is_paid_once_a_fetch():
     assert FetchPolicy().choose(found[:2], rates, 3) == 0  # 5 + 2 seconds for 6
     assert FetchPolicy().choose(found, rates, 3) == 8
     assert rates["dram"].seconds(8) == 13
+
+
+def test_a_tier_that_was_too_late_is_left_alone_until_one_block_comes_in_time():
+    policy, found = FetchPolicy(), [FAST, FAST, SLOW]
+    policy.note([SLOW], is_late=True)
+    counts = [policy.choose(found, {}, 1000.0) for _ in range(FetchPolicy.RETRY_AFTER)]
+    assert counts == [2] * (FetchPolicy.RETRY_AFTER - 1) + [3]
+    policy.note(found, is_late=False)
+    assert policy.choose(found, {}, 1000.0) == 3

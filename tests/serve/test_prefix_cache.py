@@ -354,7 +354,9 @@ class TestFaults:
             raise RuntimeError("gone")
 
         monkeypatch.setattr(engine.pool, method, fail)
-        self.check(engine, plain, base, 0)
+        after = self.check(engine, plain, base, 0)
+        assert after.num_failed_lookups - self.before.num_failed_lookups == (method == "contains")
+        assert after.num_failed_loads - self.before.num_failed_loads == 4 * (method == "get")
 
     def test_a_hole_ends_the_hit(self, engine, plain, base, monkeypatch):
         get = engine.pool.get

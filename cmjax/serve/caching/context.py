@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cmjax.schedule import Fetched, FetchPlan, Found, LookupPlan, PoolBlock, PoolNews, PoolRate, Stored
+from cmjax.schedule import BlockChain, Fetched, FetchPlan, Found, LookupPlan, PoolBlock, PoolNews, PoolRate, Stored
 from cmjax.serve.caching.keys import CacheKeys
 from cmjax.serve.caching.pool import MemoryPool, Place, Value
 
 logger = logging.getLogger(__name__)
 
 # Bytes of blocks on their way to the pool; those that come while there are more are not stored.
-MAX_STORING_BYTES = 512 * 2**20
+MAX_STORING_BYTES = 2**30
 # What requests wait for has threads of its own: a slow store must not hold up a lookup.
 _NUM_THREADS, _NUM_STORING_THREADS = 4, 2
 _NEWEST = 0.3  # weight of the newest measurement
@@ -106,12 +106,17 @@ class Link:
 
 
 class ContextCache:
-    """The pool as a place for blocks of one model, and the threads that move them; one for all instances."""
+    """The pool as a place for blocks of one model, and the threads that move them; one for all instances.
+
+    Attributes:
+        newest: the prompt that was named last: what stands before it, its tokens, their names.
+    """
 
     def __init__(self, pool: MemoryPool, layout: BlockLayout, keys: CacheKeys) -> None:
         self.pool, self.layout, self.keys = pool, layout, keys
         self.threads = ThreadPoolExecutor(_NUM_THREADS, "context-cache")
         self.storing_threads = ThreadPoolExecutor(_NUM_STORING_THREADS, "context-cache-store")
+        self.newest: tuple[bytes, list[int], BlockChain] | None = None
         self._lock = threading.Lock()
         self._storing_bytes = 0
 
@@ -174,7 +179,9 @@ class PoolPort:
     def lookup(self, plan: LookupPlan) -> None:
         """Begin to look for blocks."""
         rows = list(zip(plan.attempt_ids.tolist(), plan.namespaces, plan.names, strict=True))
-        self._begin(lambda: [self._look(*row) for row in rows], lambda: [Found(row[0], (), {}) for row in rows])
+        self._begin(
+            lambda: [self._look(*row) for row in rows], lambda: [Found(row[0], (), {}, has_failed=True) for row in rows]
+        )
 
     def fetch(self, plan: FetchPlan) -> None:
         """Begin to fetch blocks."""
@@ -286,6 +293,7 @@ class PoolPort:
         ends: Sequence[BlockEnd],
     ) -> Stored:
         failed: list[bytes] = []
+        num_put, delay_s = 0, 0.0
         pool, begin = self.context.pool, time.perf_counter()
         for namespace in dict.fromkeys(namespaces):
             rows = [row for row, one in enumerate(namespaces) if one == namespace]
@@ -294,12 +302,14 @@ class PoolPort:
             parts = [self.context.layout.parts(token_ids[row], latents[row], ends[row]) for row in rows]
             items = list(zip([names[row] for row in rows], parts, strict=True))
             done = pool.put(namespace, items)
+            num_put += sum(done)
             failed += [names[row] for row, is_done in zip(rows, done, strict=True) if not is_done]
             places = [one for one in pool.contains(namespace, [names[row] for row in rows]) if one is not None]
             for cpu, num_bytes in _bytes_by_cpu(places).items():
-                _wait(begin, self._link.delay_s(num_bytes))
+                delay_s += self._link.delay_s(num_bytes)
                 self._link.account(False, cpu, num_bytes)
-        return Stored(len(names) - len(failed), tuple(failed))
+        _wait(begin, delay_s)
+        return Stored(num_put, tuple(failed))
 
     def _is_wanted(self, end: BlockEnd, place: Place | None) -> bool:
         """Whether to store a block that the pool has at some place: one that goes by a next token is replaced."""

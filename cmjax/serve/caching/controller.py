@@ -134,8 +134,10 @@ class Controller:
                 raise
             self._change({**self._view.nodes, **{node.name: node for node in nodes}})
             if len(names) > 1:
+                # Others may call a shared node by another name, or have other nodes beside it, and look for keys there.
                 for node in self._view.nodes.values():
-                    node.retain(functools.partial(self._view.is_on, node))
+                    if not node.is_shared:
+                        node.retain(functools.partial(self._view.is_on, node))
 
     def _admit(self, node: PoolNode, adopt: bool) -> str:
         try:

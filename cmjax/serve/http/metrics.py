@@ -177,6 +177,10 @@ def _of_cache(cache: CacheStats) -> dict[str, tuple[str, int]]:
         "external_prefix_cache_hits": ("Of these, loaded from it.", cache.num_pool_hits),
         "prefix_cache_fetches": ("Fetches of blocks from the pool that began.", cache.num_fetches),
         "prefix_cache_declined_blocks": ("Blocks of the pool that were sooner computed.", cache.num_declined),
+        "prefix_cache_failed_lookups": (
+            "Requests of which the pool did not say in time what it has.",
+            cache.num_failed_lookups,
+        ),
         "prefix_cache_failed_loads": ("Blocks that did not come, in time and whole.", cache.num_failed_loads),
         "prefix_cache_stored_blocks": ("Blocks put into the pool.", cache.num_stored),
         "prefix_cache_failed_stores": ("Blocks that the pool did not take.", cache.num_failed_stores),

@@ -68,13 +68,13 @@ class PrefixCaching:
             return self._load(plan, params)
         else:
             found, count = self._blocks.read(plan.blocks), len(plan.names)
-            kept = self._hidden[plan.step] if self.wants_hidden else None
-
-            def read() -> tuple[np.ndarray, Sequence[BlockEnd]]:
-                hidden = [None] * count if kept is None else _rows(*kept, plan.hidden_rows)
-                return self._blocks.on_host(found, count), hidden
-
-            self.port.store(plan.names, plan.namespaces, plan.token_ids, read)
+            # These rows alone, now: what waits to be stored must not hold the states of whole steps.
+            ends: Sequence[BlockEnd] = [None] * count
+            if self.wants_hidden:
+                ends = _rows(*self._hidden[plan.step], plan.hidden_rows)
+            self.port.store(
+                plan.names, plan.namespaces, plan.token_ids, lambda: (self._blocks.on_host(found, count), ends)
+            )
         return None
 
     def compile(self, params: Params, keep: Callable[[jax.Array], None]) -> None:
@@ -87,6 +87,8 @@ class PrefixCaching:
         found = self.port.fetched(plan.attempt_id, plan.first, len(plan.blocks), is_last=plan.is_last)
         if not len(plan.blocks):
             return None
+        if len(found) != len(plan.blocks):
+            raise RuntimeError(f"{len(plan.blocks)} blocks are to be loaded, {len(found)} have been fetched")
         begin = time.perf_counter()
         cache = jax.block_until_ready(self._blocks.write(params, plan, found))
         self.port.loaded(time.perf_counter() - begin)
@@ -135,7 +137,7 @@ def _rows(hidden: jax.Array, order: np.ndarray, rows: np.ndarray) -> list[np.nda
     share = len(order) // len(hidden.addressable_shards)
     shards = {(one.index[0].start or 0) // share: one.data for one in hidden.addressable_shards}
     places = order[rows].tolist()
-    return [np.asarray(shards[place // share])[place % share] for place in places]
+    return [np.array(np.asarray(shards[place // share])[place % share]) for place in places]
 
 
 def _link(holder: Holder, plane: str) -> Link:
