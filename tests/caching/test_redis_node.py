@@ -213,6 +213,31 @@ def test_a_server_that_comes_back_with_anothers_data_is_wiped(start_server):
     pool.close()
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_older_snapshot_is_not_served(start_server, is_shared):
+    """A server that was started anew has what it last saved: what was deleted or replaced since must not come back.
+    No call need have failed meanwhile."""
+    server = start_server()
+    pool = open_pool(server, is_shared=is_shared)
+    other = open_pool(server, is_shared=True)
+    put(pool, KEYS, 1)
+    server.client.save()
+    pool.delete("a", KEYS[:4])
+    put(pool, KEYS[4:], 2)
+    server.kill()
+    server.start()
+    assert server.client.dbsize() > 8  # it does have them
+    until_up(pool)
+    assert turns(pool, KEYS) == [None] * 8
+    until_up(other)
+    assert put(other, KEYS, 3) == [True] * 8
+    until_up(pool)
+    assert turns(other, KEYS) == [3] * 8
+    assert turns(pool, KEYS) == [3] * 8
+    pool.close()
+    other.close()
+
+
 def test_a_full_server_refuses_or_evicts_as_it_is_told(start_server):
     keys = [b"k%d" % index for index in range(400)]
     for policy, refuses in (("noeviction", True), ("allkeys-lru", False)):

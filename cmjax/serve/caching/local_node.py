@@ -139,7 +139,7 @@ class LocalNode(PoolNode):
                 if error.errno != errno.ENOSPC or not self._free_disk(key, value):
                     raise
                 store.write(key, value.parts)
-        except OSError:
+        except (OSError, MemoryError):
             with self._locked() as tiers:
                 tiers.counters.num_errors += 1
             store.writing.failed()
@@ -186,7 +186,7 @@ class LocalNode(PoolNode):
             try:
                 parts = store.read(key)
                 store.reading.worked()
-            except OSError:
+            except (OSError, MemoryError):
                 is_broken = True
                 store.reading.failed()
         if parts is None or store is None:

@@ -1,6 +1,5 @@
 """A node on a server that speaks Redis' protocol (Valkey, Redis), which processes and machines share."""
 
-import contextlib
 import re
 import threading
 import time
@@ -9,8 +8,8 @@ from typing import Any, TypeVar
 
 from cmjax.errors import UserError
 from cmjax.serve.caching.accounts import Accounts
-from cmjax.serve.caching.health import Health
 from cmjax.serve.caching.node import Owns, PoolNode
+from cmjax.serve.caching.redis_link import RedisLink
 from cmjax.serve.caching.stats import Counters, Meter, NodeStats
 from cmjax.serve.caching.values import (
     MAX_PARTS,
@@ -101,29 +100,16 @@ class RedisNode(PoolNode):
         connect_timeout_s: float = 0.5,
         chunk_bytes: int = 8_000_000,
     ) -> None:
-        try:
-            import valkey
-        except ImportError as error:
-            raise UserError("pool nodes on servers need the client of Valkey: pip install 'cmjax[serve]'") from error
         if not re.fullmatch(r"[\w.-]+", pool_name, re.ASCII):
             raise UserError(f"pool name {pool_name!r} has other characters than letters, digits and ._-")
-        try:
-            self._client: Any = valkey.Valkey.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=connect_timeout_s
-            )
-            self.name = _address(self._client)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{_without_password(url)!r} is no redis://host:port[/database]: {error}") from error
-        self._failures = (valkey.ConnectionError, valkey.TimeoutError, OSError)
-        self._refusals = valkey.ValkeyError
+        self._prefix = f"cmjax:{pool_name}:"
+        self._link = RedisLink(url, f"{self._prefix}epoch", is_shared, (timeout_s, connect_timeout_s), self._clear_now)
+        self.name = self._link.name
         self.cpu, self.is_shared = cpu, is_shared
-        self._prefix, self._chunk_bytes = f"cmjax:{pool_name}:", chunk_bytes
-        self._health = Health()
+        self._chunk_bytes = chunk_bytes
         self._lock = threading.Lock()  # over what follows
         self._counters = Counters()
         self._size = 1_000_000.0  # bytes of a large one of the values seen lately: sets how many are asked for at once
-        self._owed: set[str | None] = set()  # namespaces to clear once it answers again
-        self._epoch = ""
         self._accounts, self._meter = Accounts(), Meter()
 
     def _key(self, namespace: str, digest: int) -> str:
@@ -137,82 +123,44 @@ class RedisNode(PoolNode):
         name = namespace_digest(namespace)
         return f"{self._prefix}used:{name}", f"{self._prefix}sizes:{name}"
 
-    @contextlib.contextmanager
-    def _as_os_error(self) -> Iterator[None]:
-        try:
-            yield
-        except self._refusals as error:
-            raise ConnectionError(str(error)) from error
-
     def read_epoch(self) -> str | None:
-        with self._as_os_error():
-            found = self._client.get(f"{self._prefix}epoch")
-        return found.decode("ascii", "replace") if isinstance(found, bytes) else None
+        with self._link.as_os_error():
+            return self._link.read_epoch()
 
     def start(self, epoch: str, keep: bool, accounts: Accounts, meter: Meter) -> None:
-        with self._as_os_error():
+        with self._link.as_os_error():
             if not keep:
-                self._delete_all("*")
-            self._client.set(f"{self._prefix}epoch", epoch)
+                self._clear_now(None)
+            self._link.write_epoch(epoch)
         accounts.count_server(1)
-        self._epoch, self._accounts, self._meter = epoch, accounts, meter
+        self._accounts, self._meter = accounts, meter
 
     def memory_limit(self) -> int:
-        """Bytes that the server may use; 0: no limit, or it does not say."""
-        with self._as_os_error():
-            return int(self._client.info("memory").get("maxmemory", 0))
+        """Bytes that the server may use; 0: no limit, or it does not say.
 
-    def _delete_all(self, pattern: str) -> None:
-        """Delete what the pool has under keys like this, a thousand at a time."""
-        for some in self._scan(pattern):
-            self._client.unlink(*some)
+        Raises:
+            OSError: it cannot be asked.
+        """
+        with self._link.as_os_error():
+            return int(self._link.client.info("memory").get("maxmemory", 0))
 
     def _scan(self, pattern: str) -> Iterator[list[bytes]]:
+        """Keys of the pool that look like this, a thousand or so at a time."""
         cursor = 0
         while True:
-            cursor, found = self._client.scan(cursor, match=self._prefix + pattern, count=_SCANNED_TOGETHER)
+            cursor, found = self._link.client.scan(cursor, match=self._prefix + pattern, count=_SCANNED_TOGETHER)
             if found:
                 yield found
             if cursor == 0:
                 return
 
     def _ask(self, work: Callable[[], T], otherwise: T) -> T:
-        """What the server answers; `otherwise` where it does not, refuses, or has not done so a moment ago."""
-        if not self._health.may_try():
-            return otherwise
-        try:
-            if not self._health.is_up:
-                self._catch_up()
-            answer = work()
-        except self._failures:
-            self._health.failed()
-        except self._refusals:  # it answers, but will not do it
-            self._health.worked()
-        else:
-            self._health.worked()
-            return answer
-        with self._lock:
-            self._counters.num_errors += 1
-        return otherwise
-
-    def _catch_up(self) -> None:
-        """It answers again: do what is owed, and see whether its data still are those of this pool. A server that was
-        started anew has none, or an older snapshot's; under another epoch they are another's."""
-        found = self._client.get(f"{self._prefix}epoch")
-        with self._lock:
-            owed = set(self._owed)
-        if found is None:
-            self._client.set(f"{self._prefix}epoch", self._epoch)
-        elif self.is_shared:
-            self._epoch = found.decode("ascii", "replace")
-        elif found != self._epoch.encode():
-            owed.add(None)
-        for namespace in owed:
-            self._clear_now(namespace)
-        if None in owed:
-            self._client.set(f"{self._prefix}epoch", self._epoch)
-        with self._lock:
-            self._owed -= owed
+        """As `RedisLink.ask`; failures are counted."""
+        answer, is_failure = self._link.ask(work, otherwise)
+        if is_failure:
+            with self._lock:
+                self._counters.num_errors += 1
+        return answer
 
     def put(self, namespace: str, items: Sequence[tuple[int, Sequence[Buffer]]]) -> list[bool]:
         done: list[bool] = []
@@ -233,7 +181,7 @@ class RedisNode(PoolNode):
         sizes = [sum(part.nbytes for part in parts) for _, parts in items]
 
         def work() -> list[Any]:
-            pipeline = self._client.pipeline(transaction=False)
+            pipeline = self._link.client.pipeline(transaction=False)
             for (digest, parts), size in zip(items, sizes, strict=True):
                 data = b"".join((commit_record(digest, parts), *parts))
                 if quota is None:
@@ -273,7 +221,7 @@ class RedisNode(PoolNode):
         begin = time.perf_counter()
         keys = [self._key(namespace, digest) for digest in digests]
         missing: list[bytes | None] = [None] * len(keys)
-        answers = self._ask(lambda: self._client.mget(keys), missing)
+        answers = self._ask(lambda: self._link.client.mget(keys), missing)
         values: list[Value | None] = []
         corrupt: list[int] = []
         for digest, answer in zip(digests, answers, strict=True):
@@ -296,12 +244,12 @@ class RedisNode(PoolNode):
         if found and self._accounts.quota(namespace) is not None:
             now = time.time()
             used = {f"{digest:032x}": now for digest, value in zip(digests, values, strict=True) if value is not None}
-            self._ask(lambda: self._client.zadd(self._order_of(namespace)[0], used, xx=True), None)
+            self._ask(lambda: self._link.client.zadd(self._order_of(namespace)[0], used, xx=True), None)
         return values
 
     def contains(self, namespace: str, digests: Sequence[int]) -> list[Place | None]:
         def work() -> list[Any]:
-            pipeline = self._client.pipeline(transaction=False)
+            pipeline = self._link.client.pipeline(transaction=False)
             for digest in digests:
                 pipeline.strlen(self._key(namespace, digest))
                 pipeline.getrange(self._key(namespace, digest), 0, 7)
@@ -319,11 +267,11 @@ class RedisNode(PoolNode):
     def delete(self, namespace: str, digests: Sequence[int]) -> list[bool]:
         answers = self._ask(lambda: self._delete_now(namespace, digests), None)
         if answers is None:
-            self._owe(namespace)
+            self._link.owe(namespace)
         return answers or [False] * len(digests)
 
     def _delete_now(self, namespace: str, digests: Sequence[int]) -> list[bool]:
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline = self._link.client.pipeline(transaction=False)
         for digest in digests:
             if self._accounts.quota(namespace) is None:
                 pipeline.unlink(self._key(namespace, digest))
@@ -334,59 +282,41 @@ class RedisNode(PoolNode):
 
     def clear(self, namespace: str | None) -> None:
         if not self._ask(lambda: self._clear_now(namespace), False):
-            self._owe(namespace)
+            self._link.owe(namespace)
 
     def _clear_now(self, namespace: str | None) -> bool:
-        if namespace is None:
-            for pattern in ("v:*", "used:*", "sizes:*"):
-                self._delete_all(pattern)
-        else:
-            self._delete_all(f"v:{namespace_digest(namespace)}:*")
-            self._client.unlink(*self._order_of(namespace))
+        name = "*" if namespace is None else namespace_digest(namespace)
+        for pattern in (f"v:{name}:*", f"used:{name}", f"sizes:{name}"):
+            for some in self._scan(pattern):
+                self._link.client.unlink(*some)
         return True
-
-    def _owe(self, namespace: str | None) -> None:
-        """What could not be deleted is cleared, with all of its namespace, before the server is asked again."""
-        with self._lock:
-            self._owed.add(namespace)
 
     def retain(self, owns: Owns) -> None:
         def work() -> bool:
             for some in self._scan("v:*"):
                 strays = [key for key in some if not owns(int(key[-32:], 16))]
                 if strays:
-                    self._client.unlink(*strays)
+                    self._link.client.unlink(*strays)
             return True
 
         if not self._ask(work, False):
-            self._owe(None)
+            self._link.owe(None)
 
     def stats(self) -> NodeStats:
         def work() -> tuple[int, int, int]:
-            memory = self._client.info("memory")
-            return self._client.dbsize(), memory["used_memory"], memory.get("maxmemory", 0)
+            memory = self._link.client.info("memory")
+            return self._link.client.dbsize(), memory["used_memory"], memory.get("maxmemory", 0)
 
         num_keys, used, limit = self._ask(work, (0, 0, 0))
         with self._lock:
             counters = self._counters.copy()
-        return NodeStats(self.name, self.cpu, self.kind, self._health.is_up, num_keys, used, limit, 0, 0, 0, counters)
+        return NodeStats(
+            self.name, self.cpu, self.kind, self._link.health.is_up, num_keys, used, limit, 0, 0, 0, counters
+        )
 
     def flush(self) -> None:
         """What was put is on the server already."""
 
     def close(self) -> None:
-        if self._epoch:
+        if self._link.close():
             self._accounts.count_server(-1)
-            self._epoch = ""
-        self._client.close()
-
-
-def _address(client: Any) -> str:
-    """host:port/database, or path/database."""
-    told = client.connection_pool.connection_kwargs
-    where = told["path"] if "path" in told else f"{told.get('host', 'localhost')}:{told.get('port', 6379)}"
-    return f"{where}/{told.get('db', 0)}"
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", url)
