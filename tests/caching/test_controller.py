@@ -103,6 +103,48 @@ def test_nodes_come_and_go_under_load():
     pool.close()
 
 
+class SlowNode:
+    """A node whose puts wait until they may go on; it sees whether it is closed meanwhile."""
+
+    def __init__(self, node):
+        self.node, self.begun, self.may_go_on = node, threading.Event(), threading.Event()
+        self.is_busy = self.was_closed_while_busy = False
+
+    def __getattr__(self, name):
+        return getattr(self.node, name)
+
+    def put(self, namespace, items):
+        self.is_busy = True
+        self.begun.set()
+        self.may_go_on.wait()
+        done = self.node.put(namespace, items)
+        self.is_busy = False
+        return done
+
+    def close(self):
+        self.was_closed_while_busy = self.is_busy
+        self.node.close()
+
+
+def test_a_node_that_leaves_is_closed_once_nobody_uses_it():
+    node = SlowNode(memory_node(0))
+    pool = MemoryPool([node])
+    done = pool.put_async("a", [(b"k", parts_of(b"k"))])
+    node.begun.wait()
+    leaving = threading.Thread(target=pool.leave, args=("node0",))
+    leaving.start()
+    while pool.stats().version == 1:
+        pass
+    assert pool.get("a", [b"k"]) == [None]  # nobody else waits, and it is not asked any more
+    leaving.join(0.1)
+    assert leaving.is_alive()
+    node.may_go_on.set()
+    leaving.join()
+    assert done.result() == [True]
+    assert not node.was_closed_while_busy
+    pool.close()
+
+
 def two_nodes(folder, names=("node0", "node1")):
     return [local_node(folder, name, dram=10**6, disk=1000) for name in names]
 

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -112,6 +113,8 @@ class NodeMachine(RuleBasedStateMachine):
     def write_all(self):
         self.pool.flush()
         assert len(files_in(self.folder)) == len(self.model.disk)
+        known = {**dict.fromkeys(self.model.disk, "disk"), **dict.fromkeys(self.model.dram, "dram")}
+        assert [place.tier for place in self.pool.contains("a", list(known))] == list(known.values())
 
     @rule()
     def restart(self):
@@ -142,6 +145,27 @@ class NodeMachine(RuleBasedStateMachine):
 
 def test_both_tiers_are_as_the_model():
     run_state_machine_as_test(NodeMachine)
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=50))
+def test_memory_alone_drops_what_was_used_longest_ago(steps):
+    """Puts, and gets, of keys of which five have room."""
+    pool, model = MemoryPool([local_node(None, dram=500)]), collections.OrderedDict()
+    for turn, (index, is_put) in enumerate(steps):
+        key = b"k%d" % index
+        if is_put:
+            pool.put("a", [(key, parts_of(key, turn))])
+            model.pop(key, None)
+            model[key] = turn
+            if len(model) > 5:
+                model.popitem(last=False)
+        else:
+            [value] = pool.get("a", [key])
+            assert (value and turn_of(key, value)) == model.get(key)
+            if key in model:
+                model.move_to_end(key)
+    found = pool.contains("a", [b"k%d" % index for index in range(8)])
+    assert [place is not None for place in found] == [b"k%d" % index in model for index in range(8)]
 
 
 def test_a_reader_keeps_what_it_has():

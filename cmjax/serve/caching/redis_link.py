@@ -11,8 +11,6 @@ from cmjax.serve.caching.health import Health
 
 T = TypeVar("T")
 
-_READ_BYTES = 1 << 20  # from the socket at once; the client's own 64 KB cost it half its speed
-
 
 class RedisLink:
     """A server, and the epoch of the pool's segment there.
@@ -53,7 +51,6 @@ class RedisLink:
                 url,
                 socket_timeout=timeouts_s[0],
                 socket_connect_timeout=timeouts_s[1],
-                socket_read_size=_READ_BYTES,
                 valkey_connect_func=self._connected,
             )
             self.name = _address(self.client.connection_pool.connection_kwargs)

@@ -1,15 +1,17 @@
 """The persistent tier of an embedded node: a file for each value, in folders by namespace.
 
-Measured on 28 November 2026 (2 cores shared with others, Linux 6.18, ext4; the same values through each, no syncing):
+Measured on 28 November 2026 (2 cores shared with others, Linux 6.18, ext4; two runs of the same values through each,
+one at a time, nothing synced, before checksums):
 
-| | write 1 MB | read 1 MB | delete and write 1 MB | write 4 KB | read 4 KB | its file cut or bits flipped |
+| | write 1 MB | read 1 MB | delete and write 1 MB | write 4 KB | read 4 KB | its files cut, or bits flipped |
 |---|---|---|---|---|---|---|
-| files (here) | 1.3 to 3.2 GB/s | 4.7 to 7.6 GB/s | 1.4 to 2.7 GB/s | 7,000 to 17,000/s | 100,000/s | a miss |
-| tensorstore, `file` | 1.3 to 1.4 | 3.1 to 3.6 | 1.1 to 1.4 | 4,000 to 12,000/s | 30,000 to 54,000/s | a miss |
-| lmdb | 1.7 to 2.6 | 7.8 to 8.6 | 3.6 to 3.7 | 100,000/s | 240,000/s | SIGBUS in 8 runs of 8, SIGABRT in 2 of 8 |
+| files, as here | 1.3-3.2 GB/s | 4.7-7.7 GB/s | 1.4-2.7 GB/s | 6,000-17,000/s | 93,000-122,000/s | misses |
+| tensorstore's `file` | 1.1-1.4 | 2.3-3.6 | 0.9-1.4 | 2,500-12,000 | 11,000-54,000 | not tried |
+| lmdb | 1.7-3.0 | 7.8-8.8 | 3.5-3.7 | 72,000-117,000 | 170,000-255,000 | SIGBUS 8 of 8, SIGABRT 2 of 8 |
 
 lmdb is the fastest for small values, but it reads through a memory map and trusts its pages: a file that is cut short
-under it kills the process, and a cache must never do that. The file store of tensorstore is as safe as plain files; it
+under it kills the process (so do, in two of eight runs, 200 bits flipped in the
+heads of its pages), and a cache must never do that. The file store of tensorstore keeps plain files too, and
 copies every value once more each way. A block of a prefix cache is a megabyte or so, where files lose nothing.
 
 Nothing is synced: a power cut may cost the last values, and what it left half-written does not match its checksum.
