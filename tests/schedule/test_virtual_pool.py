@@ -63,12 +63,12 @@ def lookup_of(*names, namespace=""):
 
 
 def fetch_of(stop):
-    return FetchPlan(3, "", tuple(CHAIN.names[:stop]), TOKENS[:stop])
+    return FetchPlan(3, "", tuple(CHAIN.names[:stop]), TOKENS[:stop], np.zeros(stop, np.int32))
 
 
 def store_of(stop):
-    nothing = np.zeros(stop, np.int32)
-    return StorePlan(tuple(CHAIN.names[:stop]), ("",) * stop, TOKENS[:stop], nothing, nothing[:, None], 1, nothing)
+    nothing, names = np.zeros(stop, np.int32), tuple(CHAIN.names[:stop])
+    return StorePlan(names, ("",) * stop, TOKENS[:stop], nothing, nothing[:, None], 1, nothing, nothing - 1)
 
 
 def test_what_is_found_ends_with_a_hole(pool, time):
