@@ -194,7 +194,7 @@ class DecodeExecutor(JaxExecutor):
         self._state = None  # what is run here takes the hidden states along
         super().compile(plan)
         transfer.compile_write(self)
-        if self.caching is not None:
+        if self.caching is not None and len(plan.variants) == len(self.serving_variants()):
             self.caching.compile()
 
     def _programs(self, variants: Iterable[Variant]) -> list[tuple[Variant, int]]:

@@ -179,7 +179,8 @@ class PrefillExecutor(JaxExecutor):
 
     def compile(self, plan: CompilePlan) -> None:
         super().compile(plan)
-        if self.caching is not None:
+        # A server that comes up serves its first requests before that.
+        if self.caching is not None and len(plan.variants) == len(self.serving_variants()):
             self.caching.compile(self.params, self._take_cache)
         for name in plan.targets:
             transfer.compile_read(self, self._wire.receiver(name))
