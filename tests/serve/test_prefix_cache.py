@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cmjax.errors import UserError
-from cmjax.model import Model
+from cmjax.model import Model, convert_params, params_digest
 from cmjax.schedule import LoadPlan, PrefillPlan, SendPlan, StorePlan
 from cmjax.serve import Engine, SamplingParams
 from cmjax.serve.caching import CacheSettings
@@ -39,6 +39,11 @@ def cached(**fields) -> CacheSettings:
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1)
+
+
+def quantized(model: Model, quant: str) -> Model:
+    params = convert_params(model.params, quant, model.dtype)
+    return Model(model.config, params, params_digest(model.config, params))
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +222,7 @@ def test_a_restart_finds_what_another_process_stored_and_other_models_do_not(mod
     others = {
         "revision": tiny_model(seed=1, num_hidden_layers=2, num_nextn_predict_layers=1),
         "model": tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1, rope_theta=20000.0),
+        "quantization": quantized(model, "int8"),
     }
     for name, one, num_cached in (("", model, 0), ("", model, 32), *((k, m, 0) for k, m in others.items())):
         with started(make_engine(one, cache)) as engine:
@@ -434,10 +440,7 @@ def test_after_any_fault_requests_that_share_prefixes_get_their_tokens(engine, m
 def test_models_of_other_kinds(num_mtp, quant, prefill_ep):
     model = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=num_mtp)
     if quant is not None:
-        from cmjax.model import convert_params, params_digest
-
-        params = convert_params(model.params, quant, model.dtype)
-        model = Model(model.config, params, params_digest(model.config, params))
+        model = quantized(model, quant)
     prompts = edges(np.random.default_rng(3).integers(0, 101, LONGEST).tolist())[::3]
     with started(make_engine(model, None, ep_size=prefill_ep)) as plain:
         wanted = [ask(plain, prompt)[0] for prompt in prompts]
