@@ -94,6 +94,7 @@ def test_a_wrong_configuration_file_is_one_line(tmp_path, capsys, text, message)
         ([], {}, False),
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}, False),
         (["--cache-dram-gb", "0.5", "--share-prefix-cache"], {"dram_bytes": 500_000_000, "share": True}, True),
+        (["--cache-decode-blocks", "never"], {"decode_blocks": "never"}, False),
     ],
 )
 def test_the_flags_of_the_prefix_cache(monkeypatch, flags, settings, shares):
@@ -111,7 +112,8 @@ def test_the_flags_of_the_prefix_cache(monkeypatch, flags, settings, shares):
     monkeypatch.setattr("cmjax.cli.serve.start_engine", start_engine)
     monkeypatch.setattr("cmjax.serve.http.create_app", create_app)
     assert main(["serve", "--model", str(FOLDER / "v3-small"), "--port", "0", *flags]) == 2
-    assert asked == [CacheSettings(**settings)]
+    # The model does not think before it answers: what it generates is kept.
+    assert asked == [CacheSettings(**{"decode_blocks": "always", **settings})]
     assert served[0].share_prefix_cache == shares
 
 
