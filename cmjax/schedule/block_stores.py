@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from cmjax.schedule.blocks import Lease
-from cmjax.schedule.pool_plans import StorePlan
+from cmjax.schedule.pool_plans import Stored, StorePlan
+from cmjax.schedule.stats import CacheStats
 
 # Names of blocks that are known to be in the pool.
 _MOST_KNOWN = 1 << 16
@@ -32,10 +33,11 @@ class BlockStores:
 
     Args:
         plan_blocks: that a plan stores, at most, of each rank.
+        counts: of all instances.
     """
 
-    def __init__(self, plan_blocks: int) -> None:
-        self._plan_blocks = plan_blocks
+    def __init__(self, plan_blocks: int, counts: CacheStats) -> None:
+        self._plan_blocks, self._counts = plan_blocks, counts
         self._waiting: collections.deque[OutgoingBlock] = collections.deque()
         self._under_way: list[OutgoingBlock] = []
         self._known: collections.OrderedDict[bytes, None] = collections.OrderedDict()
@@ -71,13 +73,18 @@ class BlockStores:
         """Store all anew."""
         self._known.clear()
 
-    def give_up(self) -> int:
-        """Let go of what waits: its blocks are needed; returns how many."""
+    def take(self, news: Stored) -> None:
+        """Blocks have been stored, or could not be."""
+        self._counts.num_stored += news.num_stored
+        self._counts.num_failed_stores += len(news.failed)
+        self.forget(news.failed)
+
+    def give_up(self) -> None:
+        """Let go of what waits: its blocks are needed."""
         waiting, self._waiting = self._waiting, collections.deque()
-        self.forget(one.name for one in waiting)
         for one in waiting:
             one.lease.give_back()
-        return len(waiting)
+        self.take(Stored(0, tuple(one.name for one in waiting)))
 
     def plan(self) -> StorePlan | None:
         """What to store next, of one step."""
@@ -104,8 +111,10 @@ class BlockStores:
             next_token_ids=np.array([one.next_token for one in blocks], np.int32),
         )
 
-    def commit(self) -> None:
-        """The plan has been run: its blocks have been read."""
-        for one in self._under_way:
+    def commit(self, *, has_failed: bool = False) -> None:
+        """The plan has been run: its blocks have been read, or could not be."""
+        blocks, self._under_way = self._under_way, []
+        for one in blocks:
             one.lease.give_back()
-        self._under_way = []
+        if has_failed:
+            self.take(Stored(0, tuple(one.name for one in blocks)))

@@ -80,11 +80,10 @@ class BlockPool:
         """Take `count` blocks; asking for more than `num_free` is an error of the caller."""
         return Lease(self, self.allocate(count))
 
-    def share(self, blocks: Sequence[int], num_more: int = 0) -> "Lease":
-        """A lease of blocks that somebody holds, and of `num_more` that nobody does after them."""
-        more = self.allocate(num_more)
+    def share(self, blocks: Sequence[int]) -> "Lease":
+        """Another lease of blocks that somebody holds: they are free when all their leases have been given back."""
         self.hold(blocks)
-        return Lease(self, [*blocks, *more])
+        return Lease(self, list(blocks))
 
     def is_sole_holder(self, lease: "Lease") -> bool:
         """Whether no other lease has any of its blocks."""
@@ -133,8 +132,7 @@ class Lease:
 
     def share(self) -> "Lease":
         """Another lease of the same blocks: they are free when all their leases have been given back."""
-        self.pool.hold(self.ids)
-        return Lease(self.pool, list(self.ids))
+        return self.pool.share(self.ids)
 
     def give_back(self) -> None:
         """Let go of the blocks; a second time is an error of the caller."""

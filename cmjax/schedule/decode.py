@@ -33,7 +33,7 @@ from cmjax.schedule.slo import SloController
 from cmjax.schedule.stats import InstanceStats, Role
 from cmjax.schedule.transfer import empty_receive
 
-# Rounds of a hand-off that are written between two calls: a long prompt must not hold decode up.
+# Rounds of a hand-off that are written between two decode calls: a long prompt must not hold decode up.
 MAX_ROUNDS_PER_CALL = 4
 
 
@@ -138,7 +138,7 @@ class DecodePlanner(Planner):
     @property
     def load(self) -> float:
         """Share of the places that are taken."""
-        return len(self.attempts) / len(self._has_joined)
+        return len(self.attempts) / (self.sizes.num_ranks * self.sizes.num_places)
 
     @property
     def limit(self) -> int:
@@ -194,10 +194,10 @@ class DecodePlanner(Planner):
             if isinstance(news, tuple):
                 self._arrivals.append(news)
             elif isinstance(news, Stored):
-                self.generated.take(news)
+                self.stores.take(news)
 
     def _fail_pool(self, plan: LookupPlan | FetchPlan | StorePlan) -> None:
-        self.generated.commit(plan.names if isinstance(plan, StorePlan) else ())
+        self.stores.commit(has_failed=True)
 
     def _plan_urgent(self) -> Plan | None:
         return None
@@ -207,7 +207,7 @@ class DecodePlanner(Planner):
         if self._arrivals and not (can_call and self._num_received == MAX_ROUNDS_PER_CALL):
             return self._plan_receive()
         self._num_received = 0
-        if not (can_call and self._has_stored) and (plan := self.generated.plan()) is not None:
+        if not (can_call and self._has_stored) and (plan := self.stores.plan()) is not None:
             self._has_stored = True
             return plan
         if not can_call:
@@ -308,7 +308,7 @@ class DecodePlanner(Planner):
         if isinstance(plan, ReceivePlan):
             self._commit_receive(plan)
         elif isinstance(plan, StorePlan):
-            self.generated.commit()
+            self.stores.commit()
         else:
             assert isinstance(plan, DecodePlan)
             assert isinstance(result, DecodeResult)

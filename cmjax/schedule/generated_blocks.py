@@ -3,7 +3,6 @@ section 4.4.2; a reasoning model's thoughts do not come back in them, so its blo
 
 from cmjax.schedule.block_stores import BlockStores, OutgoingBlock
 from cmjax.schedule.decode_places import DecodePlaces
-from cmjax.schedule.pool_plans import Stored, StorePlan
 from cmjax.schedule.prefill_cache import CacheSizes
 from cmjax.schedule.request import Request
 from cmjax.schedule.stats import CacheStats
@@ -25,10 +24,10 @@ class GeneratedBlocks:
     def __init__(self, sizes: CacheSizes | None, block_size: int, num_drafts: int, counts: CacheStats) -> None:
         keeps = sizes is not None and sizes.has_pool and sizes.keeps_generated
         self._sizes = sizes if keeps and sizes and (num_drafts or not sizes.needs_next) else None
-        self._block_size, self._counts = block_size, counts
+        self._block_size = block_size
         # What the newest step has made the MTP module sees in the next one.
         self._num_unseen = num_drafts + 1 if sizes is not None and sizes.needs_next else 0
-        self.stores = BlockStores(1)
+        self.stores = BlockStores(1, counts)
 
     def ended(self, request: Request) -> None:
         """A request has all its tokens: store what they fill."""
@@ -53,22 +52,7 @@ class GeneratedBlocks:
                 )
             )
 
-    def plan(self) -> StorePlan | None:
-        """What to store next: a block of each rank."""
-        return self.stores.plan()
-
-    def commit(self, failed: tuple[bytes, ...] = ()) -> None:
-        """It has been read, or could not be."""
-        self.stores.commit()
-        self.take(Stored(0, failed))
-
     def make_room(self, places: DecodePlaces) -> None:
         """Sequences that need blocks come before what waits to be stored."""
         if places.least_free_blocks < places.num_places:
-            self._counts.num_failed_stores += self.stores.give_up()
-
-    def take(self, news: Stored) -> None:
-        """Blocks have been stored, or could not be."""
-        self._counts.num_stored += news.num_stored
-        self._counts.num_failed_stores += len(news.failed)
-        self.stores.forget(news.failed)
+            self.stores.give_up()

@@ -140,7 +140,8 @@ class PrefillPlanner(Planner):
     def _plan_work(self, now: float) -> Plan | None:
         self.cache.settle(now)
         chunks = list(self._next_chunks(now))
-        pool_plan = self.cache.plan(now) or self.cache.plan_store()
+        # All that a step has computed is read before the next one.
+        pool_plan = self.cache.plan(now) or self.stores.plan()
         if pool_plan is not None:
             return pool_plan
         return self._plan_step(chunks, now) if chunks else None

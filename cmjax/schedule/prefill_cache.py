@@ -97,7 +97,7 @@ class PrefillCache:
         self._rates: Mapping[str, PoolRate] = {}
         self._pulls: dict[int, _Pull] = {}
         self._unwanted: list[int] = []  # attempts whose blocks have come too late
-        self.stores = BlockStores(sizes.plan_blocks if sizes else 1)
+        self.stores = BlockStores(sizes.plan_blocks if sizes else 1, counts)
 
     # -- of the planner -----------------------------------------------------------------------------------------------
 
@@ -186,9 +186,7 @@ class PrefillCache:
     def take(self, news: PoolNews) -> None:
         """Something has come of what was asked of the pool."""
         if isinstance(news, Stored):
-            self._counts.num_stored += news.num_stored
-            self._counts.num_failed_stores += len(news.failed)
-            self.stores.forget(news.failed)
+            self.stores.take(news)
             return
         pull = self._pulls.get(news.attempt_id)
         if isinstance(news, Found):
@@ -224,23 +222,16 @@ class PrefillCache:
             return self._plan_fetch(by_stage["wanted"])
         return self._plan_load(by_stage["load"]) if "load" in by_stage else None
 
-    def plan_store(self) -> StorePlan | None:
-        """What to store next; all that a step has computed is read before the next one."""
-        return self.stores.plan()
-
     def commit(self, plan: PoolPlan, *, has_failed: bool = False) -> int:
         """A plan has been run; returns the tokens that an attempt need not compute any more."""
         if isinstance(plan, StorePlan):
-            self.stores.commit()
-            if has_failed:
-                self.take(Stored(0, plan.names))
+            self.stores.commit(has_failed=has_failed)
         elif isinstance(plan, LoadPlan):
             return self._commit_load(plan)
         elif has_failed:
             ids = plan.attempt_ids.tolist() if isinstance(plan, LookupPlan) else [plan.attempt_id]
             for pull in [self._pulls[one] for one in ids if one in self._pulls]:
-                self._counts.num_failed_loads += pull.num_blocks
-                self._end(pull)
+                self._give_up(pull)
         return 0
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -376,12 +367,16 @@ class PrefillCache:
         """Wait no longer for what has not come in time; decide on what has been found for those that have blocks."""
         for pull in list(self._pulls.values()):
             if pull.stage in ("lookup", "fetch") and now > pull.deadline:
-                self._counts.num_failed_lookups += pull.stage == "lookup"
-                self._counts.num_failed_loads += pull.num_blocks
                 self._policy.note(pull.fetched, is_late=True)
-                self._end(pull)
+                self._give_up(pull)
             elif pull.stage == "found" and pull.attempt.prefill is not None:
                 self._choose(pull, pull.first, now)
+
+    def _give_up(self, pull: _Pull) -> None:
+        """What an attempt waits for does not come."""
+        self._counts.num_failed_lookups += pull.stage == "lookup"
+        self._counts.num_failed_loads += pull.num_blocks
+        self._end(pull)
 
     def _end(self, pull: _Pull) -> None:
         """Nothing more comes for an attempt."""
