@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -27,20 +26,19 @@ class BlockNames(Protocol):
 
 
 class BlockChain:
-    """The names of a request's cached blocks, each of all tokens up to its end. None is of two namespaces.
+    """The names of a request's cached blocks, each of all tokens up to its end.
 
     Args:
-        root: stands before the first block: it names all but the tokens that the contents depend on.
+        root: stands before the first block: it names all but the tokens that the contents depend on, and the namespace.
 
     Attributes:
         names: of those that have been asked for so far.
         token_ids: of each.
-        namespace: nothing is shared between namespaces.
+        namespace: of the memory pool.
     """
 
     def __init__(self, names: BlockNames, root: bytes, namespace: str = "") -> None:
-        self._names, self.namespace = names, namespace
-        self._root = hashlib.sha256(root + namespace.encode()).digest()
+        self._names, self._root, self.namespace = names, root, namespace
         self.names: list[bytes] = []
         self.token_ids: list[np.ndarray] = []
 

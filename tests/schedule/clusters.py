@@ -85,7 +85,7 @@ def run_s(plan: Plan) -> float:
 
 def make_chain(block_tokens: int = BLOCK, namespace: str = "") -> BlockChain:
     """Names of a request's cached blocks."""
-    return BlockChain(VirtualNames(block_tokens), b"a model", namespace)
+    return BlockChain(VirtualNames(block_tokens), f"a model, {namespace}".encode(), namespace)
 
 
 def make_request(index: int, prompt: Sequence[int], max_tokens: int = 2, at: float = 0.0, **fields) -> Request:

@@ -29,13 +29,6 @@ def test_names_are_of_all_tokens_up_to_a_blocks_end():
     assert not set(other.names) & set(whole.names)
 
 
-def test_nothing_has_the_same_name_in_two_namespaces():
-    chains = [make_chain(namespace=namespace) for namespace in ("", "a", "b")]
-    for chain in chains:
-        chain.extend(range(8))
-    assert len({name for chain in chains for name in chain.names}) == 6
-
-
 class Model:
     """What `PrefixBlocks` must do: keys in the order they were used, the least recently used first."""
 
