@@ -3,7 +3,6 @@ prompts that are sent to them."""
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from jax.typing import DTypeLike
 from cmjax.bench import peer
 from cmjax.mesh import Supernode, carve
 from cmjax.model import Model, ModelConfig, init_params, params_digest
-from cmjax.schedule import CacheStats
 from cmjax.serve import Engine, EngineSettings, RequestHandle, SamplingParams
 from cmjax.serve.caching import CacheSettings
 
@@ -22,8 +20,6 @@ CONFIG = dataclasses.replace(
     peer.CONFIG, num_hidden_layers=6, num_topk=4, num_topk_groups=2, max_position_embeddings=65536
 )
 BLOCK_SIZE = 16
-_STORE_TIMEOUT_S = 60
-_POLL_S = 0.001
 # What is being done, how much of it has been, and how much there is in all.
 Tell = Callable[[str, int, int | None], None]
 
@@ -58,21 +54,6 @@ def ttft_s(handle: RequestHandle) -> float:
     """From the arrival of a request that has ended to its first token."""
     assert handle.times.first_token is not None
     return handle.times.first_token - handle.times.arrival
-
-
-def wait_until_stored(engine: Engine, num_blocks: int, since: CacheStats) -> None:
-    """Wait until an engine has stored so many blocks since `since`, or could not.
-
-    Raises:
-        TimeoutError: that does not come about.
-    """
-    deadline = time.monotonic() + _STORE_TIMEOUT_S
-    while (now := engine.stats().cache).num_stored + now.num_failed_stores < num_blocks + (
-        since.num_stored + since.num_failed_stores
-    ):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{num_blocks} blocks have not been stored within {_STORE_TIMEOUT_S} s")
-        time.sleep(_POLL_S)
 
 
 def silent(*_: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s, wait_until_stored
+from cmjax.bench.cache import BLOCK_SIZE, Tell, random_model, send, silent, started, ttft_s
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
@@ -28,7 +28,7 @@ BOUNDS = {"speedup": 2.28, "share_of_own": 0.8, "cost": 0.03}
 # (576 numbers in each of 61 layers, bfloat16), and NPUs of a node, which share its link to the VPC plane.
 NPU_TOKENS_PER_S = 6688
 R1_TOKEN_BYTES = 576 * 61 * 2
-NPUS_PER_NODE = 8
+NPUS_PER_NODE = Supernode.preset("cloudmatrix384").npus_per_node
 VARIANTS = {
     "off": "no prefix cache",
     "pool": "the shared blocks are in the memory pool, and not in the instance",
@@ -158,32 +158,29 @@ class _Cached:
         self, engine: Engine, prompts: _Prompts, settings: ReuseSettings, delay: fabric.DelayModel | None
     ) -> None:
         self._engine, self._delay = engine, delay
-        self._block_tokens = prompts.block_tokens
         self._others = [prompts.random(settings.prompt_len) for _ in range(settings.burst + 1)]
         for one in [*self._others, *([*beginning, 0] for beginning in prompts.beginnings.values() if beginning)]:
-            self.measure([one], 0)
+            self.measure([one])
 
-    def measure(self, prompts: Sequence[Sequence[int]], num_shared: int) -> Sample:
-        """Send prompts together, and wait until all of their blocks but those of the first `num_shared` tokens, which
-        the pool has, are stored."""
-        num_new = sum((len(one) - num_shared) // self._block_tokens for one in prompts)
+    def measure(self, prompts: Sequence[Sequence[int]]) -> Sample:
+        """See `measure`."""
         with _delayed(self._delay):
-            return measure(self._engine, prompts, num_new)
+            return measure(self._engine, prompts)
 
     def crowd_out(self, last: Sequence[int]) -> None:
         """Fill the instance's own blocks with other prompts, which the pool has; a new one comes last."""
         with _delayed(self._delay):
             for one in self._others:
                 send(self._engine, [one])
-        self.measure([last], 0)
+        self.measure([last])
 
 
-def measure(engine: Engine, prompts: Sequence[Sequence[int]], num_new: int = 0) -> Sample:
-    """Send prompts together, and wait until `num_new` blocks more are stored."""
+def measure(engine: Engine, prompts: Sequence[Sequence[int]]) -> Sample:
+    """Send prompts together, and wait until all that is new of them is stored."""
     before, begin = engine.stats().cache, time.perf_counter()
     handles = send(engine, prompts)
     end = time.perf_counter()
-    wait_until_stored(engine, num_new, before)
+    engine.wait_until_stored()
     stored, after = time.perf_counter(), engine.stats().cache
     return Sample(
         ttft_s=ttft_s(handles[0]),
@@ -270,10 +267,10 @@ def _measure_all(
         measure(off, [prompts.random(length)])
         yield (index, reuse, "off", is_burst), measure(off, prompts.make(reuse, places))
         pool.crowd_out(prompts.random(length - shared))
-        yield (index, reuse, "pool", is_burst), pool.measure(prompts.make(reuse, places), shared)
-        yield (index, reuse, "own", is_burst), pool.measure(prompts.make(reuse, places), shared)
+        yield (index, reuse, "pool", is_burst), pool.measure(prompts.make(reuse, places))
+        yield (index, reuse, "own", is_burst), pool.measure(prompts.make(reuse, places))
         vpc.crowd_out(prompts.random(length - shared))
-        yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places), shared)
+        yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places))
 
 
 def summarize(settings: ReuseSettings, samples: Mapping[Key, Sample], shared: Mapping[float, int]) -> dict[str, Any]:
