@@ -80,9 +80,9 @@ class Engine:
         if self.pools.is_shared:
             self.core.device_lock = threading.RLock()
         if cache is not None and cache.enable_prefix_caching:
-            self._context = open_context(model, self.settings, cache)
+            self._context = open_context(model, self.settings, cache, self.pools.supernode.ranks_per_node)
         try:
-            self.fleet = Fleet(model, self.pools, self.settings, self.core, self._context, cache)
+            self.fleet = Fleet(model, self.pools, self.settings, self.core, self._context)
         except BaseException:
             if self._context is not None:
                 self._context.close()

@@ -11,7 +11,6 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController, Variant
-from cmjax.serve.caching import CacheSettings
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.core import Core
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
@@ -37,10 +36,9 @@ class Fleet:
         settings: EngineSettings,
         core: Core,
         context: ContextCache | None = None,
-        cache: CacheSettings | None = None,
     ) -> None:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
-        self._context, self._cache = context, cache
+        self._context = context
         sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
         check_caches_fit(model.config, settings, sizes, model.dtype)
         self._wire = Wire()
@@ -258,9 +256,7 @@ class Fleet:
 
     def _place_prefill(self, instance: Instance) -> PrefillExecutor:
         num_blocks = self._num_blocks("prefill")
-        executor = PrefillExecutor(
-            self.model, instance, self.settings, num_blocks, self._wire, self._context, self._cache
-        )
+        executor = PrefillExecutor(self.model, instance, self.settings, num_blocks, self._wire, self._context)
         return self._with_news(executor)
 
     def _with_news(self, executor: Placed) -> Placed:
@@ -276,7 +272,6 @@ class Fleet:
             self._num_blocks("decode"),
             self._wire,
             self._context,
-            self._cache,
             num_redundant_experts=self.settings.num_redundant_experts,
             num_shared_replicas=self.settings.num_shared_replicas,
         )

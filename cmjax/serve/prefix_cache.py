@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _KEY_FILE = "prefix-cache.key"
 
 
-def open_context(model: Model, settings: EngineSettings, cache: CacheSettings) -> ContextCache:
+def open_context(model: Model, settings: EngineSettings, cache: CacheSettings, ranks_per_node: int) -> ContextCache:
     """Open the pool for blocks of a model.
 
     Raises:
@@ -48,7 +48,7 @@ def open_context(model: Model, settings: EngineSettings, cache: CacheSettings) -
     except BaseException:
         pool.close()
         raise
-    return ContextCache(pool, layout, keys)
+    return ContextCache(cache, pool, layout, keys, ranks_per_node)
 
 
 def make_chain(context: ContextCache, namespace: str, cache_salt: str, prompt_ids: list[int]) -> BlockChain:

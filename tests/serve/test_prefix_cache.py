@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from cmjax.errors import UserError
+from cmjax.mesh import fabric
 from cmjax.model import Model, convert_params, params_digest
 from cmjax.schedule import LoadPlan, PrefillPlan, SendPlan, StorePlan
 from cmjax.serve import Engine, SamplingParams
@@ -132,6 +134,34 @@ def test_tokens_and_cached_tokens_at_every_edge(engine, plain, base):
     assert after.num_hits > before.num_hits
     assert after.num_pool_hits > before.num_pool_hits
     assert after.num_failed_loads == after.num_failed_stores == 0
+
+
+def test_what_moves_is_on_the_account_of_its_plane(engine, base):
+    """Every byte of a block, from the CPUs of the pool, which come after the devices, to the ranks, and back."""
+    ask(engine, base[:40])
+    forget_own_blocks(engine)
+    before = fabric.traffic.snapshot()
+    assert ask(engine, base[:40])[1] == 4 * UNIT
+    after = fabric.traffic.snapshot()
+    layout = engine.prefill[0].caching.port.context.layout
+    assert after.wire_bytes("ub", "cache_fetch") - before.wire_bytes("ub", "cache_fetch") == 4 * layout.num_bytes
+    (entry,) = after.select("ub", "cache_fetch")
+    assert set(np.nonzero(entry.num_bytes)[0].tolist()) == {jax.device_count()}
+    (entry,) = after.select("ub", "cache_store")
+    assert set(np.nonzero(entry.num_bytes)[1].tolist()) == {jax.device_count()}
+
+
+@pytest.mark.parametrize(("plane", "links"), [("ub", 12), ("vpc", 2)])
+def test_links_of_the_vpc_plane_belong_to_the_nodes(model, plane, links):
+    engine = make_engine(model, cached(plane=plane), ep_size=12, max_num_seqs_per_rank=1)
+    link = engine.prefill[0].caching.port._link
+    fabric.configure(delay=fabric.DelayModel({plane: 0.5}, {plane: 10.0}, 2.0))
+    try:
+        assert link.delay_s(120) == pytest.approx(2 * (0.5 + 120 / links / 10))
+    finally:
+        fabric.configure(delay=None)
+    assert link.delay_s(120) == 0
+    engine.shutdown()
 
 
 @pytest.mark.parametrize("reuse", [0, 0.125, 0.25, 0.5, 0.75, 0.9])

@@ -13,6 +13,7 @@ import numpy as np
 from cmjax.schedule import BlockChain, Fetched, FetchPlan, Found, LookupPlan, PoolBlock, PoolNews, PoolRate, Stored
 from cmjax.serve.caching.keys import CacheKeys
 from cmjax.serve.caching.pool import MemoryPool, Place, Value
+from cmjax.serve.caching.settings import CacheSettings
 
 logger = logging.getLogger(__name__)
 
@@ -101,19 +102,30 @@ class Link:
         account: puts bytes to the account of the plane: (is it a fetch, the pool's CPU, bytes).
     """
 
-    delay_s: Callable[[int], float] = lambda num_bytes: 0.0
-    account: Callable[[bool, int, int], None] = lambda is_fetch, cpu, num_bytes: None
+    delay_s: Callable[[int], float]
+    account: Callable[[bool, int, int], None]
 
 
 class ContextCache:
     """The pool as a place for blocks of one model, and the threads that move them; one for all instances.
 
+    Args:
+        ranks_per_node: of the machine: they share the links of their node.
+
     Attributes:
         newest: the prompt that was named last: what stands before it, its tokens, their names.
     """
 
-    def __init__(self, pool: MemoryPool, layout: BlockLayout, keys: CacheKeys) -> None:
-        self.pool, self.layout, self.keys = pool, layout, keys
+    def __init__(
+        self,
+        settings: CacheSettings,
+        pool: MemoryPool,
+        layout: BlockLayout,
+        keys: CacheKeys,
+        ranks_per_node: int,
+    ) -> None:
+        self.settings, self.pool, self.layout, self.keys = settings, pool, layout, keys
+        self.ranks_per_node = ranks_per_node
         self.threads = ThreadPoolExecutor(_NUM_THREADS, "context-cache")
         self.storing_threads = ThreadPoolExecutor(_NUM_STORING_THREADS, "context-cache-store")
         self.newest: tuple[bytes, list[int], BlockChain] | None = None
@@ -147,8 +159,8 @@ class PoolPort:
         on_news: called, from any thread, when there are some.
     """
 
-    def __init__(self, context: ContextCache, link: Link | None = None) -> None:
-        self.context, self._link = context, link or Link()
+    def __init__(self, context: ContextCache, link: Link) -> None:
+        self.context, self._link = context, link
         self.on_news: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._news: collections.deque[PoolNews] = collections.deque()

@@ -32,7 +32,6 @@ from cmjax.schedule import (
     Variant,
 )
 from cmjax.serve import transfer
-from cmjax.serve.caching import CacheSettings
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
@@ -61,7 +60,6 @@ class DecodeExecutor(JaxExecutor):
         num_blocks: int,
         wire: transfer.Wire | None = None,
         context: ContextCache | None = None,
-        cache: CacheSettings | None = None,
         **expert_counts: int | None,
     ) -> None:
         if settings.num_speculative_tokens and model.params.mtp is None:
@@ -81,9 +79,7 @@ class DecodeExecutor(JaxExecutor):
         self.allow_split(may_split=self.num_places % 2 == 0)
         self.idle_parts: transfer.IdleParts | None = None
         self._wire = wire or transfer.Wire()
-        self.caching: GeneratedCaching | None = None
-        if context is not None and cache is not None:
-            self.caching = GeneratedCaching(self, context, cache)
+        self.caching = None if context is None else GeneratedCaching(self, context)
         self._rows = self._new_rows(SamplingShape())
         self._forget()
 

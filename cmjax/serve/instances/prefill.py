@@ -30,7 +30,6 @@ from cmjax.schedule import (
     Variant,
 )
 from cmjax.serve import transfer
-from cmjax.serve.caching import CacheSettings
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
 from cmjax.serve.instances.prefix_caching import PrefixCaching
@@ -62,7 +61,6 @@ class PrefillExecutor(JaxExecutor):
         num_blocks: int,
         wire: transfer.Wire | None = None,
         context: ContextCache | None = None,
-        cache: CacheSettings | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -80,9 +78,7 @@ class PrefillExecutor(JaxExecutor):
         # Settings of a step whose requests have none, by shape: on the host, and on the devices.
         self._plain: dict[SamplingShape, tuple[PackedSampling, PackedSampling]] = {}
         self._wire = wire or transfer.Wire()
-        self.caching: PrefixCaching | None = None
-        if context is not None and cache is not None:
-            self.caching = PrefixCaching(self, context, cache)
+        self.caching = None if context is None else PrefixCaching(self, context)
         self._forget()
 
     def make_planner(self, name: str, scheduler: Scheduler) -> PrefillPlanner:

@@ -9,8 +9,7 @@ import numpy as np
 from cmjax.mesh import fabric
 from cmjax.model import Params, token_order
 from cmjax.schedule import CacheSizes, FetchPlan, LoadPlan, LookupPlan, PoolNews, PoolPlan, PrefillPlan, StorePlan
-from cmjax.serve.caching import CacheSettings
-from cmjax.serve.caching.context import BlockEnd, BlockLayout, ContextCache, Link, PoolPort
+from cmjax.serve.caching.context import BlockEnd, ContextCache, Link, PoolPort
 from cmjax.serve.steps import PrefillOutput
 from cmjax.serve.transfer import CachedBlocks, plan_blocks, read_of_ranks
 from cmjax.serve.transfer.wire import Holder
@@ -22,20 +21,18 @@ class PrefixCaching:
     Args:
         holder: the instance.
         context: of all instances.
-        settings: of the cache.
 
     Attributes:
         port: what is under way.
         sizes: for the instance's planner.
     """
 
-    def __init__(self, holder: Holder, context: ContextCache, settings: CacheSettings) -> None:
-        layout = context.layout
-        self.sizes = _sizes(holder, layout, settings)
-        self._holder, self._blocks = holder, CachedBlocks(holder, layout, self.sizes.plan_blocks)
+    def __init__(self, holder: Holder, context: ContextCache) -> None:
+        self.sizes = _sizes(holder, context)
+        self._holder, self._blocks = holder, CachedBlocks(holder, context.layout, self.sizes.plan_blocks)
         self._hidden: dict[int, tuple[jax.Array, np.ndarray]] = {}  # step -> [tokens, hidden], where each token is
         self._is_compiled = False
-        self.port = PoolPort(context, _link(holder, settings.plane))
+        self.port = PoolPort(context, _link(holder, context))
 
     @property
     def wants_hidden(self) -> bool:
@@ -102,10 +99,10 @@ class GeneratedCaching:
         port, sizes: as of `PrefixCaching`.
     """
 
-    def __init__(self, holder: Holder, context: ContextCache, settings: CacheSettings) -> None:
+    def __init__(self, holder: Holder, context: ContextCache) -> None:
         self._holder = holder
-        self.port = PoolPort(context, _link(holder, settings.plane))
-        self.sizes = _sizes(holder, context.layout, settings)
+        self.port = PoolPort(context, _link(holder, context))
+        self.sizes = _sizes(holder, context)
 
     def run(self, plan: StorePlan) -> None:
         """Read a block of some ranks, and begin to store them."""
@@ -122,7 +119,8 @@ class GeneratedCaching:
         jax.block_until_ready(read_of_ranks(self._holder, np.zeros(1, np.int32), np.zeros((1, per_block), np.int32)))
 
 
-def _sizes(holder: Holder, layout: BlockLayout, settings: CacheSettings) -> CacheSizes:
+def _sizes(holder: Holder, context: ContextCache) -> CacheSizes:
+    layout, settings = context.layout, context.settings
     return CacheSizes(
         block_tokens=layout.block_tokens,
         needs_next=holder.model.params.mtp is not None,
@@ -140,10 +138,10 @@ def _rows(hidden: jax.Array, order: np.ndarray, rows: np.ndarray) -> list[np.nda
     return [np.array(np.asarray(shards[place // share])[place % share]) for place in places]
 
 
-def _link(holder: Holder, plane: str) -> Link:
+def _link(holder: Holder, context: ContextCache) -> Link:
     """Every rank moves an equal share of each block; on a plane whose links belong to the nodes these share theirs."""
-    instance, num_ranks = holder.instance, holder.instance.ep_size
-    num_links = num_ranks if plane == "ub" else -(-num_ranks // 8)
+    instance, num_ranks, plane = holder.instance, holder.instance.ep_size, context.settings.plane
+    num_links = num_ranks if plane == "ub" else -(-num_ranks // context.ranks_per_node)
 
     def account(is_fetch: bool, cpu: int, num_bytes: int) -> None:
         pool_id = jax.device_count() + cpu
