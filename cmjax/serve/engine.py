@@ -310,10 +310,8 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, those of the instances and of the pool; what requests under way use they keep."""
         with self.core.changed:
-            for planner in self.core.scheduler.planners:
-                planner.stores.clear()
-            for prefill in self.core.scheduler.prefill.values():
-                prefill.cache.clear()
+            for planner in self.core.scheduler.prefill.values():
+                planner.cache.clear()
         if self._context is not None:
             self._context.pool.clear()
 
