@@ -29,6 +29,15 @@ def open_context(model: Model, settings: EngineSettings, cache: CacheSettings, r
         dtype=model.dtype,
         hidden_size=config.hidden_size if has_mtp else 0,
     )
+    file = cache.key_file or (None if cache.folder is None else Path(cache.folder) / _KEY_FILE)
+    pool = open_pool(cache, layout.num_bytes)
+    try:
+        keys = CacheKeys(
+            read_or_make_key(None if file is None else Path(file)), layout.block_tokens, _fields(model, settings)
+        )
+    except BaseException:
+        pool.close()
+        raise
     if layout.block_tokens >= settings.max_model_len:
         logger.warning(
             "no request is as long as a cached block of %d tokens: nothing will be cached; lower --cache-block-size",
@@ -39,15 +48,6 @@ def open_context(model: Model, settings: EngineSettings, cache: CacheSettings, r
             "blocks on servers are named with a key of this process alone, and nobody finds them again: give all that "
             "share them one --cache-key-file"
         )
-    file = cache.key_file or (None if cache.folder is None else Path(cache.folder) / _KEY_FILE)
-    pool = open_pool(cache, layout.num_bytes)
-    try:
-        keys = CacheKeys(
-            read_or_make_key(None if file is None else Path(file)), layout.block_tokens, _fields(model, settings)
-        )
-    except BaseException:
-        pool.close()
-        raise
     return ContextCache(cache, pool, layout, keys, ranks_per_node)
 
 
