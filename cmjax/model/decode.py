@@ -70,7 +70,8 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
         return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        return absorbed_part(config, core, PagedKeys(cache, layer, batch.block_table, spec.block_size), lengths, part)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
+        return absorbed_part(config, core, keys, lengths, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
         return absorbed_end(p, config, core)
