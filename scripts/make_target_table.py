@@ -113,8 +113,8 @@ def table(rows: list[Row]) -> str:
     head = (
         f"{datetime.date.today():%-d %B %Y}, {listed}: {num_ok} of {len(rows)} compile and fit. Sizes in GiB a device; "
         "`temporaries` hold the exchange buffers.\n\n"
-        "| target | step | EP | weights in | microbatches | drafts | batch | weights | cache | exchange | temporaries | "
-        "total | XLA | |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
+        "| target | step | EP | weights in | microbatches | drafts | batch | weights | cache | exchange | "
+        "temporaries | total | XLA | |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"
 
