@@ -65,15 +65,19 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
     lengths = jnp.where(is_valid, positions + 1, 0)
 
     def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
-        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
-        cache = write_rows(cache, layer, slots, latent)
-        return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
+        with jax.named_scope("mla_prolog"):
+            q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
+            cache = write_rows(cache, layer, slots, latent)
+            return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        return absorbed_part(config, core, PagedKeys(cache, layer, batch.block_table, spec.block_size), lengths, part)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
+        with jax.named_scope("core_attention"):
+            return absorbed_part(config, core, keys, lengths, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
-        return absorbed_end(p, config, core)
+        with jax.named_scope("oproj"):
+            return absorbed_end(p, config, core)
 
     return AttendInParts(begin, part, end)
 

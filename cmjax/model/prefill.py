@@ -198,20 +198,23 @@ def _attend(
     name = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
 
     def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
-        latent = key_value_latent(p, config, x, positions)
-        q_latent = query_latent(p, x)
-        q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
-        latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
-        q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
-        return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
+        with jax.named_scope("mla_prolog"):
+            latent = key_value_latent(p, config, x, positions)
+            q_latent = query_latent(p, x)
+            q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
+            latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
+            q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
+            return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
         keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
-        return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
+        with jax.named_scope("core_attention"):
+            return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
-        attended, channel = expanded_end(core), f"{name}/heads"
-        return fabric.all_to_all(attended, axis, 0, 1, tiled=True, group_size=num_shards, channel=channel)
+        with jax.named_scope("oproj"):
+            attended, channel = expanded_end(core), f"{name}/heads"
+            return fabric.all_to_all(attended, axis, 0, 1, tiled=True, group_size=num_shards, channel=channel)
 
     return AttendInParts(begin, part, end, has_lanes=True)
 
