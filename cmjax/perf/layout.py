@@ -30,7 +30,7 @@ from cmjax.model import (
 )
 from cmjax.moe import ExpertPlacement, FabricExchange, MlpParams, buffer_bytes, message_bytes
 from cmjax.perf.count import count
-from cmjax.perf.work import Expected, StageWork
+from cmjax.perf.work import ATTENTION_STREAM, Expected, StageWork
 from cmjax.serve import DecodeState, StepSpec, decode, prefill
 from cmjax.serve.steps.decode import Settled
 
@@ -57,6 +57,8 @@ class Layout:
         microbatches: 1 or 2.
         quant: "int8", or None for bfloat16.
         balance: rows of the busiest rank's experts over the mean; 1 is perfect.
+        attention: of prefill: "staged" is the engine's SP-TP-SP; "dp" leaves each rank its own prompts whole, as others
+            do, and takes the stages of attention from the same step traced on one rank.
         num_redundant_experts, num_shared_replicas: of the placement; None: what `ExpertPlacement.plan` takes.
     """
 
@@ -70,6 +72,7 @@ class Layout:
     microbatches: int = 1
     quant: Literal["int8"] | None = "int8"
     balance: float = 1.0
+    attention: Literal["staged", "dp"] = "staged"
     num_redundant_experts: int | None = None
     num_shared_replicas: int | None = None
 
@@ -108,19 +111,27 @@ class Layout:
 
     def counts(self) -> list[StageWork]:
         """The stages of the step; those of equal shapes are traced once."""
-        return _counts(dataclasses.replace(self, context=1.0, cached=0.0, balance=1.0))
+        shape = dataclasses.replace(self, context=1.0, cached=0.0, balance=1.0, attention="staged")
+        stages = _counts(shape)
+        if self.attention == "staged" or self.phase == "decode":
+            return stages
+        alone = dataclasses.replace(shape, ep_size=1, num_redundant_experts=None, num_shared_replicas=None)
+        own = {(one.section, one.stage, one.lane): one for one in _counts(alone)}
+        return [
+            own[one.section, one.stage, one.lane] if one.stage in ATTENTION_STREAM else one
+            for one in stages
+        ]
 
-    def expected(self, tokens: int, *, is_microbatch: bool = False) -> Expected:
+    def expected(self, tokens: int) -> Expected:
         """What the data is expected to be where `tokens` of the rank are dispatched together."""
         rows, experts = self._rows(tokens)
         if self.phase == "decode":
             return Expected(keys=self.context, rows=rows, experts=experts)
         # A group's tokens attend together, each rank with its share of the heads.
-        own = tokens * head_shards(self.config, self.ep_size)
+        own = tokens * (head_shards(self.config, self.ep_size) if self.attention == "staged" else 1)
         new = self.context - self.cached
         # Half of the prompts' own pairs are masked; what was cached is seen by all.
         pairs = own * (self.cached + new / 2)
-        del is_microbatch
         return Expected(keys=own * self.context / new, pairs=pairs, rows=rows, experts=experts)
 
     def _rows(self, tokens: int) -> tuple[float, float]:
@@ -150,7 +161,8 @@ class Layout:
         if self.phase == "decode":
             cached = self.batch * (self.context + self.drafts) * latent
         else:  # every rank holds all the prompts' latents
-            cached = self.batch * self.ep_size * (self.context / (self.context - self.cached)) * latent
+            ranks = self.ep_size if self.attention == "staged" else 1
+            cached = self.batch * ranks * (self.context / (self.context - self.cached)) * latent
         buffers = 0.0
         if placement is not None:
             tokens, choices = self.tokens // self.microbatches, config.num_topk + placement.num_dispatched_shared
