@@ -178,6 +178,11 @@ class Layout:
         return {"weights": weights, "cache": cached, "buffers": buffers, "activations": float(hidden + logits)}
 
 
+def abstract_bytes(config: ModelConfig, quant: Literal["int8"] | None = "int8") -> float:
+    """Bytes of a model's weights, experts once."""
+    return float(num_bytes(abstract_params(config, _DTYPE, quant=quant, mtp_head=False, mtp_embed=False)))
+
+
 def _has_experts(layers: LayerParams) -> bool:
     return hasattr(layers.mlp, "experts")
 
