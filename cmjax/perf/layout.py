@@ -30,7 +30,7 @@ from cmjax.model import (
 )
 from cmjax.moe import ExpertPlacement, FabricExchange, MlpParams, buffer_bytes, message_bytes
 from cmjax.perf.count import count
-from cmjax.perf.work import ATTENTION_STREAM, Expected, StageWork
+from cmjax.perf.work import ATTENTION_STREAM, Expected, StageWork, blend_stages
 from cmjax.serve import DecodeState, StepSpec, decode, prefill
 from cmjax.serve.steps.decode import Settled
 
@@ -121,6 +121,11 @@ class Layout:
             own[one.section, one.stage, one.lane] if one.stage in ATTENTION_STREAM else one
             for one in stages
         ]
+
+    def counts_by_batch(self, low: int, high: int) -> list[StageWork]:
+        """As `counts`, between those of two batches: for searches over many."""
+        at = [dataclasses.replace(self, batch=batch).counts() for batch in (low, high)]
+        return blend_stages(*at, (self.batch - low) / (high - low))
 
     def expected(self, tokens: int) -> Expected:
         """What the data is expected to be where `tokens` of the rank are dispatched together."""

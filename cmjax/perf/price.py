@@ -79,15 +79,20 @@ class _Parts:
 NO_PRICING = Pricing()
 
 
-def price(layout: Layout, machine: Hardware, pricing: Pricing = NO_PRICING) -> StepPrice:
-    """Price one step of `layout` on `machine`; UserError where it does not fit in memory."""
+def price(
+    layout: Layout, machine: Hardware, pricing: Pricing = NO_PRICING, counted: Sequence[StageWork] | None = None
+) -> StepPrice:
+    """Price one step of `layout` on `machine`; UserError where it does not fit in memory.
+
+    `counted`: the stages, where they are known already.
+    """
     memory = memory_of(layout, pricing)
     if pricing.check_memory:
         check_fits(layout, machine, memory)
     single: list[tuple[StageWork, _Parts]] = []
     lanes: list[tuple[StageWork, _Parts]] = []
     stages: dict[str, float] = {}
-    for stage in layout.counts():
+    for stage in layout.counts() if counted is None else counted:
         tokens = layout.tokens // (2 if stage.lane else 1)
         parts = stage_parts(stage, layout.expected(tokens), tokens, layout, machine, pricing)
         (lanes if stage.lane else single).append((stage, parts))

@@ -88,6 +88,20 @@ class Work:
         return sum(one.sent_bytes for one in self.exchanges)
 
 
+def blend(low: Work, high: Work, share: float) -> Work:
+    """`share` of the way from `low` to `high`, or beyond; both of one form."""
+    values = {name: (1 - share) * getattr(low, name) + share * getattr(high, name) for name in _SUMMED}
+    exchanges = tuple(
+        dataclasses.replace(
+            one,
+            sent_bytes=(1 - share) * one.sent_bytes + share * two.sent_bytes,
+            messages=(1 - share) * one.messages + share * two.messages,
+        )
+        for one, two in zip(low.exchanges, high.exchanges, strict=True)
+    )
+    return Work(**values, exchanges=exchanges)
+
+
 _SUMMED = tuple(field.name for field in dataclasses.fields(Work) if field.name != "exchanges")
 
 
@@ -164,3 +178,15 @@ class StageWork:
             passes = data.experts if loop.unit == "rows" else 1
             work = work + Work(weight_bytes=loop.weights_once * passes, operators=loop.operators)
         return work
+
+
+def blend_stages(low: list[StageWork], high: list[StageWork], share: float) -> list[StageWork]:
+    """The stages of a step between two of equal form (or beyond them), by batch: all counts are affine in it."""
+    result = []
+    for one, two in zip(low, high, strict=True):
+        loops = tuple(
+            dataclasses.replace(a, per_unit=blend(a.per_unit, b.per_unit, share))
+            for a, b in zip(one.loops, two.loops, strict=True)
+        )
+        result.append(dataclasses.replace(one, fixed=blend(one.fixed, two.fixed, share), loops=loops))
+    return result
