@@ -4,6 +4,7 @@
 """
 
 from cmjax.mesh.devices import EP_AXIS, Instance, InstanceLayout, Pools, bring_up, carve, describe, virtual_devices
+from cmjax.mesh.memory import Memory
 from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
@@ -14,6 +15,7 @@ __all__ = [
     "InstanceSpec",
     "LinkFigures",
     "Location",
+    "Memory",
     "Operation",
     "Path",
     "Plane",

@@ -27,6 +27,7 @@ from cmjax.model.params import (
     split_experts,
 )
 from cmjax.model.placed import (
+    abstract_placed_params,
     default_wires,
     param_specs,
     place_params,
@@ -72,6 +73,7 @@ __all__ = [
     "RankSpec",
     "YarnConfig",
     "abstract_params",
+    "abstract_placed_params",
     "aligned_empty",
     "build_layers",
     "build_params",

@@ -8,14 +8,15 @@ from typing import TypeVar
 import jax
 
 from cmjax.errors import UserError
-from cmjax.mesh import Instance, Pools
+from cmjax.mesh import Instance, Memory, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController, Variant
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.core import Core
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
+from cmjax.serve.instances.memory import check_caches_fit
 from cmjax.serve.loop import InstanceLoop
-from cmjax.serve.settings import EngineSettings, check_caches_fit
+from cmjax.serve.settings import EngineSettings
 from cmjax.serve.transfer import Wire
 
 Placed = TypeVar("Placed", PrefillExecutor, DecodeExecutor)
@@ -40,7 +41,7 @@ class Fleet:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
         self._context = context
         sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
-        check_caches_fit(model.config, settings, sizes, model.dtype)
+        check_caches_fit(model.config, settings, sizes, model.dtype, Memory.of(pools.devices))
         self._wire = Wire()
         self._instances = {one.name: one for one in (*pools.prefill, *pools.decode)}
         self.prefill = {one.name: self._place_prefill(one) for one in pools.prefill}
@@ -156,11 +157,10 @@ class Fleet:
             UserError: no such devices are free, or its cache does not fit.
             Exception: what made it fail; nothing is left of it.
         """
-        sizes = [(ep_size, self._num_blocks(role))]
-        check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype)
         instance = self._claim_devices(role, ep_size)
-        name = instance.name
+        name, sizes = instance.name, [(ep_size, self._num_blocks(role))]
         try:
+            check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype, Memory.of(instance.devices))
             executor = self._place_prefill(instance) if role == "prefill" else self._place_decode(instance)
             with self.core.changed:
                 if executor.role == "prefill":

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from cmjax.mesh import EP_AXIS, fabric
@@ -34,10 +34,10 @@ def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What is static about an instance's steps: the rank's pass, and the mesh it runs on."""
+    """What is static about an instance's steps: the rank's pass, and the mesh it runs on (abstract: traces only)."""
 
     rank: RankSpec
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def on_ranks(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Wrap a per-rank function for the instance's mesh."""
