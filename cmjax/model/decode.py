@@ -121,5 +121,6 @@ def draft_pass(
     """
     assert params.mtp is not None  # checked by the caller
     context = decode_context(expert_to_slot, batch, spec, channel)
-    hidden, cache, loads = mtp_pass(params, params.mtp, hidden, batch.token_ids, cache, context)
+    with jax.named_scope(channel):
+        hidden, cache, loads = mtp_pass(params, params.mtp, hidden, batch.token_ids, cache, context)
     return PassOutput(hidden, cache, stack_loads(loads))

@@ -27,7 +27,7 @@ from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from cmjax.mesh.exchange import exchange_bytes
-from cmjax.perf.work import STAGES, ExchangeWork, LoopWork, StageWork, Work
+from cmjax.perf.work import STAGES, ExchangeWork, LoopWork, StageWork, Unit, Work
 
 # Primitives whose result is a part or another form of their first operand.
 _VIEWS = {
@@ -58,8 +58,8 @@ class _Found:
 
     calls: int
     fixed: Work = dataclasses.field(default_factory=Work)
-    # (unit) -> (units a trip, work of a trip, weights of a trip) of its largest loop
-    loops: dict[str, tuple[float, Work, float]] = dataclasses.field(default_factory=dict)
+    # unit -> (units a trip, work of a trip, weights of a trip) of its largest loop
+    loops: dict[Unit, tuple[float, Work, float]] = dataclasses.field(default_factory=dict)
 
 
 def count(jaxpr: Jaxpr, num_params: int, cache_index: int) -> list[StageWork]:
@@ -92,12 +92,17 @@ def _bytes(var: Any, itemsize: int) -> float:
     return float(math.prod(var.aval.shape) * itemsize)
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
+
+
 class _Walk:
     """Goes through a jaxpr and those inside it."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, str, str], _Found] = {}
         self._num_sections = 0
+        self._sections: dict[tuple[int, str], int] = {}  # (scan, draft) -> its number
 
     def stages(self) -> list[StageWork]:
         """What was found, in the order of the step."""
@@ -106,7 +111,7 @@ class _Walk:
             loops = []
             for unit, (units, work, weights) in found.loops.items():
                 each = dataclasses.replace(work, operators=0).times(1 / units)
-                loops.append(LoopWork(unit, each, weights, work.operators))  # type: ignore[arg-type]  # a Unit
+                loops.append(LoopWork(unit, each, weights, work.operators))
             if found.fixed != Work() or loops:
                 result.append(StageWork(section, stage, lane, found.calls, found.fixed, tuple(loops)))
         return result
@@ -119,15 +124,15 @@ class _Walk:
                 values[var] = value
         return [_value_of(var, values) for var in jaxpr.outvars]
 
-    def _equation(
-        self, eqn: JaxprEqn, values: dict[Var, _Value], scope: str, section: int, calls: int
-    ) -> list[_Value]:
+    def _equation(self, eqn: JaxprEqn, values: dict[Var, _Value], scope: str, section: int, calls: int) -> list[_Value]:
         name, given = eqn.primitive.name, [_value_of(var, values) for var in eqn.invars]
         if name == "scan":
             self._num_sections += 1
-            inner = self._num_sections if eqn.params["length"] > 1 else section
+            inner = self._num_sections
             body = eqn.params["jaxpr"].jaxpr
-            return self.run(body, dict(zip(body.invars, given, strict=True)), scope, inner, calls * eqn.params["length"])
+            return self.run(
+                body, dict(zip(body.invars, given, strict=True)), scope, inner, calls * eqn.params["length"]
+            )
         if name == "while":
             self._loop(eqn, given, scope, section, calls)
             return [_stored(var) for var in eqn.outvars]
@@ -149,7 +154,9 @@ class _Walk:
         words = scope.split("/")
         stage = next((word for word in reversed(words) if word in STAGES), "other")
         lane = next((word for word in words if word in ("a", "b")), "")
-        return self._found.setdefault((section, stage, lane), _Found(calls))
+        draft = next((word for word in words if word.startswith("draft")), "")
+        number = self._sections.setdefault((section, draft), len(self._sections))
+        return self._found.setdefault((number, stage, lane), _Found(calls))
 
     def _add(self, scope: str, section: int, calls: int, work: Work) -> None:
         found = self._at(scope, section, calls)
@@ -163,71 +170,73 @@ class _Walk:
                 found.loops[unit] = (units, work, weights)
 
 
-def _trips(eqn: JaxprEqn, given: list[_Value]) -> Iterator[tuple[str, float, Work, float]]:
+@dataclasses.dataclass
+class _Body:
+    """What a loop's body does in one trip.
+
+    Attributes:
+        work: without the loops inside it.
+        products: results of its matrix products, as shapes.
+        num_keys: of each request, that it reads from the cache.
+        inner: loops inside it, and where their operands come from.
+    """
+
+    work: Work = dataclasses.field(default_factory=Work)
+    products: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    num_keys: int = 0
+    inner: list[tuple[JaxprEqn, list[_Value]]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn, given: list[_Value]) -> "_Body":
+        body = eqn.params["body_jaxpr"].jaxpr
+        found = cls()
+        found.collect(body, dict(zip(body.invars, given[eqn.params["cond_nconsts"] :], strict=True)))
+        return found
+
+    def collect(self, jaxpr: Jaxpr, values: dict[Var, _Value]) -> list[_Value]:
+        """Go through a jaxpr; returns where its results come from."""
+        for eqn in jaxpr.eqns:
+            name, given = eqn.primitive.name, [_value_of(var, values) for var in eqn.invars]
+            results = [_stored(var) for var in eqn.outvars]
+            if name == "while":
+                self.inner.append((eqn, given))
+            elif nested := list(_inner_jaxprs(eqn)):
+                results = self.collect(nested[0], dict(zip(nested[0].invars, given, strict=True)))
+            else:
+                self._equation(eqn, given)
+                if name in _VIEWS:
+                    results = [given[0]] * len(results)
+                elif name in ("select_n", "concatenate") and any(value.is_rounded for value in given):
+                    results = [_Value("", _ACTIVATION_BYTES, True)]
+            values.update(zip(eqn.outvars, results, strict=False))
+        return [_value_of(var, values) for var in jaxpr.outvars]
+
+    def _equation(self, eqn: JaxprEqn, given: list[_Value]) -> None:
+        work = _work_of(eqn, given)
+        if work is not None:
+            self.work = self.work + work
+        if eqn.primitive.name == "dot_general":
+            self.products.append(_shape(eqn.outvars[0]))
+        elif eqn.primitive.name == "gather" and given[0].origin == "cache":
+            self.num_keys = _shape(eqn.outvars[0])[-2]  # [requests, keys, latent width]
+
+
+def _trips(eqn: JaxprEqn, given: list[_Value]) -> Iterator[tuple[Unit, float, Work, float]]:
     """`(unit, units a trip, work of a trip without weights, bytes of weights)` of a loop and of one inside it."""
-    body = eqn.params["body_jaxpr"].jaxpr
-    values = dict(zip(body.invars, given[eqn.params["cond_nconsts"] :], strict=True))
-    works: list[Work] = []
-    products: list[JaxprEqn] = []
-    inner: list[tuple[JaxprEqn, list[_Value]]] = []
-    _collect(body, values, works, products, inner)
-    if not products:
+    body = _Body.of(eqn, given)
+    if not body.products:
         return
-    work = sum(works, Work())
-    scores = products[0].outvars[0].aval.shape
-    is_attention = bool(work.cache_bytes)
-    unit, units = ("keys", scores[-1]) if is_attention else ("rows", scores[0])
-    if is_attention and not inner:  # decode: scores stay on the chip, and the latents serve as keys and as values
-        work = dataclasses.replace(work, activation_bytes=0, weight_bytes=0, operators=0)
-        yield unit, units, work, 0
-        return
-    if is_attention:
-        units = scores[1]  # [heads, keys, nope + v]: keys and values of every head, written and read once
-        expanded = 2 * _bytes(products[0].outvars[0], _ACTIVATION_BYTES)
-        yield unit, units, dataclasses.replace(work, activation_bytes=expanded, weight_bytes=0), work.weight_bytes
-        for loop, entering in inner:
-            yield from _pairs(loop, entering)
-        return
-    yield unit, units, dataclasses.replace(work, weight_bytes=0), work.weight_bytes
-
-
-def _pairs(eqn: JaxprEqn, given: list[_Value]) -> Iterator[tuple[str, float, Work, float]]:
-    body = eqn.params["body_jaxpr"].jaxpr
-    works: list[Work] = []
-    products: list[JaxprEqn] = []
-    _collect(body, dict(zip(body.invars, given[eqn.params["cond_nconsts"] :], strict=True)), works, products, [])
-    if products:
-        _, queries, keys = products[0].outvars[0].aval.shape
-        work = dataclasses.replace(sum(works, Work()), activation_bytes=0, weight_bytes=0, operators=0)
-        yield "pairs", queries * keys, work, 0
-
-
-def _collect(
-    jaxpr: Jaxpr,
-    values: dict[Var, _Value],
-    works: list[Work],
-    products: list[JaxprEqn],
-    inner: list[tuple[JaxprEqn, list[_Value]]],
-) -> list[_Value]:
-    """Work, matrix products and loops of a loop's body."""
-    for eqn in jaxpr.eqns:
-        given = [_value_of(var, values) for var in eqn.invars]
-        results = [_stored(var) for var in eqn.outvars]
-        if eqn.primitive.name == "while":
-            inner.append((eqn, given))
-        elif nested := list(_inner_jaxprs(eqn)):
-            results = _collect(nested[0], dict(zip(nested[0].invars, given, strict=True)), works, products, inner)
-        else:
-            if (work := _work_of(eqn, given)) is not None:
-                works.append(work)
-            if eqn.primitive.name == "dot_general":
-                products.append(eqn)
-            if eqn.primitive.name in _VIEWS:
-                results = [given[0]] * len(results)
-            elif eqn.primitive.name in ("select_n", "concatenate") and any(value.is_rounded for value in given):
-                results = [_Value("", _ACTIVATION_BYTES, True)]
-        values.update(zip(eqn.outvars, results, strict=False))
-    return [_value_of(var, values) for var in jaxpr.outvars]
+    work, weights = dataclasses.replace(body.work, weight_bytes=0), body.work.weight_bytes
+    if not body.num_keys:
+        yield "rows", body.products[0][0], work, weights
+    elif not body.inner:  # decode: scores stay on the chip, and the latents serve as keys and as values
+        yield "keys", body.num_keys, dataclasses.replace(work, activation_bytes=0, operators=0), 0
+    else:  # prefill: keys and values of every head are expanded, written and read once; then they meet tiles of queries
+        expanded = 2.0 * math.prod(body.products[0]) * _ACTIVATION_BYTES
+        yield "keys", body.num_keys, dataclasses.replace(work, activation_bytes=expanded), weights
+        for tile in (_Body.of(*one) for one in body.inner):
+            pairs = math.prod(tile.products[0][1:])  # scores, [heads, queries, keys]
+            yield "pairs", pairs, dataclasses.replace(tile.work, activation_bytes=0, weight_bytes=0, operators=0), 0
 
 
 def _value_of(var: Any, values: dict[Var, _Value]) -> _Value:
@@ -262,8 +271,10 @@ def _work_of(eqn: JaxprEqn, given: list[_Value]) -> Work | None:
 
 
 def _product(eqn: JaxprEqn, given: list[_Value]) -> Work:
+    left: Any
+    right: Any
     left, right = eqn.invars
-    out = eqn.outvars[0]
+    out: Any = eqn.outvars[0]
     contracting = eqn.params["dimension_numbers"][0][0]
     depth = math.prod(left.aval.shape[axis] for axis in contracting)
     flops = 2.0 * math.prod(out.aval.shape) * depth
@@ -277,17 +288,15 @@ def _product(eqn: JaxprEqn, given: list[_Value]) -> Work:
             activations += _bytes(var, 1 if is_int8 else _WIDE_BYTES if is_wide else _ACTIVATION_BYTES)
     activations += _bytes(out, _WIDE_BYTES if is_wide else _ACTIVATION_BYTES)
     kind = "int8" if is_int8 else "f32" if is_wide else "bf16"
-    return Work(
-        **{kind: flops}, weight_bytes=weights, activation_bytes=_TWICE * activations, operators=_TWICE
-    )
+    return Work(**{kind: flops}, weight_bytes=weights, activation_bytes=_TWICE * activations, operators=_TWICE)
 
 
 def _exchange(eqn: JaxprEqn, name: str) -> Work:
     ranks = eqn.params["num_ranks"]
     sent, messages = float(exchange_bytes(eqn)), float(ranks - 1)
     if name == "ragged_all_to_all":
-        data = next(var.aval for var in eqn.invars if getattr(var.aval, "ndim", 0) == 2)
-        rows = min(data.shape[0], eqn.outvars[0].aval.shape[0])
+        data: Any = next(var.aval for var in eqn.invars if getattr(var.aval, "ndim", 0) == 2)
+        rows = min(data.shape[0], _shape(eqn.outvars[0])[0])
         messages = float(rows)
         sent = messages * data.shape[1] * np.dtype(data.dtype).itemsize
     return Work(operators=1, exchanges=(ExchangeWork(name, eqn.params["plane"], ranks, sent, messages),))

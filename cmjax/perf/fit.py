@@ -1,7 +1,7 @@
 """The fit: a handful of numbers of the Ascend die, from the published figures of single operators and of nothing else.
 
-It reads `data/operators.toml` alone (tables 6 to 9, figure 14, XCCL). No end-to-end figure is in that file, and this module
-knows no other. The order:
+It reads `data/operators.toml` alone (tables 6 to 9, figure 14, XCCL). No end-to-end figure is in that file, and this
+module knows no other. The order:
 
 1. the latency of an exchange, from few and many tokens (XCCL);
 2. the efficiency of a matrix product, the mean of table 9;

@@ -1,7 +1,7 @@
 """The machines that steps are priced on: numbers with units, sources and marks, from one data file.
 
-`data/hardware.toml` holds them, `data/operators.toml` the published figures of single operators: exchanges by EP degree,
-and what the fit (`cmjax.perf.fit`) reads.
+`data/hardware.toml` holds them, `data/operators.toml` the published figures of single operators: exchanges by EP
+degree, and what the fit (`cmjax.perf.fit`) reads.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ class Hardware:
 
 def names() -> list[str]:
     """The machines of the data file."""
-    return [*_data("hardware.toml"), "host"]
+    return list(_data("hardware.toml"))
 
 
 def hardware(name: str) -> Hardware:

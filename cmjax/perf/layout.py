@@ -15,26 +15,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS
-from cmjax.model import (
-    DecodeBatch,
-    LayerParams,
-    ModelConfig,
-    Params,
-    PrefillBatch,
-    RankSpec,
-    abstract_params,
-    default_wires,
-    head_shards,
-    num_bytes,
-    plan_placement,
-)
-from cmjax.moe import ExpertPlacement, FabricExchange, MlpParams, buffer_bytes, message_bytes
+from cmjax.model import ModelConfig, MoeParams, Params, abstract_params, head_shards, num_bytes, plan_placement
+from cmjax.moe import ExpertPlacement, buffer_bytes, message_bytes
 from cmjax.perf.count import count
 from cmjax.perf.work import ATTENTION_STREAM, Expected, StageWork, blend_stages
-from cmjax.serve import DecodeState, StepSpec, decode, prefill
-from cmjax.serve.steps.decode import Settled
+from cmjax.serve import EngineSettings
+from cmjax.serve.instances import AbstractInstance
 
-Array = jax.ShapeDtypeStruct
 Phase = Literal["prefill", "decode"]
 _BLOCK = 128
 _DTYPE = jnp.bfloat16
@@ -109,23 +96,41 @@ class Layout:
             num_shared_replicas=self.num_shared_replicas,
         )
 
+    def instance(self) -> AbstractInstance:
+        """The engine's own, as shapes on a mesh of no devices; its settings are those that the engine would have."""
+        tokens = self.ep_size * self.batch
+        settings = EngineSettings(
+            max_model_len=min(_TABLE_BLOCKS * _BLOCK, self.config.max_position_embeddings),
+            block_size=_BLOCK,
+            max_num_seqs_per_rank=self.batch if self.phase == "decode" else 2,
+            max_num_batched_tokens=tokens if self.phase == "prefill" else _BLOCK,
+            num_speculative_tokens=self.drafts,
+            microbatches=self.microbatches,  # type: ignore[arg-type]  # checked
+            num_redundant_experts=self.num_redundant_experts,
+            num_shared_replicas=self.num_shared_replicas,
+            steps_per_call=1,
+        )
+        mesh = AbstractMesh((self.ep_size,), (EP_AXIS,), axis_types=(AxisType.Auto,))
+        return AbstractInstance(self.phase, self.config, settings, mesh, _DTYPE, self.quant)
+
     def counts(self) -> list[StageWork]:
         """The stages of the step; those of equal shapes are traced once."""
-        shape = dataclasses.replace(self, context=1.0, cached=0.0, balance=1.0, attention="staged")
+        shape = self._form(self.batch)
         stages = _counts(shape)
         if self.attention == "staged" or self.phase == "decode":
             return stages
         alone = dataclasses.replace(shape, ep_size=1, num_redundant_experts=None, num_shared_replicas=None)
         own = {(one.section, one.stage, one.lane): one for one in _counts(alone)}
-        return [
-            own[one.section, one.stage, one.lane] if one.stage in ATTENTION_STREAM else one
-            for one in stages
-        ]
+        return [own[one.section, one.stage, one.lane] if one.stage in ATTENTION_STREAM else one for one in stages]
+
+    def _form(self, batch: int) -> "Layout":
+        """What decides the shapes of a step, and of the parameters."""
+        return dataclasses.replace(self, batch=batch, context=1.0, cached=0.0, balance=1.0, attention="staged")
 
     def counts_by_batch(self, low: int, high: int) -> list[StageWork]:
         """As `counts`, between those of two batches: for searches over many."""
-        at = [dataclasses.replace(self, batch=batch).counts() for batch in (low, high)]
-        return blend_stages(*at, (self.batch - low) / (high - low))
+        at_low, at_high = (dataclasses.replace(self, batch=batch).counts() for batch in (low, high))
+        return blend_stages(at_low, at_high, (self.batch - low) / (high - low))
 
     def expected(self, tokens: int) -> Expected:
         """What the data is expected to be where `tokens` of the rank are dispatched together."""
@@ -158,9 +163,10 @@ class Layout:
         Buffers are those of the paper: one for dispatch and one for combine, sized by a microbatch's tokens at worst.
         """
         config, placement = self.config, self.placement
-        params = _placed_params(config, placement, self.quant)
-        sparse = [one.mlp.experts for one in (params.moe, params.mtp and params.mtp.layer) if one and _has_experts(one)]
-        of_experts = float(sum(num_bytes(one) for one in sparse))
+        params = _placed_params(self._form(2))
+        layers = [params.moe, None if params.mtp is None else params.mtp.layer]
+        sparse: list[Any] = [one.mlp for one in layers if one is not None and isinstance(one.mlp, MoeParams)]
+        of_experts = float(sum(num_bytes(one.experts) for one in sparse))
         weights = num_bytes(params) - of_experts + of_experts / self.ep_size
         latent = config.num_cache_layers * config.latent_width * jnp.dtype(_DTYPE).itemsize
         if self.phase == "decode":
@@ -188,86 +194,14 @@ def abstract_bytes(config: ModelConfig, quant: Literal["int8"] | None = "int8") 
     return float(num_bytes(abstract_params(config, _DTYPE, quant=quant, mtp_head=False, mtp_embed=False)))
 
 
-def _has_experts(layers: LayerParams) -> bool:
-    return hasattr(layers.mlp, "experts")
-
-
 @functools.lru_cache(maxsize=512)
 def _counts(layout: Layout) -> list[StageWork]:
-    traced, num_params = trace(layout)
-    return count(traced, num_params, num_params + 1)
+    instance = layout.instance()
+    num_params = len(jax.tree.leaves(instance.params))
+    # After the parameters come the placement and the cache.
+    return count(instance.trace().jaxpr.jaxpr, num_params, num_params + 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _placed_params(config: ModelConfig, placement: ExpertPlacement | None, quant: Any) -> Params:
-    """Shapes of a model's parameters as `place_params` puts them on an instance."""
-    params = abstract_params(config, _DTYPE, quant=quant, mtp_head=False, mtp_embed=False)
-    if placement is None:
-        return params
-
-    def place(layers: LayerParams) -> LayerParams:
-        slots = placement.num_physical_experts
-        experts = jax.tree.map(lambda a: Array((a.shape[0], slots, *a.shape[2:]), a.dtype), layers.mlp.experts)
-        shared: MlpParams | None = None if placement.num_shared_replicas else layers.mlp.shared
-        return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=experts, shared=shared))
-
-    if params.moe is not None:
-        params = dataclasses.replace(params, moe=place(params.moe))
-    if params.mtp is not None and _has_experts(params.mtp.layer):
-        params = dataclasses.replace(params, mtp=dataclasses.replace(params.mtp, layer=place(params.mtp.layer)))
-    return params
-
-
-def trace(layout: Layout) -> tuple[Any, int]:
-    """The jaxpr of a step, and how many of its inputs are parameters: then come the placement and the cache."""
-    config, ranks, placement = layout.config, layout.ep_size, layout.placement
-    params = _placed_params(config, placement, layout.quant)
-    mesh = AbstractMesh((ranks,), (EP_AXIS,), axis_types=(AxisType.Auto,))
-    dispatch_wire, combine_wire = default_wires(params)
-    exchange = FabricExchange(
-        axis_name=EP_AXIS,
-        num_local_experts=placement.num_local_experts if placement else 0,
-        dispatch_dtype=dispatch_wire,
-        combine_dtype=combine_wire,
-    )
-    rank = RankSpec(
-        config=config,
-        axis_name=EP_AXIS,
-        block_size=_BLOCK,
-        exchange=exchange,
-        num_dispatched_shared=placement.num_dispatched_shared if placement else 0,
-        microbatches=layout.microbatches,
-    )
-    spec: Any = StepSpec(rank, mesh)  # type: ignore[arg-type]  # an abstract mesh serves for tracing
-    maps = Array(placement.expert_to_slot.shape if placement else (0, ranks, 0), jnp.int32)
-    cache = Array((ranks, config.num_cache_layers, 2 * _TABLE_BLOCKS * _BLOCK, config.latent_width), _DTYPE)
-    if layout.phase == "decode":
-        traced = decode.trace(params, maps, cache, _decode_state(layout), spec=spec, num_steps=1)
-    else:
-        traced = prefill.trace(params, maps, cache, _prefill_batch(layout), spec=spec)
-    return traced.jaxpr.jaxpr, len(jax.tree.leaves(params))
-
-
-def _decode_state(layout: Layout) -> DecodeState:
-    size, width = layout.ep_size * layout.batch, layout.drafts + 1
-    batch = DecodeBatch(
-        *(Array((size,), jnp.int32) for _ in range(3)), block_table=Array((size, _TABLE_BLOCKS), jnp.int32)
-    )
-    settled = None
-    if layout.drafts:
-        settled = Settled(
-            hidden=Array((size, width, layout.config.hidden_size), _DTYPE),
-            places=Array((size,), jnp.int32),
-            next_token_ids=Array((size, width), jnp.int32),
-            counts=Array((size,), jnp.int32),
-        )
-    return DecodeState(batch, settled=settled)
-
-
-def _prefill_batch(layout: Layout) -> PrefillBatch:
-    tokens, sequences = layout.ep_size * layout.batch, layout.ep_size
-    return PrefillBatch(
-        *(Array((tokens,), jnp.int32) for _ in range(4)),
-        query_start=Array((sequences + 1,), jnp.int32),
-        block_table=Array((sequences, _TABLE_BLOCKS), jnp.int32),
-    )
+def _placed_params(layout: "Layout") -> Params:
+    return layout.instance().params

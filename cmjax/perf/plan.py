@@ -1,7 +1,7 @@
-"""How to lay out a machine: EP sizes, batch, microbatches, drafts and formats, and the share of prefill, decode and cache.
+"""How to lay out a machine: EP sizes, batch, microbatches, drafts, formats, the share of prefill, decode and cache.
 
-Every layout of decode and of prefill is priced (`cmjax.perf.price`), those that miss a target or the memory are dropped,
-and the devices are dealt so that both phases serve as many requests a second.
+Every layout of decode and of prefill is priced (`cmjax.perf.price`), those that miss a target or the memory are
+dropped, and the devices are dealt so that both phases serve as many requests a second.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
-from cmjax.options import check_bounds, option
 from cmjax.perf.hardware import Hardware
 from cmjax.perf.layout import Layout
 from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import StepPrice, price
+from cmjax.perf.workload import Workload
 
 _EP_SIZES = (8, 16, 32, 64, 128, 144, 256, 288, 320)
 _PREFILL_EP_SIZES = (8, 16, 32, 64)
@@ -26,28 +26,6 @@ _STEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
 _DECODE_ENDS, _PREFILL_ENDS = (16, 64), (2048, 8192)
 _KEPT_S = 600.0  # how long the pool keeps latents
 _NODE_DRAM_BYTES = 1e12  # of a node, for the pool: assumed, the paper does not say
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What a cluster shall serve, and on how many devices."""
-
-    devices: int = option(384, "Devices: dies of an Ascend 910, else GPUs or chips.", flag="--devices", minimum=1)
-    input_len: int = option(4096, "Tokens of a prompt.", flag="--input-len", minimum=1)
-    output_len: int = option(256, "Tokens of an answer.", flag="--output-len", minimum=1)
-    acceptance: float = option(
-        0.7, "Share of the MTP module's drafts that are kept.", flag="--acceptance", minimum=0, maximum=1
-    )
-    reuse: float = option(0.0, "Share of a prompt whose latents the pool has.", flag="--reuse", minimum=0, maximum=0.99)
-    price: float | None = option(
-        None, "Of a device and an hour, in your currency.", flag="--price", minimum=0, unset="no cost is shown"
-    )
-    balance: float | None = option(
-        None, "Busiest device's expert rows over the mean.", flag="--balance", minimum=1, unset="the machine's"
-    )
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +133,7 @@ def _candidates(
     tell: Callable[[str, int, int], None],
 ) -> list[Candidate]:
     forms = list(_forms(config, workload, phase))
-    found = []
+    found: list[Candidate] = []
     for index, (ep_size, microbatches, drafts, quant) in enumerate(forms):
         tell(phase, index, len(forms))
         make = functools.partial(
@@ -187,9 +165,7 @@ def _forms(
                     yield ep_size, microbatches, k, quant  # type: ignore[misc]  # the literal
 
 
-def _of_form(
-    make: Callable[..., Layout], machine: Hardware, workload: Workload, phase: str
-) -> Iterator[Candidate]:
+def _of_form(make: Callable[..., Layout], machine: Hardware, workload: Workload, phase: str) -> Iterator[Candidate]:
     """The batches of one form that fit."""
     is_decode = phase == "decode"
     ends = _DECODE_ENDS if is_decode else _PREFILL_ENDS
@@ -228,9 +204,7 @@ def pareto(candidates: list[Candidate]) -> list[Candidate]:
     return front
 
 
-def _best_plan(
-    prefill: list[Candidate], decode: list[Candidate], machine: Hardware, workload: Workload
-) -> Plan | None:
+def _best_plan(prefill: list[Candidate], decode: list[Candidate], machine: Hardware, workload: Workload) -> Plan | None:
     """The deal of devices that serves most requests; of equals the one with fewer devices."""
     best: Plan | None = None
     for p in _fastest(prefill):

@@ -4,12 +4,13 @@ Two forms, told apart by their columns:
 
 - of GPUs (`system`, `backend`, `precision`, `isl`, `osl`, `decode`, `running_per_gpu`, `tpot_ms`), where `decode` reads
   `5x(TP1 DP8 EP8)`: instances and their layout;
-- of Ascend (`dies`, `ep`, `dp`, `batch`, `context`, `drafts`, `acceptance`, `balance`): batch is of a die, `acceptance` of
-  a draft, `balance` the busiest die's expert rows over the mean; empty cells take the machine's. Optional: `id`,
+- of Ascend (`dies`, `ep`, `dp`, `batch`, `context`, `drafts`, `acceptance`, `balance`): batch is of a die, `acceptance`
+  of a draft, `balance` the busiest die's expert rows over the mean; empty cells take the machine's. Optional: `id`,
   `hardware` (ascend-910), `microbatches` (the faster of 1 and 2), `shared_replicas`, `tpot_ms` (what was measured).
 """
 
 import csv
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,14 +66,12 @@ def _predicted(row: Mapping[str, str], config: ModelConfig, where: str) -> dict[
         return result | {"reason": str(error), "error": None}
     predicted = found.seconds * 1e3 / tokens
     published = result["published"]
-    error = None if published is None else predicted / published - 1
-    return result | {"predicted": predicted, "error": error}
+    off = None if published is None else predicted / published - 1
+    return result | {"predicted": predicted, "error": off}
 
 
 def faster(layout: Layout, machine: Hardware, pricing: Pricing, is_fixed: bool = False) -> StepPrice:
     """The step as it is laid out or, unless that is fixed, in two microbatches where that is faster."""
-    import dataclasses
-
     first = price(layout, machine, pricing)
     if is_fixed or layout.microbatches == 2 or layout.batch % 2:
         return first

@@ -1,9 +1,9 @@
 """What a counted step costs on a machine: seconds by stage, two streams, and whether it fits.
 
-A stage takes the longer of its operations and its bytes, each at the ceiling of the machine times the efficiency that was
-published for such an operator; then the vector operators between its products, where they are not fused; its exchanges;
-and the launch of its operators. Two microbatches run as the machine says: as two streams that share out the cores
-(figure 14), or with the exchange of one behind the work of the other (figure 18).
+A stage takes the longer of its operations and its bytes, each at the ceiling of the machine times the efficiency that
+was published for such an operator; then the vector operators between its products, where they are not fused; its
+exchanges; and the launch of its operators. Two microbatches run as the machine says: as two streams that share out the
+cores (figure 14), or with the exchange of one behind the work of the other (figure 18).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Literal
 from cmjax.errors import UserError
 from cmjax.perf.hardware import Hardware
 from cmjax.perf.layout import Layout
-from cmjax.perf.work import MOE_STREAM, Expected, ExchangeWork, StageWork, Work
+from cmjax.perf.work import MOE_STREAM, ExchangeWork, Expected, StageWork, Work
 
 Format = Literal["int8", "fp8", "fp4", "bf16"]
 _GIB = 2**30
@@ -110,7 +110,7 @@ def price(
         seconds += overlapped
         layer = overlapped / total_layers
     else:
-        in_layer = [(s, p) for s, p in single if s.calls == num_layers and s.section]
+        in_layer = [(s, p) for s, p in single if s.calls == num_layers]
         layer = sum(parts.on(1) for _, parts in in_layer)
     return StepPrice(seconds, stages, streams, share, layer, memory)
 
@@ -156,7 +156,7 @@ def stage_parts(
     rate = machine.memory_bytes_per_s * machine.memory_efficiency
     matmul_rate = rate if is_core else machine.memory_bytes_per_s * machine.matmul_memory_efficiency
     cache = work.cache_bytes * pricing.cache_itemsize / 2
-    # Half of the activations' bytes are those of vector operators; where they are not fused, they wait for the products.
+    # Half of the activations' bytes are those of vector operators; where not fused, they wait for the products.
     half = work.activation_bytes / 2
     read = work.weight_bytes * weights[0] + cache + half
     if fused:
@@ -186,7 +186,10 @@ def _exchange(stage: str, one: ExchangeWork, tokens: int, layout: Layout, machin
     rate = machine.link_rate(one.degree)
     if machine.bulk is not None and one.sent_bytes >= _LARGE_BYTES:
         # Nobody measured these; what kernels for many tokens reach among as many ranks holds for their bytes too.
-        rate = min(rate, (machine.bulk_bytes_per_s("dispatch", one.degree) + machine.bulk_bytes_per_s("combine", one.degree)) / 2)
+        rate = min(
+            rate,
+            (machine.bulk_bytes_per_s("dispatch", one.degree) + machine.bulk_bytes_per_s("combine", one.degree)) / 2,
+        )
     return machine.link_latency_s + one.sent_bytes / rate
 
 

@@ -155,7 +155,7 @@ class StageWork:
     """A stage of one section of a step.
 
     Attributes:
-        section: which scan of the step it is in, by number; 0 is outside of all.
+        section: which scan or draft of the step it is in, by number.
         stage: one of `STAGES`.
         lane: "a" or "b", the microbatch; "" where there is one.
         calls: how often it runs in a step.
