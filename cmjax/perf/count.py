@@ -12,7 +12,8 @@ equation belongs, the scopes "a" and "b" which microbatch. Rules, the same for e
 - Loops whose trips the data decides (`cmjax.loops`) are counted by key, by pair of query and key, or by expert row, so
   that a static worst case is never taken for what is expected. Where a stage has several loops of one kind (the first
   chunk, short blocks), they share the units: the largest one's work by unit stands for all.
-- A ragged exchange moves the rows that exist: the smaller of operand and result.
+- A ragged exchange moves the rows that exist: the smaller of operand and result. What sorts rows before and after it is
+  read and written.
 """
 
 import dataclasses
@@ -142,6 +143,8 @@ class _Walk:
         for inner_jaxpr in _inner_jaxprs(eqn):
             return self.run(inner_jaxpr, dict(zip(inner_jaxpr.invars, given, strict=True)), scope, section, calls)
         work = _work_of(eqn, given)
+        if work is None and name == "gather" and _stage_of(scope) in ("dispatch", "combine"):
+            work = Work(activation_bytes=_TWICE * _bytes(eqn.outvars[0], _stored(eqn.outvars[0]).itemsize))
         if work is not None:
             self._add(scope, section, calls, work)
         if name in _VIEWS:
@@ -151,8 +154,7 @@ class _Walk:
         return [_stored(var) for var in eqn.outvars]
 
     def _at(self, scope: str, section: int, calls: int) -> _Found:
-        words = scope.split("/")
-        stage = next((word for word in reversed(words) if word in STAGES), "other")
+        words, stage = scope.split("/"), _stage_of(scope)
         lane = next((word for word in words if word in ("a", "b")), "")
         draft = next((word for word in words if word.startswith("draft")), "")
         number = self._sections.setdefault((section, draft), len(self._sections))
@@ -237,6 +239,10 @@ def _trips(eqn: JaxprEqn, given: list[_Value]) -> Iterator[tuple[Unit, float, Wo
         for tile in (_Body.of(*one) for one in body.inner):
             pairs = math.prod(tile.products[0][1:])  # scores, [heads, queries, keys]
             yield "pairs", pairs, dataclasses.replace(tile.work, activation_bytes=0, weight_bytes=0, operators=0), 0
+
+
+def _stage_of(scope: str) -> str:
+    return next((word for word in reversed(scope.split("/")) if word in STAGES), "other")
 
 
 def _value_of(var: Any, values: dict[Var, _Value]) -> _Value:

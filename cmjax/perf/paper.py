@@ -26,17 +26,15 @@ _GROUP_GPU = "InferenceX (ai-dynamo/aiconfigurator)"
 _GPU_REASON = "efficiencies of H800's operators stand for Blackwell's"
 # Why rows miss, where we believe to know.
 REASONS = {
-    "a layer without MTP, batch 96, 4K": "the cores are shared out anew here (18 of 24 to attention); at figure 14's 16 "
-    "of 24 the model says about 870 us",
-    "DeepSeek H800 (profile), 4K prompts": "GPU prefill: what moves rows between exchange and experts is not counted",
+    "DeepSeek H800 (profile), 4K prompts": "GPU prefill: quantization and masks between products cost more than a pass",
     "SGLang H100 (default), 4K prompts": "as DeepSeek's profile, and EPLB's balance of production is not known",
     "SGLang H100 (perfect EPLB), 4K prompts": "as DeepSeek's profile",
     "SGLang 96 H100, prefill EP32, 1K prompts": "as the 4K prompts",
     "SGLang 96 H100, prefill EP32, 2K prompts": "as the 4K prompts",
     "SGLang 96 H100, decode EP72, 256 a GPU, 2K": "two batches hide all of the exchange here, and none in one batch "
     "(107 ms a step; 92 were measured): what SGLang hides lies between",
-    "SGLang GB200, decode EP48, 1,408 a GPU, 2K": "no operator's figures of a GB200 are published: those of H800 stand for "
-    "them, and exchanges of 1,408 tokens are taken at NVLink's rate",
+    "SGLang GB200, decode EP48, 1,408 a GPU, 2K": "H800's operators stand for those of a GB200, and exchanges of "
+    "1,408 tokens are taken at NVLink's rate",
     "warm start from pooled DRAM, s": "UB alone would take a fraction of a second; what else the 5 s hold is not said",
     "mean switch among 8 models, EMS, s": "as the warm start",
     "cold start from OBS, one instance at a time (EMS), s": "671 GB at 2.5 GB/s; the paper's 320 s are more than that",
@@ -163,7 +161,8 @@ def _microbatch_layer(row: Row, config: ModelConfig, machine: Hardware) -> float
 
 
 def _layer(row: Row, config: ModelConfig, machine: Hardware) -> float:
-    return price(_layout(row, config, machine, microbatches=2), machine, _FREE).layer * 1e6
+    pricing = dataclasses.replace(_FREE, splits=[row["attention_cores"] / machine.cores])
+    return price(_layout(row, config, machine, microbatches=2), machine, pricing).layer * 1e6
 
 
 def _mtp(row: Row, config: ModelConfig, machine: Hardware) -> float:

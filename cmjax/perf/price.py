@@ -127,7 +127,11 @@ def _overlapped(
         exchanging = [(s, p) for s, p in lanes if s.stage in ("dispatch", "combine")]
         share = 1.0 if layout.phase == "decode" else 1 - machine.bulk_cores / machine.cores
         work = sum(s.calls * p.on(share) for s, p in lanes if s.stage not in ("dispatch", "combine"))
-        return (work, sum(s.calls * p.on(1) for s, p in exchanging)), 1.0
+        behind = sum(s.calls * p.on(1) for s, p in exchanging)
+        if machine.bulk_cores:  # the exchange has cores of its own, which only send: rows are sorted by the others
+            sorting = sum(s.calls * p.scaled for s, p in exchanging)
+            work, behind = work + sorting / share, behind - sorting
+        return (work, behind), 1.0
 
     def at(share: float) -> tuple[float, float]:
         moe = sum(s.calls * p.on(1 - share) for s, p in lanes if s.stage in MOE_STREAM)
@@ -156,6 +160,11 @@ def stage_parts(
     rate = machine.memory_bytes_per_s * machine.memory_efficiency
     matmul_rate = rate if is_core else machine.memory_bytes_per_s * machine.matmul_memory_efficiency
     cache = work.cache_bytes * pricing.cache_itemsize / 2
+    if name in ("dispatch", "combine"):
+        # The operator for few tokens sorts rows as it sends them, and its published time holds that.
+        moved = work.activation_bytes / rate if tokens >= _LARGE_EXCHANGE else 0.0
+        exchange = sum(_exchange(name, one, tokens, layout, machine) for one in work.exchanges)
+        return _Parts(moved, exchange, machine.launch_s)
     # Half of the activations' bytes are those of vector operators; where not fused, they wait for the products.
     half = work.activation_bytes / 2
     read = work.weight_bytes * weights[0] + cache + half

@@ -1,4 +1,4 @@
-"""Pricing: what it must never do, what does not fit, where its numbers are from, and that nothing end-to-end is fitted."""
+"""Pricing: what it must never do, what does not fit, where its numbers are from; nothing end-to-end is fitted."""
 
 import ast
 import dataclasses
