@@ -18,7 +18,7 @@ from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import StepPrice, price
 from cmjax.perf.workload import Workload
 
-_EP_SIZES = (8, 16, 32, 64, 128, 144, 256, 288, 320)
+_EP_SIZES = (8, 16, 32, 64, 128, 256, 288, 320)
 _PREFILL_EP_SIZES = (8, 16, 32, 64)
 _BATCHES = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 _STEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
@@ -155,7 +155,7 @@ def _forms(
     config: ModelConfig, workload: Workload, phase: str
 ) -> Iterator[tuple[int, int, int, Literal["int8"] | None]]:
     sizes = {*(_EP_SIZES if phase == "decode" else _PREFILL_EP_SIZES)}
-    if phase == "decode":
+    if phase == "decode" and workload.devices < _EP_SIZES[-1]:
         sizes.add(workload.devices // 2)
     drafts = (0, 1) if phase == "decode" and config.num_mtp_layers else (0,)
     for ep_size in sorted(size for size in sizes if 0 < size < workload.devices):
