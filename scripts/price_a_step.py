@@ -5,15 +5,15 @@
 No device is needed: the step is traced with shapes.
 """
 
+from cmjax.checkpoint.configs import find_config
 from cmjax.perf.hardware import hardware
 from cmjax.perf.layout import Layout
-from cmjax.perf.models import find_config
 from cmjax.perf.price import Pricing, price
 from cmjax.perf.work import total
 
 
 def main() -> None:
-    config = find_config("deepseek-r1")
+    config = find_config("deepseek-r1").config
     for name in ("ascend-910", "ascend-950dt", "gb200"):
         machine = hardware(name)
         layout = Layout(

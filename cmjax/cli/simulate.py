@@ -88,12 +88,12 @@ def simulate() -> None:
 @json_option
 def paper(plot: Path | None, as_json: bool) -> None:
     """Published figures of DeepSeek-R1 beside what is predicted for them, and why some miss."""
+    from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots
-    from cmjax.perf.models import find_config
     from cmjax.perf.paper import compare
 
     with shown_progress("rows") as tell:
-        report = compare(find_config("deepseek-r1"), lambda group: tell(group, 0, None))
+        report = compare(find_config("deepseek-r1").config, lambda group: tell(group, 0, None))
     if plot is not None:
         plots.comparison(report, plot)
     if as_json:
@@ -140,11 +140,11 @@ def _plain(value: float | None) -> str:
 @json_option
 def points(file: Path, model: str, plot: Path | None, as_json: bool) -> None:
     """Time per output token of each line of FILE, beside what was measured."""
+    from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots
     from cmjax.perf import points as reading
-    from cmjax.perf.models import find_config
 
-    config = find_config(model)
+    config = find_config(model).config
     results = reading.predict(reading.read(file), config, str(file))
     errors = [abs(one["error"]) for one in results if one["error"] is not None]
     if plot is not None:
@@ -190,12 +190,12 @@ def plan(
     as_json: bool,
 ) -> None:
     """The layout of prefill, decode and cache that serves most requests and holds the targets."""
+    from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots
     from cmjax.perf.hardware import hardware as find_hardware
-    from cmjax.perf.models import find_config
     from cmjax.perf.plan import search
 
-    machine, config = find_hardware(hardware), find_config(model)
+    machine, config = find_hardware(hardware), find_config(model).config
     with shown_progress("forms") as tell:
         found = search(config, machine, workload, tpot, ttft, tell)
     best, front, prefill = found["plan"], found["front"], found["prefill_front"]
@@ -283,15 +283,15 @@ def step(
     as_json: bool,
 ) -> None:
     """One step: what each stage computes, reads and sends, and what it takes."""
+    from cmjax.checkpoint.configs import find_config
     from cmjax.perf.hardware import hardware as find_hardware
     from cmjax.perf.layout import Layout, Phase
-    from cmjax.perf.models import find_config
     from cmjax.perf.price import price, stage_table
 
     machine = find_hardware(hardware)
     layout = Layout(
-        config=find_config(model), phase=cast(Phase, phase), ep_size=ep, batch=batch, context=context, drafts=drafts,
-        microbatches=microbatches, balance=machine.balance,
+        config=find_config(model).config, phase=cast(Phase, phase), ep_size=ep, batch=batch, context=context,
+        drafts=drafts, microbatches=microbatches, balance=machine.balance,
     )  # fmt: skip
     found, rows = price(layout, machine), stage_table(layout, machine)
     if as_json:
@@ -323,12 +323,12 @@ def step(
 @json_option
 def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bool) -> None:
     """The paper's discussion, priced: afd, supernode, plane, pooling, offload, or all."""
+    from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots, whatif
     from cmjax.perf.hardware import hardware as find_hardware
-    from cmjax.perf.models import find_config
 
     names = list(whatif.WHAT_IFS) if name == "all" else [name]
-    config, machine = find_config(model), find_hardware(hardware)
+    config, machine = find_config(model).config, find_hardware(hardware)
     results = {}
     with shown_progress("what-ifs") as tell:
         for index, one in enumerate(names):

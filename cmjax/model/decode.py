@@ -71,7 +71,7 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
             return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
         with jax.named_scope("core_attention"):
             return absorbed_part(config, core, keys, lengths, part)
 

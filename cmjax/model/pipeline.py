@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.loops import scan
 from cmjax.mesh import fabric
 from cmjax.model.mla import CoreAttention, rms_norm
 from cmjax.model.params import LayerParams, MoeParams, Params
@@ -143,7 +144,7 @@ class _MoeRun:
         loads = []
         x_b = x[1]
         if last:
-            (routed, x_b, cache), load = lax.scan(step, (routed, x_b, cache), jnp.arange(last))
+            (routed, x_b, cache), load = scan(step, (routed, x_b, cache), jnp.arange(last), length=last)
             loads.append(load)
         x_a, x_b, cache, load = self._both(self._at(last), None, routed, x_b, cache)
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])

@@ -207,7 +207,7 @@ def _attend(
             return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
         with jax.named_scope("core_attention"):
             return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from cmjax.loops import scan
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import WHOLE, CoreAttention, Part, key_value_latent, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, split_experts
@@ -234,7 +234,7 @@ def run_stack(
 
     count = jnp.arange(run.count)
     xs = (layers, run.stack_start + count, run.first_layer + count)
-    (x, cache), load = lax.scan(step, (x, cache), xs, unroll=context.unroll)
+    (x, cache), load = scan(step, (x, cache), xs, length=run.count, unroll=context.unroll)
     return x, cache, load
 
 

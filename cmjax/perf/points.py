@@ -41,7 +41,7 @@ def read(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: holds no line of data")
     if not (set(_GPU) <= columns or set(_ASCEND) <= columns):
         raise UserError(
-            f"{path}: has the columns {', '.join(map(str, columns))}; give {', '.join(_GPU)}, or {', '.join(_ASCEND)}"
+            f"{path}: has the columns {', '.join(sorted(map(str, columns)))}; give {', '.join(_GPU)}, or {', '.join(_ASCEND)}"
         )
     return rows
 

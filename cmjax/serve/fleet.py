@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 
 from cmjax.errors import UserError
-from cmjax.mesh import Instance, Memory, Pools
+from cmjax.mesh import Instance, Pools
 from cmjax.model import Model
 from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Scheduler, SloController, Variant
 from cmjax.serve.caching.context import ContextCache
@@ -40,8 +40,8 @@ class Fleet:
     ) -> None:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
         self._context = context
-        sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
-        check_caches_fit(model.config, settings, sizes, model.dtype, Memory.of(pools.devices))
+        sizes = [(one, self._num_blocks(one.role)) for one in pools.instances]
+        check_caches_fit(model.config, settings, sizes, model.dtype)
         self._wire = Wire()
         self._instances = {one.name: one for one in (*pools.prefill, *pools.decode)}
         self.prefill = {one.name: self._place_prefill(one) for one in pools.prefill}
@@ -158,9 +158,9 @@ class Fleet:
             Exception: what made it fail; nothing is left of it.
         """
         instance = self._claim_devices(role, ep_size)
-        name, sizes = instance.name, [(ep_size, self._num_blocks(role))]
+        name, sizes = instance.name, [(instance, self._num_blocks(role))]
         try:
-            check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype, Memory.of(instance.devices))
+            check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype)
             executor = self._place_prefill(instance) if role == "prefill" else self._place_decode(instance)
             with self.core.changed:
                 if executor.role == "prefill":

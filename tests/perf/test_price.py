@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmjax.checkpoint.configs import find_config
 from cmjax.errors import UserError
 from cmjax.perf import fit, hardware, paper
 from cmjax.perf.layout import Layout
-from cmjax.perf.models import find_config
 from cmjax.perf.price import Pricing, check_fits, price, stage_table
 
-R1 = find_config("deepseek-r1")
+R1 = find_config("deepseek-r1").config
 DIE = hardware.hardware("ascend-910")
 FREE = Pricing(check_memory=False)
 
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_named():
         ({"context": 0}, "no lengths of a request"),
         ({"context": 4096, "cached": 4096}, "no lengths of a request"),
         ({"context": 10**7}, "exceeds the model's max_position_embeddings"),
-        ({"config": find_config("kimi-k2"), "drafts": 1}, "need an MTP module"),
+        ({"config": find_config("kimi-k2").config, "drafts": 1}, "need an MTP module"),
     ],
 )
 def test_layouts_that_are_none(changes, message):

@@ -7,17 +7,17 @@ import json
 import pytest
 import yaml
 
+from cmjax.checkpoint.configs import find_config
 from cmjax.cli.command import main
 from cmjax.cli.serve import serve
 from cmjax.errors import UserError
 from cmjax.perf import paper, plots, points, whatif
 from cmjax.perf.hardware import hardware
-from cmjax.perf.models import find_config, shipped
 from cmjax.perf.plan import pareto, search
 from cmjax.perf.workload import Workload
 from tests.helpers import tiny_config
 
-R1 = find_config("deepseek-r1")
+R1 = find_config("deepseek-r1").config
 DIE = hardware("ascend-910")
 
 
@@ -164,7 +164,7 @@ def test_plan_writes_what_serve_reads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["step", "--hardware", "abacus"], "hardware 'abacus' is unknown; there are ascend-910"),
-        (["step", "--model", "gpt"], "--model gpt: no such config; give a config.json, or one of deepseek-r1"),
+        (["step", "--model", "gpt"], "model 'gpt' is no folder, no file and none of deepseek-r1"),
         (["step", "--batch", "3000"], "the most by cache), ascend-910 has 64.0"),
         (["plan", "--tpot", "fast"], "'fast' is no time; give one such as 50ms or 2s"),
         (["whatif", "nothing"], "what-if 'nothing' is unknown; there are afd"),
@@ -200,10 +200,3 @@ def test_what_ifs_cover_the_discussion():
     assert set(whatif.WHAT_IFS) == {"afd", "supernode", "plane", "pooling", "offload"}
     assert whatif.shown(1234.0) == "1,234"
     assert whatif.shown("x") == "x"
-
-
-def test_shipped_models(tmp_path):
-    assert "deepseek-r1" in shipped()
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds no JSON object"):
-        find_config(str(tmp_path))

@@ -3,6 +3,7 @@ counted, priced, or compiled for a machine that is not there."""
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -113,13 +114,13 @@ class AbstractInstance:
     def cache(self) -> jax.ShapeDtypeStruct:
         """See `cmjax.serve.steps.new_cache`."""
         slots = self.num_blocks * self.settings.block_size
-        shape = (self.ep_size, self.config.num_cache_layers, slots, self.config.latent_width)
+        shape = (self.ep_size, self.config.num_cache_layers, slots, self.spec.cache_width)
         return self._array(shape, self.dtype, BY_RANK)
 
     @property
     def cache_bytes(self) -> int:
         """Of a rank's cache."""
-        return cache_bytes(self.config, self.num_blocks, self.settings.block_size, self.dtype)
+        return cache_bytes(self.config, self.num_blocks * self.settings.block_size, self.dtype, self.mesh)
 
     @property
     def exchange_bytes(self) -> int:
@@ -128,6 +129,12 @@ class AbstractInstance:
             return 0
         local_batch = self.num_tokens // self.ep_size
         return exchange_bytes(self.placement, self.config, local_batch, self.dtype, self.wires)
+
+    @staticmethod
+    def local_bytes(tree: Any) -> int:
+        """Bytes that one device holds of a tree of shapes with shardings."""
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What its step takes, all abstract: `(arguments, static arguments)` of `decode` or `prefill`."""

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from cmjax.errors import UserError
-from cmjax.mesh import Memory
+from cmjax.mesh import Instance, Memory, stored_width
 from cmjax.model import ModelConfig
 from cmjax.moe import ExpertPlacement, WireDtype, buffer_bytes, message_bytes
 from cmjax.serve.settings import EngineSettings
@@ -14,9 +15,10 @@ from cmjax.serve.settings import EngineSettings
 GIB = 2**30
 
 
-def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: Any) -> int:
-    """Bytes of one rank's latent cache."""
-    return config.num_cache_layers * num_blocks * block_size * config.latent_width * np.dtype(dtype).itemsize
+def cache_bytes(config: ModelConfig, num_tokens: int, dtype: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of one rank's latent cache for so many tokens."""
+    width = stored_width(config.latent_width, mesh)
+    return config.num_cache_layers * num_tokens * width * np.dtype(dtype).itemsize
 
 
 def exchange_bytes(
@@ -40,14 +42,17 @@ def exchange_bytes(
 
 
 def check_caches_fit(
-    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[int, int]], dtype: Any, memory: Memory
+    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[Instance, int]], dtype: Any
 ) -> None:
-    """Refuse caches that cannot fit, before anything is allocated; `sizes`: (ranks, blocks a rank) of each instance."""
+    """Refuse caches that cannot fit, before anything is allocated; `sizes`: instances and the blocks of a rank."""
     longest = config.max_position_embeddings
     if settings.max_model_len > longest:
         raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
-    each = [(ranks, cache_bytes(config, blocks, settings.block_size, dtype)) for ranks, blocks in sizes]
-    needed = sum(ranks * size for ranks, size in each) if memory.is_shared else max(size for _, size in each)
+    each = [cache_bytes(config, blocks * settings.block_size, dtype, one.mesh) for one, blocks in sizes]
+    memory = Memory.of([device for one, _ in sizes for device in one.devices])
+    needed = max(each)
+    if memory.is_shared:
+        needed = sum(one.ep_size * size for (one, _), size in zip(sizes, each, strict=True))
     if needed > memory.free_bytes:
         of_rank = "" if memory.is_shared else " of a rank"
         raise UserError(
