@@ -112,7 +112,7 @@ class _Walk:
             loops = []
             for unit, (units, work, weights) in found.loops.items():
                 each = dataclasses.replace(work, operators=0).times(1 / units)
-                loops.append(LoopWork(unit, each, weights, work.operators))
+                loops.append(LoopWork(unit, each, weights, work.operators, units))
             if found.fixed != Work() or loops:
                 result.append(StageWork(section, stage, lane, found.calls, found.fixed, tuple(loops)))
         return result

@@ -25,15 +25,16 @@ from cmjax.perf.price import Format, Pricing, StepPrice, price
 _GPU = ("system", "backend", "precision", "isl", "osl", "decode", "running_per_gpu")
 _ASCEND = ("dies", "ep", "dp", "batch", "context", "drafts", "acceptance", "balance")
 _LAYOUT = re.compile(r"(\d+)x\(TP(\d+) DP(\d+) EP(\d+)\)")
-_SYSTEMS = {"b200_sxm": "b200", "h100_sxm": "h100", "h800_sxm": "h800", "gb200_sxm": "gb200", "gb300_sxm": "gb300"}
-NOT_RUN = "tensor-parallel attention in decode, which the engine has not"
+# Other names of columns.
+_ALIASES = {"batch_per_die": "batch", "batch_a_die": "batch", "ctx": "context", "kv_len": "context", "mtp": "drafts"}
+NOT_RUN = "the engine has attention data-parallel and experts expert-parallel over the same devices, and nothing else"
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The lines of a file; UserError where it is of neither form."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = [_named(row) for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}") from error
     columns = set(rows[0]) if rows else set()
@@ -41,9 +42,15 @@ def read(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: holds no line of data")
     if not (set(_GPU) <= columns or set(_ASCEND) <= columns):
         raise UserError(
-            f"{path}: has the columns {', '.join(sorted(map(str, columns)))}; give {', '.join(_GPU)}, or {', '.join(_ASCEND)}"
+            f"{path}: has the columns {', '.join(sorted(columns))}; give {', '.join(_GPU)}, or {', '.join(_ASCEND)}"
         )
     return rows
+
+
+def _named(row: Mapping[str | None, Any]) -> dict[str, str]:
+    """A line under the names of this page; cells beyond the header are dropped, those that are missing are empty."""
+    names = ((str(name).strip().lower().replace(" ", "_"), value) for name, value in row.items() if name is not None)
+    return {_ALIASES.get(name, name): (value or "").strip() for name, value in names}
 
 
 def predict(rows: Iterable[Mapping[str, str]], config: ModelConfig, source: str) -> list[dict[str, Any]]:
@@ -86,7 +93,7 @@ def _gpu_point(
     if not found:
         raise UserError(f"{where}: decode {row['decode']!r} does not read like 5x(TP1 DP8 EP8)")
     _, tp, dp, ep = map(int, found.groups())
-    machine = hardware(_SYSTEMS.get(row["system"], row["system"]))
+    machine = hardware(row["system"].removesuffix("_sxm"))
     formats: dict[str, Format] = {"fp8": "fp8", "fp4": "fp4", "int8": "int8"}
     if row["precision"] not in formats:
         raise UserError(f"{where}: precision {row['precision']!r} is not one of {', '.join(formats)}")

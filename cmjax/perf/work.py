@@ -122,12 +122,14 @@ class LoopWork:
         per_unit: work of one, without weights.
         weights_once: bytes of the weights that each pass over the loop reads: of one expert, or of the layer.
         operators: of the whole loop, as one grouped product has them.
+        trip: units of one trip.
     """
 
     unit: Unit
     per_unit: Work
     weights_once: float = 0
     operators: float = 0
+    trip: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,11 @@ class StageWork:
     calls: int
     fixed: Work
     loops: tuple[LoopWork, ...] = ()
+
+    def once(self) -> Work:
+        """One call with one trip of each loop: what a compiler sees that does not know how often loops run."""
+        trips = (loop.per_unit.times(loop.trip) + Work(weight_bytes=loop.weights_once) for loop in self.loops)
+        return self.fixed + total(trips)
 
     def expected(self, data: Expected) -> Work:
         """The work of one call."""
