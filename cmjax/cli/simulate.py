@@ -309,10 +309,12 @@ def step(
     memory = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in found.memory.items())
     click.echo(f"The step takes {found.seconds * 1e3:.2f} ms; memory of a device in GiB: {memory}.")
     if found.streams[0]:
-        click.echo(
-            f"Two microbatches: {found.streams[0] * 1e3:.2f} beside {found.streams[1] * 1e3:.2f} ms, "
-            f"{found.attention_share:.0%} of the cores to the first."
-        )
+        first, second = (seconds * 1e3 for seconds in found.streams)
+        if found.attention_share < 1:
+            share = f"{found.attention_share:.0%} of the cores for attention"
+            click.echo(f"Two microbatches: attention {first:.2f} ms beside experts {second:.2f} ms, {share}.")
+        else:
+            click.echo(f"Two microbatches: work {first:.2f} ms beside exchanges {second:.2f} ms.")
 
 
 @simulate.command("whatif", epilog="\b\nExamples:\n  cmjax simulate whatif afd\n  cmjax simulate whatif all --plot DIR")

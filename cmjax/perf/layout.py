@@ -89,12 +89,7 @@ class Layout:
     @functools.cached_property
     def placement(self) -> ExpertPlacement | None:
         """Of the experts."""
-        return plan_placement(
-            self.config,
-            self.ep_size,
-            num_redundant_experts=self.num_redundant_experts,
-            num_shared_replicas=self.num_shared_replicas,
-        )
+        return _placement(self.config, self.ep_size, self.num_redundant_experts, self.num_shared_replicas)
 
     def instance(self) -> AbstractInstance:
         """The engine's own, as shapes on a mesh of no devices; its settings are those that the engine would have."""
@@ -192,6 +187,13 @@ class Layout:
 def abstract_bytes(config: ModelConfig, quant: Literal["int8"] | None = "int8") -> float:
     """Bytes of a model's weights, experts once."""
     return float(num_bytes(abstract_params(config, _DTYPE, quant=quant, mtp_head=False, mtp_embed=False)))
+
+
+@functools.lru_cache(maxsize=512)
+def _placement(
+    config: ModelConfig, ep_size: int, num_redundant: int | None, num_shared: int | None
+) -> ExpertPlacement | None:
+    return plan_placement(config, ep_size, num_redundant_experts=num_redundant, num_shared_replicas=num_shared)
 
 
 @functools.lru_cache(maxsize=512)
