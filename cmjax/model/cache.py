@@ -41,6 +41,15 @@ def as_stored(rows: jax.Array, cache: jax.Array) -> jax.Array:
     return jnp.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, missing),)) if missing else rows
 
 
+def slots_after(slot_mapping: jax.Array, total: jax.Array | None) -> jax.Array:
+    """`slot_mapping`, to be had once attention with the softmax sums `total` has read the cache; None: at once.
+
+    What one microbatch writes does not depend on what the other reads; a compiler that does not know which comes first
+    keeps both versions, a copy of the whole cache in every layer. Sums are never negative, but no compiler knows.
+    """
+    return slot_mapping if total is None else jnp.where(total.reshape(-1)[0] < 0, -1, slot_mapping)
+
+
 def write_rows(cache: jax.Array, layer: jax.Array | int, slot_mapping: jax.Array, rows: jax.Array) -> jax.Array:
     """Return the cache with `rows[tokens, latent width]` at the slots `int32[tokens]` of a layer; -1 is skipped."""
     layers, slots, width = cache.shape

@@ -166,7 +166,7 @@ def _hosts(num_devices: int, per_host: int, hosts_per_domain: int) -> list[str]:
 
 
 def _boxes(num_chips: int, axes: int) -> list[tuple[int, ...]]:
-    """Shapes of so many chips, the most compact first; a host has two by two of the first axes, so odd ones come last."""
+    """Shapes of so many chips, the most compact first; a host has two by two of the first axes: odd ones come last."""
     if axes == 1:
         return [(num_chips,)]
     found = {
