@@ -7,13 +7,14 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test soak bench lint format clean
+.PHONY: help demo test soak targets bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up $(VENV) and run the EP320 demo"
 	@echo "make test    run the tests"
 	@echo "make soak    run the long tests (thousands of steps)"
+	@echo "make targets compile for TPUs and GPUs that are not here (an hour), docs/targets.md"
 	@echo "make bench   run every benchmark"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
@@ -27,6 +28,10 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+targets: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]"
+	$(BIN)/python scripts/make_target_table.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/cmjax bench all $(ARGS)

@@ -95,39 +95,34 @@ def compile_command(
     layout: Given[InstanceLayout],
     formats: ModelFormats,
     engine: EngineSettings,
-    any_sampling: bool,
-    ragged: Any,
-    **output: Any,
+    **own: Any,
 ) -> int:
     """Compile an engine's decode and prefill steps for accelerators that need not be there: whether they do, what they
     take of a device's memory, what is exchanged, and what XLA expects of the time.
 
     Each step is compiled in a process of its own. A target needs its compiler: pip install 'jax[tpu]', 'jax[cuda13]'.
     """
-    as_json = output["as_json"]
+    as_json = own["as_json"]
     if is_list:
         return _list(as_json)
     if target_name is None:
         raise UserError("no target: give --target, such as v5p:8x8x5; --list names them")
     target = Target.parse(target_name)
-    if output["num_runs"] and target.machine is not None:
+    if own["num_runs"] and target.machine is not None:
         raise UserError(f"--run needs --target {HERE}: {target_name} is not a machine that is here")
     found = find_config(model)
     ep_size = layout.get("ep_size") or target.num_devices or _DEFAULT_EP
     sizes = {"decode": ep_size, "prefill": layout.get("prefill_ep_size") or min(ep_size, _MOST_PREFILL)}
-    common = {
+    common: dict[str, Any] = {
         "target": target_name,
         "config": found.config.to_hf(),
         "dtype": formats.dtype,
         "quant": _quant(formats, found),
-        "any_sampling": any_sampling,
-        "ragged": ragged,
-        "output": output["output"],
-        "num_runs": output["num_runs"],
+        **{name: own[name] for name in ("any_sampling", "ragged", "output", "num_runs")},
     }
-    roles = ("decode", "prefill") if role == "both" else (role,)
+    roles: Any = ("decode", "prefill") if role == "both" else (role,)
     requests = [
-        StepRequest(role=one, ep_size=sizes[one], settings=settings, **common)  # type: ignore[arg-type]  # of the choice
+        StepRequest(role=one, ep_size=sizes[one], settings=settings, **common)
         for one in roles
         for settings in _settings(engine)
     ]

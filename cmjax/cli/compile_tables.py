@@ -69,6 +69,6 @@ def machines_table() -> Table:
     table = new_table("Targets", "target", "device", "GiB", "compiler", "described by")
     for key, machine in machines().items():
         size = f"{machine.memory_bytes / GIB:.2f}"
-        example = f"{key}:{machine.layouts(320)[0]}" if machine.platform == "tpu" else f"{key}:320"
+        example = f"{key}:{machine.layouts(320)[0]}" if machine.compiler == "tpu" else f"{key}:320"
         table.add_row(example, machine.name, size, escape(machine.wheel), machine.facts["source"])
     return table

@@ -1,14 +1,10 @@
 """What to change first where a step does not fit the memory of a device."""
 
-from typing import TYPE_CHECKING
-
 from cmjax.targets.machines import GIB
-
-if TYPE_CHECKING:
-    from cmjax.targets.step import StepReport, StepRequest
+from cmjax.targets.report import StepReport, StepRequest
 
 
-def advice(report: "StepReport", request: "StepRequest") -> list[str]:
+def advice(report: StepReport, request: StepRequest) -> list[str]:
     """Settings by what they bring, each with the size that should fit, in the words of the command line.
 
     What grows with the batch (cache, exchange buffers, other temporaries) is taken to grow in proportion.
@@ -29,7 +25,7 @@ def advice(report: "StepReport", request: "StepRequest") -> list[str]:
     return found
 
 
-def _smaller(report: "StepReport", request: "StepRequest", share: float) -> list[str]:
+def _smaller(report: StepReport, request: StepRequest, share: float) -> list[str]:
     found = []
     if request.role == "decode":
         assert report.sequences is not None

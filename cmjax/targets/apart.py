@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from cmjax.errors import UserError
-from cmjax.targets.step import ENVIRONMENT, StepReport, StepRequest, compile_step
+from cmjax.targets.report import StepReport, StepRequest
+from cmjax.targets.step import ENVIRONMENT, compile_step
 
 _CRASH = re.compile(r"^F\d{4} [\d:.]+\s+\d+ (?P<where>\S+?)\] (?P<what>.*)$", re.MULTILINE)
 _EXIT_USER_ERROR = 2
@@ -60,7 +61,7 @@ def _main(result: str) -> int:
     try:
         report = compile_step(request)
     except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
         return _EXIT_USER_ERROR
     Path(result).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
     return 0

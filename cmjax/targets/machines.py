@@ -32,9 +32,9 @@ class Machine:
     facts: dict[str, Any]
 
     @property
-    def platform(self) -> str:
+    def compiler(self) -> str:
         """ "tpu" or "cuda"."""
-        return str(self.facts["platform"])
+        return str(self.facts["compiler"])
 
     @property
     def name(self) -> str:
@@ -54,11 +54,11 @@ class Machine:
     @property
     def wheel(self) -> str:
         """What brings the compiler."""
-        return _WHEELS[self.platform]
+        return _WHEELS[self.compiler]
 
     def layouts(self, num_devices: int) -> list[str]:
         """How so many devices may stand together, as `get_topology_desc` takes it, the best first; [] if not at all."""
-        if self.platform == "cuda":
+        if self.compiler == "cuda":
             return _hosts(num_devices, self.facts["devices_per_host"], self.facts["hosts_per_domain"])
         chips, rest = divmod(num_devices, self.facts["devices_per_chip"])
         return [] if rest else ["x".join(map(str, shape)) for shape in _boxes(chips, self.facts["axes"])]
@@ -140,7 +140,7 @@ def _described(machine: Machine, layout: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        if machine.platform == "tpu":
+        if machine.compiler == "tpu":
             found = topologies.get_topology_desc(f"{machine.facts['topology']}:{layout}", platform="tpu")
         else:
             found = topologies.get_topology_desc(

@@ -37,22 +37,13 @@ def shapes(tree):
 )
 def test_it_takes_what_the_engine_s_steps_take(ep_size, quant, shape, settings):
     model = tiny_model(num_nextn_predict_layers=1)
-    if quant:
-        params = convert_params(model.params, quant, model.dtype)
-        model = Model(model.config, params, params_digest(model.config, params))
     # In bfloat16 decode keeps the matrices as they are stored, as everywhere but on a CPU.
-    params = jax.tree.map(lambda a: a.astype("bfloat16") if a.dtype == np.float32 and a.ndim > 2 else a, model.params)
-    engine = make_engine(Model(model.config, params, model.digest), ep_size, **settings)
+    params = convert_params(model.params, quant, "bfloat16")
+    model = Model(model.config, params, params_digest(model.config, params))
+    engine = make_engine(model, ep_size, **settings)
     for executor in (engine.decode, engine.prefill[0]):
-        variant = (
-            next(one for one in executor.serving_variants()[::-1] if one.sampling == SERVING_SHAPES[shape or -1])
-            if executor.role == "prefill"
-            else next(
-                one
-                for one in executor.serving_variants()
-                if one.sampling == SERVING_SHAPES[shape] and one.num_slots == executor.num_places
-            )
-        )
+        sampling = SERVING_SHAPES[shape if executor.role == "decode" else -1]
+        variant = [one for one in executor.serving_variants() if one.sampling == sampling][-1]  # the largest
         lowered = executor._lowered(variant, engine.settings.microbatches)
         abstract = AbstractInstance(
             executor.role,
