@@ -20,6 +20,7 @@ RUNS = {
     "serve.py": (("serve.py",), "", "the same texts: True"),
     "prefix_cache.py": (("prefix_cache.py",), "", "the same texts: True"),
     "microbatches.py": (("microbatches.py",), "", "the tokens are equal"),
+    "price_a_step.py": (("price_a_step.py",), "", "us a layer on ascend-910"),
     "fabric_tour.py at 8 ranks": (("fabric_tour.py", "8"), "", "8 ranks"),
     "fabric_tour.py with XLA_FLAGS": (("fabric_tour.py",), FLAGS, "320 ranks"),
 }

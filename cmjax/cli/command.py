@@ -42,6 +42,11 @@ COMMANDS = {
         "quantize",
         "Quantize the checkpoint in folder IN (bfloat16, float32, float16 or FP8 blocks) into the new folder OUT.",
     ),
+    "simulate": (
+        "cmjax.cli.simulate",
+        "simulate",
+        "Price the engine's own steps, traced, on named hardware; nothing is run or compiled.",
+    ),
     "serve": (
         "cmjax.cli.serve",
         "serve",

@@ -67,16 +67,19 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
     def begin(
         p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index, others: jax.Array | None
     ) -> tuple[CoreAttention, jax.Array]:
-        q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
-        cache = write_rows(cache, layer, slots_after(slots, others), latent)
-        return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
+        with jax.named_scope("mla_prolog"):
+            q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
+            cache = write_rows(cache, layer, slots_after(slots, others), latent)
+            return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
         keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
-        return absorbed_part(config, core, keys, lengths, part)
+        with jax.named_scope("core_attention"):
+            return absorbed_part(config, core, keys, lengths, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
-        return absorbed_end(p, config, core)
+        with jax.named_scope("oproj"):
+            return absorbed_end(p, config, core)
 
     return AttendInParts(begin, part, end)
 
@@ -120,5 +123,6 @@ def draft_pass(
     """
     assert params.mtp is not None  # checked by the caller
     context = decode_context(expert_to_slot, batch, spec, channel)
-    hidden, cache, loads = mtp_pass(params, params.mtp, hidden, batch.token_ids, cache, context)
+    with jax.named_scope(channel):
+        hidden, cache, loads = mtp_pass(params, params.mtp, hidden, batch.token_ids, cache, context)
     return PassOutput(hidden, cache, stack_loads(loads))

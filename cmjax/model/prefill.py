@@ -201,21 +201,24 @@ def _attend(
     def begin(
         p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index, others: jax.Array | None
     ) -> tuple[CoreAttention, jax.Array]:
-        latent = key_value_latent(p, config, x, positions)
-        q_latent = query_latent(p, x)
-        q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
-        latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
-        q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
-        cache = write_rows(cache, layer, slots_after(slots, others), latents)
-        return expanded_start(config, q_nope, q_pe), cache
+        with jax.named_scope("mla_prolog"):
+            latent = key_value_latent(p, config, x, positions)
+            q_latent = query_latent(p, x)
+            q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
+            latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
+            q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
+            cache = write_rows(cache, layer, slots_after(slots, others), latents)
+            return expanded_start(config, q_nope, q_pe), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
         keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
-        return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
+        with jax.named_scope("core_attention"):
+            return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
-        attended, channel = expanded_end(core), f"{name}/heads"
-        return fabric.all_to_all(attended, axis, 0, 1, tiled=True, group_size=num_shards, channel=channel)
+        with jax.named_scope("oproj"):
+            attended, channel = expanded_end(core), f"{name}/heads"
+            return fabric.all_to_all(attended, axis, 0, 1, tiled=True, group_size=num_shards, channel=channel)
 
     return AttendInParts(begin, part, end, has_lanes=True)
 

@@ -246,13 +246,17 @@ def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
 def lm_head(params: Params, hidden: jax.Array) -> jax.Array:
     """Return `float32[tokens, vocabulary]` for hidden states after the final norm."""
     head = params.embed if params.head is None else params.head
-    return linear(hidden, head).astype(jnp.float32)
+    with jax.named_scope("lm_head"):
+        return linear(hidden, head).astype(jnp.float32)
 
 
 def mtp_head(params: Params, hidden: jax.Array) -> jax.Array:
     """Return `float32[tokens, vocabulary]` for the MTP module's hidden states."""
     head = None if params.mtp is None else params.mtp.head
-    return lm_head(params, hidden) if head is None else linear(hidden, head).astype(jnp.float32)
+    if head is None:
+        return lm_head(params, hidden)
+    with jax.named_scope("lm_head"):
+        return linear(hidden, head).astype(jnp.float32)
 
 
 def main_pass(
@@ -269,7 +273,8 @@ def mtp_input(
     """What the MTP module's layer is given, `[tokens, hidden]`."""
     embedding = embed(params.embed if mtp.embed is None else mtp.embed, next_token_ids)
     parts = [rms_norm(embedding, mtp.enorm, config.rms_norm_eps), rms_norm(hidden, mtp.hnorm, config.rms_norm_eps)]
-    return linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
+    with jax.named_scope("mtp_input"):
+        return linear(jnp.concatenate(parts, axis=-1), mtp.eh_proj)
 
 
 def mtp_latents(

@@ -135,7 +135,8 @@ def decode(
             batch = _with_drafts(state.batch, drafts)
             output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
             logits = lm_head(params, output.hidden)
-            sampled = _sample(logits, state, sampling, drafts, forced)
+            with jax.named_scope("sampling"):
+                sampled = _sample(logits, state, sampling, drafts, forced)
             state, token_ids = _settle(state, sampling, drafts, sampled, output.hidden)
             load = output.slot_load if draft_load is None else jnp.concatenate([output.slot_load, draft_load])
             best = None
@@ -186,10 +187,11 @@ def _draft(
             made = jnp.take_along_axis(made, settled.counts[:, None, None] - 1, axis=1)
         logits = mtp_head(params, made[:, 0])
         # Position p + 1 + ahead, by the very noise that the token there will be sampled with: the guess is likelier.
-        guess = greedy(logits)
-        if sampling is not None:
-            before = None if state.history is None else _history(state.history, drafts, (ahead,))
-            guess = sample(logits, sampling, batch.positions + 1 + ahead, before)
+        with jax.named_scope("sampling"):
+            guess = greedy(logits)
+            if sampling is not None:
+                before = None if state.history is None else _history(state.history, drafts, (ahead,))
+                guess = sample(logits, sampling, batch.positions + 1 + ahead, before)
         drafts = jnp.concatenate([drafts, guess[:, None]], axis=1)
         hidden, next_token_ids = made, guess[:, None]
         position = batch.positions + ahead

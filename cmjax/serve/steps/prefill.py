@@ -90,11 +90,12 @@ def prefill(
         share = num_sequences // num_ranks
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
         sampling = None if packed is None else packed.unpacked()
-        if sampling is None:
-            token_ids = greedy(logits)
-        else:
-            own_ends = lax.dynamic_slice_in_dim(ends, rank_id * share, share)
-            token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
+        with jax.named_scope("sampling"):
+            if sampling is None:
+                token_ids = greedy(logits)
+            else:
+                own_ends = lax.dynamic_slice_in_dim(ends, rank_id * share, share)
+                token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
         of_first = of_prompts = None
         if (num_top := extras.num_logprobs) is not None:
             asks = jnp.ones(share) if sampling is None else sampling.asks_logprobs
