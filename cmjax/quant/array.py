@@ -70,7 +70,41 @@ class InputMajor:
     value: AnyArray
 
 
-Matrix: TypeAlias = AnyArray | QuantArray | InputMajor
+@flax.struct.dataclass
+class LayerMatrix:
+    """One layer's matrix where it lies, among those of all layers: a product reads it there, nothing is copied out.
+
+    It takes the place of the array in a layer's parameters, where only `linear` meets it.
+
+    Attributes:
+        stack: `[layers, ..., out, in]`.
+        layer: `int32[]`.
+    """
+
+    stack: AnyArray | QuantArray | InputMajor
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix (not of one stored by inputs)."""
+        return self._values.shape[1:]
+
+    @property
+    def _values(self) -> AnyArray | QuantArray:
+        assert not isinstance(self.stack, InputMajor)
+        return self.stack
+
+    def reshape(self, *shape: int) -> "LayerMatrix":
+        """Merge or split axes of outputs."""
+        return LayerMatrix(self._values.reshape(self.stack_size, *shape), self.layer)
+
+    @property
+    def stack_size(self) -> int:
+        """Number of layers."""
+        return jax.tree.leaves(self.stack)[0].shape[0]
+
+
+Matrix: TypeAlias = AnyArray | QuantArray | InputMajor | LayerMatrix
 
 
 @flax.struct.dataclass
@@ -120,6 +154,11 @@ def split_inputs(weight: AnyArray | QuantArray, count: int) -> np.ndarray | Quan
 def _split_inputs(values: AnyArray, count: int) -> np.ndarray:
     lead, out, _ = values.shape
     return np.asarray(values).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
+
+
+def own_matrix(weight: Matrix) -> Matrix:
+    """The matrix apart from its stack, where it is a `LayerMatrix`; else as it is."""
+    return matrix_at(weight.stack, weight.layer) if isinstance(weight, LayerMatrix) else weight
 
 
 def matrix_at(weight: Matrix, *index: jax.Array | int) -> Matrix:

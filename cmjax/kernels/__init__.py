@@ -1,0 +1,12 @@
+"""Operators in C++ for CPU devices, one interface each, beside the XLA form that stands for them everywhere else.
+
+An operator is called with its XLA form, a function of the same arguments. The C++ runs where a program is lowered for
+CPUs; other platforms lower the form, and so do differentiation, `jax.vmap`, and types that the C++ has not. A traced
+step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that whoever counts or prices a step finds the
+form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
+"""
+
+from cmjax.kernels.operators import Weights, experts, product
+from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, status
+
+__all__ = ["KernelStatus", "KernelsMode", "Weights", "configure", "experts", "is_native", "product", "status"]
