@@ -54,8 +54,8 @@ def find_compiler() -> str | None:
     return None
 
 
-def build(name: str, folder: pathlib.Path, units: Sequence[Unit]) -> pathlib.Path:
-    """Path of the shared library `name` for this jaxlib and the sources in `folder`, compiled first if it is not cached.
+def build_library(name: str, folder: pathlib.Path, units: Sequence[Unit]) -> pathlib.Path:
+    """Path of the library `name` of the sources in `folder`, for this jaxlib; compiled first if it is not in the cache.
 
     Raises:
       BuildError: no compiler was found, or it failed.
@@ -103,10 +103,10 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {lines[0] if lines else f'exit status {result.returncode}'}")
 
 
-def load(name: str, folder: pathlib.Path, units: Sequence[Unit], handlers: Sequence[str]) -> Loaded:
-    """The library, built if need be, with its FFI handlers `cmjax_{name}_{handler}` registered; or why there is none."""
+def load_library(name: str, folder: pathlib.Path, units: Sequence[Unit], handlers: Sequence[str]) -> Loaded:
+    """The library, built if need be, its FFI handlers `cmjax_{name}_{handler}` registered; or why there is none."""
     try:
-        path = build(name, folder, units)
+        path = build_library(name, folder, units)
         library = ctypes.CDLL(str(path))
     except (BuildError, OSError) as error:
         return Loaded(None, str(error))

@@ -15,7 +15,9 @@ from cmjax.kernels import settings
 
 Array = jax.Array
 Form = Callable[..., Array]
-Weights = tuple[Array, Array | None]  # matrices, and where they are int8 a float32 scale for each output
+Weights = tuple[
+    Array | np.ndarray, Array | np.ndarray | None
+]  # matrices, and where they are int8 a float32 scale for each output
 
 _FLOATS = ("float32", "bfloat16")
 
@@ -114,7 +116,7 @@ def product(
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec", "dtype", "scale_at"), inline=True)
-def experts(
+def expert_mlp(
     form: Form,
     messages: Array,
     counts: Array,

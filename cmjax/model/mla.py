@@ -16,7 +16,7 @@ from cmjax.model.cache import PagedKeys
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
-from cmjax.quant import InputMajor, einsum_f32, linear
+from cmjax.quant import einsum_f32, is_by_inputs, linear, own_matrix
 
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
@@ -58,7 +58,7 @@ def queries(
 ) -> tuple[jax.Array, jax.Array]:
     """The queries of all heads in `params`, rotated: `(q_nope [tokens, heads, nope], q_pe [tokens, heads, rope])`."""
     q_b = params.q_b
-    if not isinstance(q_b, InputMajor):
+    if not is_by_inputs(q_b):
         q_b = q_b.reshape(-1, q_b.shape[-1])
     q = linear(latent, q_b).reshape(latent.shape[0], -1, config.qk_head_dim)
     q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
@@ -76,13 +76,13 @@ def take_heads(params: AttentionParams, shard: jax.Array | int, num_shards: int)
     """`params` with the queries, keys and values of the heads in one of equal shards; all else stays whole."""
     if num_shards == 1:
         return params
-    count = params.q_b.shape[0] // num_shards
+    count = params.kv_b.shape[0] // num_shards
 
     def take(leaf: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(leaf, shard * count, count)
 
     # By leaf: of a quantized matrix, the values and their scales.
-    q_b, kv_b = jax.tree.map(take, (params.q_b, params.kv_b))
+    q_b, kv_b = jax.tree.map(take, (own_matrix(params.q_b), params.kv_b))
     return dataclasses.replace(params, q_b=q_b, kv_b=kv_b)
 
 

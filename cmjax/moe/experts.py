@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax import kernels
+from cmjax.kernels import Weights, expert_mlp
 from cmjax.loops import dynamic_loop
 from cmjax.mesh import fabric
 from cmjax.moe.exchange import ReceivedRows
@@ -108,10 +108,10 @@ def expert_ffn(
         return _expert_ffn_form(messages, counts, layer, w13, w2, spec)
     scale_at = padded_row(params.w2.shape[2])
     arguments = (messages, counts, layer, w13, w2, spec)
-    return kernels.experts(_expert_ffn_form, *arguments, dtype=spec.dtype, scale_at=scale_at)
+    return expert_mlp(_expert_ffn_form, *arguments, dtype=spec.dtype, scale_at=scale_at)
 
 
-def _weights(matrix: AnyArray | QuantArray) -> kernels.Weights:
+def _weights(matrix: AnyArray | QuantArray) -> Weights:
     return (matrix.qvalue, matrix.scale) if isinstance(matrix, QuantArray) else (matrix, None)
 
 
@@ -119,13 +119,13 @@ def _expert_ffn_form(
     messages: jax.Array,
     counts: jax.Array,
     layer: jax.Array | int,
-    w13: kernels.Weights,
-    w2: kernels.Weights,
+    w13: Weights,
+    w2: Weights,
     spec: _Blocks,
 ) -> jax.Array:
-    """The XLA form of `kernels.experts`."""
+    """The XLA form of `kernels.expert_mlp`."""
 
-    def matrix(weights: kernels.Weights) -> AnyArray | QuantArray:
+    def matrix(weights: Weights) -> AnyArray | QuantArray:
         values, scale = weights
         return values if scale is None or spec.mode is None else QuantArray(values, scale, spec.mode)
 

@@ -86,22 +86,18 @@ class LayerMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix (not of one stored by inputs)."""
-        return self._values.shape[1:]
-
-    @property
-    def _values(self) -> AnyArray | QuantArray:
-        assert not isinstance(self.stack, InputMajor)
-        return self.stack
+        """Of the matrix; not of one stored by inputs."""
+        return tuple(self._by_outputs.shape[1:])
 
     def reshape(self, *shape: int) -> "LayerMatrix":
-        """Merge or split axes of outputs."""
-        return LayerMatrix(self._values.reshape(self.stack_size, *shape), self.layer)
+        """Merge or split axes of outputs; not of a matrix stored by inputs."""
+        stack = self._by_outputs
+        return LayerMatrix(stack.reshape(stack.shape[0], *shape), self.layer)
 
     @property
-    def stack_size(self) -> int:
-        """Number of layers."""
-        return jax.tree.leaves(self.stack)[0].shape[0]
+    def _by_outputs(self) -> AnyArray | QuantArray:
+        assert not isinstance(self.stack, InputMajor)
+        return self.stack
 
 
 Matrix: TypeAlias = AnyArray | QuantArray | InputMajor | LayerMatrix
@@ -154,6 +150,11 @@ def split_inputs(weight: AnyArray | QuantArray, count: int) -> np.ndarray | Quan
 def _split_inputs(values: AnyArray, count: int) -> np.ndarray:
     lead, out, _ = values.shape
     return np.asarray(values).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
+
+
+def is_by_inputs(weight: Matrix) -> bool:
+    """Whether the matrix, or the stack that it lies in, is an `InputMajor`."""
+    return isinstance(weight.stack if isinstance(weight, LayerMatrix) else weight, InputMajor)
 
 
 def own_matrix(weight: Matrix) -> Matrix:

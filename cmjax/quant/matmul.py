@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax import kernels
+from cmjax.kernels import Weights, product
 from cmjax.quant.array import (
     AnyArray,
     InputMajor,
@@ -58,11 +58,11 @@ def _product_in_place(x: jax.Array | QuantizedRows, stack: AnyArray | QuantArray
     if x_scale is not None and not is_quantized:
         rows, x_scale = dequantize_rows(rows, x_scale, dtype), None
     weight = (stack.qvalue, stack.scale) if isinstance(stack, QuantArray) else (stack, None)
-    return kernels.product(_product_form, rows, 0 if layer is None else layer, weight, x_scale, np.dtype(dtype))
+    return product(_product_form, rows, 0 if layer is None else layer, weight, x_scale, np.dtype(dtype))
 
 
 def _product_form(
-    x: jax.Array, layer: jax.Array, weight: kernels.Weights, x_scale: jax.Array | None, spec: np.dtype
+    x: jax.Array, layer: jax.Array, weight: Weights, x_scale: jax.Array | None, spec: np.dtype
 ) -> jax.Array:
     """The XLA form of `kernels.product`; `spec` is the dtype of the result."""
     values, scale = weight
@@ -78,7 +78,8 @@ def _product_xla(x: jax.Array | QuantizedRows, weight: Matrix) -> jax.Array:
     return _product(x, weight)
 
 
-def _product(x: jax.Array, weight: AnyArray | InputMajor) -> jax.Array:
+def _product(x: jax.Array, weight: Matrix) -> jax.Array:
+    assert not isinstance(weight, QuantArray | LayerMatrix)
     values, inputs = (weight.value, 0) if isinstance(weight, InputMajor) else (weight, 1)
     return lax.dot_general(x, values, (((x.ndim - 1,), (inputs,)), ((), ())), precision=_precision(x, values))
 

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import platform
 
-from cmjax import native
+from cmjax.native import Loaded, Unit, load_library
 
 FOLDER = pathlib.Path(__file__).parent
 HANDLERS = ("product", "experts")
@@ -16,16 +16,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     _FORMS |= {"Avx2": ("-mavx2", "-mfma"), "Avx512": _AVX512, "Avx512Bf16": (*_AVX512, "-mavx512bf16")}
 FORMS = tuple(_FORMS)
 UNITS = (
-    native.Unit("kernels.cc"),
-    native.Unit("ffi.cc"),
-    *(native.Unit("form.cc", (f"-DCMJAX_FORM={name}", *flags)) for name, flags in _FORMS.items()),
+    Unit("kernels.cc"),
+    Unit("ffi.cc"),
+    *(Unit("form.cc", (f"-DCMJAX_FORM={name}", *flags)) for name, flags in _FORMS.items()),
 )
 
 
 @functools.cache
-def load() -> native.Loaded:
+def load() -> Loaded:
     """The library with its FFI handlers registered (built at the first call), or the reason why there is none."""
-    loaded = native.load("kernels", FOLDER, UNITS, HANDLERS)
+    loaded = load_library("kernels", FOLDER, UNITS, HANDLERS)
     if loaded.library is not None:
         loaded.library.cmjax_kernels_form.restype = ctypes.c_char_p
         loaded.library.cmjax_kernels_use.argtypes = [ctypes.c_char_p]

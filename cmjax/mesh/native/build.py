@@ -4,25 +4,25 @@ import ctypes
 import functools
 import pathlib
 
-from cmjax import native
+from cmjax.native import Loaded, Unit, build_library, load_library
 
 _FOLDER = pathlib.Path(__file__).parent
-_UNITS = tuple(native.Unit(name) for name in ("fabric.cc", "exchange.cc", "ffi.cc"))
+_UNITS = tuple(Unit(name) for name in ("fabric.cc", "exchange.cc", "ffi.cc"))
 _HANDLERS = ("enter", "start", "done", "nothing", "yield")
 
 
 @functools.cache
-def load() -> native.Loaded:
+def load() -> Loaded:
     """The library with its FFI handlers registered (built at the first call), or the reason why there is none."""
-    loaded = native.load("fabric", _FOLDER, _UNITS, _HANDLERS)
+    loaded = load_library("fabric", _FOLDER, _UNITS, _HANDLERS)
     if loaded.library is not None:
         _declare(loaded.library)
     return loaded
 
 
 def build() -> pathlib.Path:
-    """Path of the library, see `cmjax.native.build`."""
-    return native.build("fabric", _FOLDER, _UNITS)
+    """Path of the library, see `cmjax.native.build_library`."""
+    return build_library("fabric", _FOLDER, _UNITS)
 
 
 def _declare(library: ctypes.CDLL) -> None:
