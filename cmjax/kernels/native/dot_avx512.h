@@ -57,7 +57,7 @@ struct DotBF16 {
     __m512 even, odd;
   };
   using Acc = __m512;
-  static constexpr int kStep = 32, kRows = 4;
+  static constexpr int kStep = 32, kRows = 5;
   static constexpr bool kHasOffset = false;
   static WVec LoadW(const W* w) { return _mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
