@@ -6,7 +6,21 @@ step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that who
 form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
 """
 
-from cmjax.kernels.operators import Weights, expert_mlp, product
+from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
+from cmjax.kernels.products import Weights, expert_mlp, product
 from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, status
 
-__all__ = ["KernelStatus", "KernelsMode", "Weights", "configure", "expert_mlp", "is_native", "product", "status"]
+__all__ = [
+    "AttentionSpec",
+    "KernelStatus",
+    "KernelsMode",
+    "Weights",
+    "absorb",
+    "attend",
+    "configure",
+    "expert_mlp",
+    "is_native",
+    "product",
+    "release",
+    "status",
+]

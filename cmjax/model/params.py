@@ -108,12 +108,12 @@ def split_experts(layers: LayerParams) -> tuple[LayerParams, MlpParams | None]:
     return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), layers.mlp.experts
 
 
-# What the layers multiply by with `linear` alone, which reads a matrix in its stack.
-_READ_IN_PLACE = frozenset({"q_a", "q_b", "kv_a", "o", "w13", "w2", "router"})
+# What the layers multiply by: `linear` and absorbed attention read a matrix in its stack.
+_READ_IN_PLACE = frozenset({"q_a", "q_b", "kv_a", "kv_b", "o", "w13", "w2", "router"})
 
 
 def layer_at(layers: LayerParams, index: jax.Array) -> LayerParams:
-    """One of stacked layers: what only `linear` meets as `LayerMatrix`, the rest copied out."""
+    """One of stacked layers: matrices as `LayerMatrix`, the rest copied out."""
 
     def take(path: tuple, leaf: Matrix) -> Matrix:
         assert not isinstance(leaf, LayerMatrix)  # a stack

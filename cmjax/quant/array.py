@@ -157,6 +157,13 @@ def is_by_inputs(weight: Matrix) -> bool:
     return isinstance(weight.stack if isinstance(weight, LayerMatrix) else weight, InputMajor)
 
 
+def in_stack(weight: AnyArray | QuantArray | LayerMatrix) -> LayerMatrix:
+    """The matrix in its stack; one that has none is a stack of its own."""
+    if isinstance(weight, LayerMatrix):
+        return weight
+    return LayerMatrix(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
+
+
 def own_matrix(weight: Matrix) -> Matrix:
     """The matrix apart from its stack, where it is a `LayerMatrix`; else as it is."""
     return matrix_at(weight.stack, weight.layer) if isinstance(weight, LayerMatrix) else weight

@@ -14,6 +14,7 @@ from cmjax.quant.array import (
     QuantArray,
     QuantizedRows,
     dequantize,
+    in_stack,
     matrix_at,
     own_matrix,
 )
@@ -42,23 +43,23 @@ def linear(x: jax.Array | QuantizedRows, weight: Matrix, bias: jax.Array | None 
     else:
         lead, dtype = x.shape[:-1], x.dtype
         x = x.reshape(-1, x.shape[-1])
-    stack, layer = (weight.stack, weight.layer) if isinstance(weight, LayerMatrix) else (weight, None)
+    stack = weight.stack if isinstance(weight, LayerMatrix) else weight
     if isinstance(stack, InputMajor) or (isinstance(stack, QuantArray) and stack.mode == "fake"):
         y = _product_xla(x, own_matrix(weight))
     else:
-        y = _product_in_place(x, stack if layer is not None else jax.tree.map(lambda a: a[None], stack), layer)
+        y = _product_in_place(x, in_stack(weight))
     y = y.astype(dtype).reshape(*lead, -1)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _product_in_place(x: jax.Array | QuantizedRows, stack: AnyArray | QuantArray, layer: jax.Array | None) -> jax.Array:
-    """The product by one matrix of a stack `[layers, out, in]`, by the kernel where there is one."""
+def _product_in_place(x: jax.Array | QuantizedRows, weight: LayerMatrix) -> jax.Array:
+    """The product by the kernel, which reads the matrix in its stack."""
     rows, x_scale, dtype = (x.qvalue, x.scale, x.dtype) if isinstance(x, QuantizedRows) else (x, None, x.dtype)
-    is_quantized = isinstance(stack, QuantArray)
-    if x_scale is not None and not is_quantized:
+    stack = weight.stack
+    if x_scale is not None and not isinstance(stack, QuantArray):
         rows, x_scale = dequantize_rows(rows, x_scale, dtype), None
-    weight = (stack.qvalue, stack.scale) if isinstance(stack, QuantArray) else (stack, None)
-    return product(_product_form, rows, 0 if layer is None else layer, weight, x_scale, np.dtype(dtype))
+    weights = (stack.qvalue, stack.scale) if isinstance(stack, QuantArray) else (stack, None)
+    return product(_product_form, rows, weight.layer, weights, x_scale, np.dtype(dtype))
 
 
 def _product_form(

@@ -8,7 +8,7 @@ import platform
 from cmjax.native import Loaded, Unit, load_library
 
 FOLDER = pathlib.Path(__file__).parent
-HANDLERS = ("product", "experts")
+HANDLERS = ("product", "experts", "absorb", "attend", "release")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
 # form.cc is compiled once for each kind of CPU, under the name it has in the library.
 _FORMS: dict[str, tuple[str, ...]] = {"Portable": ()}

@@ -5,6 +5,7 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+using cmjax::ItemBytes;
 using cmjax::Matrix;
 using cmjax::Type;
 
@@ -57,7 +58,7 @@ class Operands {
       bad_ = true;
       return matrix;
     }
-    matrix.data = static_cast<const char*>(values.untyped_data()) + index * size * cmjax::ItemBytes(matrix.type);
+    matrix.data = static_cast<const char*>(values.untyped_data()) + index * size * ItemBytes(matrix.type);
     if (matrix.type == Type::kS8) matrix.scale = static_cast<const float*>(Next().untyped_data()) + index * matrix.out;
     return matrix;
   }
@@ -75,7 +76,7 @@ int64_t Scalar(const ffi::AnyBuffer& buffer) { return *static_cast<const int32_t
 ffi::Error Wrong(const char* message) { return ffi::Error::InvalidArgument(message); }
 
 cmjax::Rows RowsOf(const ffi::AnyBuffer& x, Type type, int64_t width, int64_t scale_at) {
-  return {static_cast<const char*>(x.untyped_data()), x.dimensions()[1] * cmjax::ItemBytes(type), width, type, nullptr,
+  return {static_cast<const char*>(x.untyped_data()), x.dimensions()[1] * ItemBytes(type), width, type, nullptr,
           scale_at};
 }
 
@@ -129,6 +130,85 @@ ffi::Error Experts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi
   return ffi::Error::Success();
 }
 
+// kv_b [layers, heads, nope + value, latent], where `layer` is the one.
+std::optional<cmjax::Mla> MlaOf(const ffi::AnyBuffer& kv_b, int64_t layer, int64_t nope, int64_t rope, float scale) {
+  const auto dims = kv_b.dimensions();
+  const auto type = TypeOf(kv_b);
+  if (!type || *type == Type::kS8 || dims.size() != 4 || layer < 0 || layer >= dims[0] || dims[2] < nope) {
+    return std::nullopt;
+  }
+  const char* data = static_cast<const char*>(kv_b.untyped_data()) + layer * dims[1] * dims[2] * dims[3] * ItemBytes(*type);
+  return cmjax::Mla{data, dims[1], nope, rope, dims[2] - nope, dims[3], scale, *type};
+}
+
+bool HasValues(const ffi::AnyBuffer& buffer, int64_t count, std::optional<Type> type) {
+  return static_cast<int64_t>(buffer.element_count()) == count && TypeOf(buffer) == type;
+}
+
+// q_nope [tokens, heads, nope], q_pe [tokens, heads, rope], kv_b, layer -> [requests, rows, latent + rope]
+ffi::Error Absorb(ffi::ThreadPool pool, bool is_parallel, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_pe,
+                  ffi::AnyBuffer kv_b, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> query) {
+  if (q_nope.dimensions().size() != 3 || q_pe.dimensions().size() != 3) return Wrong("cmjax_kernels: queries");
+  const int64_t tokens = q_nope.dimensions()[0], nope = q_nope.dimensions()[2], rope = q_pe.dimensions()[2];
+  const auto mla = MlaOf(kv_b, Scalar(layer), nope, rope, 1.0f);
+  if (!mla || !HasValues(q_nope, tokens * mla->heads * nope, mla->type) ||
+      !HasValues(q_pe, tokens * mla->heads * rope, mla->type) ||
+      !HasValues(*query, tokens * mla->heads * (mla->latent + rope), mla->type)) {
+    return Wrong("cmjax_kernels: queries and kv_b");
+  }
+  cmjax::RunAbsorb(*mla, static_cast<const char*>(q_nope.untyped_data()), static_cast<const char*>(q_pe.untyped_data()),
+                   tokens, static_cast<char*>(query->untyped_data()), HelpersOf(pool, is_parallel));
+  return ffi::Error::Success();
+}
+
+// query [requests, rows, width], peak, total [requests, rows], mixed [requests, rows, width], cache [layers, slots,
+// width], layer, block table [requests, blocks], lengths [tokens] -> peak, total, mixed, which are the operands' memory
+ffi::Error Attend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, int32_t part, int32_t num_parts,
+                  float scale, ffi::AnyBuffer query, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
+                  ffi::AnyBuffer cache, ffi::AnyBuffer layer, ffi::Buffer<ffi::S32> table,
+                  ffi::Buffer<ffi::S32> lengths, ffi::ResultBuffer<ffi::F32> peak, ffi::ResultBuffer<ffi::F32> total,
+                  ffi::ResultBuffer<ffi::F32> mixed) {
+  const auto shape = query.dimensions(), cached = cache.dimensions(), blocks = table.dimensions();
+  const auto type = TypeOf(query);
+  const int64_t tokens = lengths.element_count();
+  if (shape.size() != 3 || cached.size() != 3 || blocks.size() != 2 || !type || *type == Type::kS8 ||
+      TypeOf(cache) != type || cached[2] != shape[2] || blocks[0] != shape[0] || shape[0] == 0 ||
+      tokens % shape[0] != 0 || tokens == 0 || shape[1] % (tokens / shape[0]) != 0 || block_size < 1 ||
+      cached[1] < block_size) {
+    return Wrong("cmjax_kernels: queries and cache");
+  }
+  const int64_t at = Scalar(layer), rows = shape[0] * shape[1];
+  if (at < 0 || at >= cached[0] || static_cast<int64_t>(peak->element_count()) != rows ||
+      static_cast<int64_t>(total->element_count()) != rows ||
+      static_cast<int64_t>(mixed->element_count()) != rows * shape[2]) {
+    return Wrong("cmjax_kernels: layer and state");
+  }
+  const int64_t heads = rows / tokens;
+  const cmjax::Mla mla{nullptr, heads, 0, 0, 0, shape[2], scale, *type};
+  const char* data = static_cast<const char*>(cache.untyped_data()) + at * cached[1] * cached[2] * ItemBytes(*type);
+  cmjax::RunAttend(mla, {data, cached[1], block_size},
+                   {table.typed_data(), lengths.typed_data(), shape[0], blocks[1], tokens}, part, num_parts,
+                   static_cast<const char*>(query.untyped_data()),
+                   {peak->typed_data(), total->typed_data(), mixed->typed_data()}, HelpersOf(pool, is_parallel));
+  return ffi::Error::Success();
+}
+
+// total [requests, rows], mixed [requests, rows, latent + rope], kv_b, layer -> [tokens, heads * value]
+ffi::Error Release(ffi::ThreadPool pool, bool is_parallel, int32_t nope, ffi::Buffer<ffi::F32> total,
+                   ffi::Buffer<ffi::F32> mixed, ffi::AnyBuffer kv_b, ffi::AnyBuffer layer,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  if (mixed.dimensions().size() != 3 || kv_b.dimensions().size() != 4) return Wrong("cmjax_kernels: state");
+  const int64_t width = mixed.dimensions()[2], rows = total.element_count();
+  const auto mla = MlaOf(kv_b, Scalar(layer), nope, width - kv_b.dimensions()[3], 1.0f);
+  if (!mla || mla->rope < 0 || rows % mla->heads != 0 || static_cast<int64_t>(mixed.element_count()) != rows * width ||
+      !HasValues(*out, rows * mla->value, mla->type)) {
+    return Wrong("cmjax_kernels: state and kv_b");
+  }
+  cmjax::RunRelease(*mla, {nullptr, total.typed_data(), mixed.typed_data()}, rows / mla->heads,
+                    static_cast<char*>(out->untyped_data()), HelpersOf(pool, is_parallel));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_product, Product,
@@ -144,6 +224,47 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_experts, Experts,
                                   .Attr<int32_t>("scale_at")
                                   .RemainingArgs()
                                   .RemainingRets());
+
+using AnyBuffer = ffi::AnyBuffer;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_absorb, Absorb,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("is_parallel")
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("is_parallel")
+                                  .Attr<int32_t>("block_size")
+                                  .Attr<int32_t>("part")
+                                  .Attr<int32_t>("num_parts")
+                                  .Attr<float>("scale")
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_release, Release,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("is_parallel")
+                                  .Attr<int32_t>("nope")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>());
 
 // Plain C, for ctypes.
 extern "C" {

@@ -242,9 +242,12 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
           reinterpret_cast<char*>(gate));
 }
 
+#include "attention.h"
+
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
-const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, Stage, Product, Expert};
+const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, Stage, Product, Expert,
+                                             Absorb, Attend, Release};
 
 }  // namespace cmjax

@@ -169,4 +169,46 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
   });
 }
 
+void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,
+               const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.nope * mla.latent, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+    auto* scratch = reinterpret_cast<float*>(Scratch(1, AbsorbScratch(mla)));
+    form.absorb(mla, q_nope, q_pe, tokens, head, query, scratch);
+  });
+}
+
+void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
+               const char* query, const Softmax& state, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const int64_t tokens = requests.tokens / requests.count, width = mla.latent + mla.rope;
+  int64_t num_keys = 0;
+  for (int64_t t = 0; t < requests.tokens; ++t) num_keys += std::max(requests.lengths[t], 0);
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(2 * mla.heads, num_keys * width / count, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, requests.count, [&](int64_t r) {
+    const int32_t* lengths = requests.lengths + r * tokens;
+    const int64_t longest = std::max<int64_t>(0, *std::max_element(lengths, lengths + tokens));
+    const int64_t blocks = std::min((longest + keys.block_size - 1) / keys.block_size, requests.max_blocks);
+    const int64_t first = blocks * index / count, end = blocks * (index + 1) / count;
+    if (first == end) return;
+    const int64_t row = r * tokens * mla.heads;
+    form.attend(mla, keys, requests.table + r * requests.max_blocks, lengths, tokens, first, end,
+                query + row * width * ItemBytes(mla.type),
+                {state.peak + row, state.total + row, state.mixed + row * width},
+                Scratch(1, AttendScratch(mla, tokens, keys.block_size)));
+  });
+}
+
+void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.value * mla.latent, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+    form.release(mla, state, tokens, head, out, Scratch(1, ReleaseScratch(mla, tokens)));
+  });
+}
+
 }  // namespace cmjax

@@ -40,6 +40,25 @@ struct Target {
   Type type;
 };
 
+// What latent attention has of one layer: kv_b [heads, nope + value, latent]. Everything is of `type`, a float.
+struct Mla {
+  const char* kv_b;
+  int64_t heads, nope, rope, value, latent;
+  float scale;  // of scores
+  Type type;
+};
+
+// A layer of the cache, [slots, latent + rope], in blocks.
+struct Keys {
+  const char* data;
+  int64_t num_slots, block_size;
+};
+
+// A running softmax over rows [tokens, heads]: the largest score, the sum, and the values [latent + rope] summed.
+struct Softmax {
+  float *peak, *total, *mixed;
+};
+
 // Rows that an expert takes at a time, columns whose results stay in the first-level cache, and the widest vector.
 constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64;
 
@@ -52,6 +71,17 @@ constexpr int64_t kProductScratch = kRowBlock * kColBlock * 4;
 inline int64_t ExpertScratch(int64_t hidden, int64_t ffn) {
   return kRowBlock * (StagedStride(hidden) + StagedStride(ffn) + Padded(ffn) * 4 + 2 * 4) + 2 * kProductScratch +
          (Padded(hidden) + Padded(ffn)) * 4;
+}
+
+inline int64_t AbsorbScratch(const Mla& mla) {
+  return ((mla.nope + 1) * Padded(mla.latent) + Padded(mla.nope)) * 4;
+}
+inline int64_t AttendScratch(const Mla& mla, int64_t tokens, int64_t block_size) {
+  const int64_t rows = tokens * mla.heads, stride = StagedStride(mla.latent + mla.rope);
+  return (rows + block_size + 1) * stride + rows * Padded(block_size) * 4;
+}
+inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
+  return (tokens + 2) * StagedStride(mla.latent) + kProductScratch;
 }
 
 // One form of the inner loops. Results of a row never depend on the rows beside it.
@@ -70,6 +100,14 @@ struct Form {
   // between the two products are rounded to the target's type.
   void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
                  const Target& target, char* scratch);
+  // query[tokens, head] = (q_nope of the head through the key part of kv_b, q_pe), all heads being side by side.
+  void (*absorb)(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, int64_t head, char* query,
+                 float* scratch);
+  // The queries of one request's tokens meet the keys in its blocks [first, end); token t sees lengths[t] keys.
+  void (*attend)(const Mla& mla, const Keys& keys, const int32_t* table, const int32_t* lengths, int64_t tokens,
+                 int64_t first, int64_t end, const char* query, const Softmax& state, char* scratch);
+  // out[tokens, head] = the head's means through the value part of kv_b.
+  void (*release)(const Mla& mla, const Softmax& state, int64_t tokens, int64_t head, char* out, char* scratch);
 };
 
 // The forms that this build has, best first, and whether this CPU runs them.
@@ -102,5 +140,17 @@ struct Experts {
 // Expert e takes the counts[e] rows behind those of the experts before it; `counts` must not exceed the buffers.
 void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
                 const Helpers& helpers);
+
+// The queries of all heads, see Form::absorb; their meeting with share `index` of `count` of the keys of each request,
+// which has tokens / requests of them and `max_blocks` entries of `table`; and what comes of them, [tokens, heads * value].
+void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,
+               const Helpers& helpers);
+struct Requests {
+  const int32_t *table, *lengths;
+  int64_t count, max_blocks, tokens;
+};
+void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
+               const char* query, const Softmax& state, const Helpers& helpers);
+void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers);
 
 }  // namespace cmjax

@@ -31,6 +31,15 @@ inline uint16_t Narrow(float x) {
 
 inline float RoundTo(Type type, float x) { return type == Type::kBF16 ? Widen(Narrow(x)) : x; }
 
+// a * b + c, rounded once where the CPU can.
+inline float MulAdd(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // To the nearest integer, ties to even, for |x| < 2^22.
 inline float Round(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
