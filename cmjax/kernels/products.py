@@ -10,10 +10,8 @@ import numpy as np
 from cmjax.kernels.primitive import Form, make_primitive, run_kernel
 
 Array = jax.Array
-Weights = tuple[
-    Array | np.ndarray, Array | np.ndarray | None
-]  # matrices, and where they are int8 a float32 scale for each output
-
+# Matrices, and of int8 ones the scale of each output.
+Weights = tuple[Array | np.ndarray, Array | np.ndarray | None]
 FLOATS = ("float32", "bfloat16")
 _PRODUCT, _EXPERTS = make_primitive("product"), make_primitive("experts")
 

@@ -229,10 +229,12 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
       float* m = middle + r * middle_stride + col;
       if (target.type == Type::kBF16) {
         for (int64_t c = 0; c < cols; ++c) {
-          m[c] = Widen(Narrow(Silu(Widen(Narrow(g[c]))) * Widen(Narrow(u[c]))));
+          // Rounded as often as the same steps in bfloat16 are.
+          const float gate_value = RoundBF16(g[c]);
+          m[c] = RoundBF16(RoundBF16(gate_value * RoundBF16(Sigmoid(gate_value))) * RoundBF16(u[c]));
         }
       } else {
-        for (int64_t c = 0; c < cols; ++c) m[c] = Silu(g[c]) * u[c];
+        for (int64_t c = 0; c < cols; ++c) m[c] = g[c] * Sigmoid(g[c]) * u[c];
       }
     }
   }

@@ -29,7 +29,7 @@ inline uint16_t Narrow(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-inline float RoundTo(Type type, float x) { return type == Type::kBF16 ? Widen(Narrow(x)) : x; }
+inline float RoundBF16(float x) { return Widen(Narrow(x)); }
 
 // a * b + c, rounded once where the CPU can.
 inline float MulAdd(float a, float b, float c) {
@@ -57,7 +57,7 @@ inline float Exp(float x) {
   return p * FloatOf(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-inline float Silu(float x) { return x / (1.0f + Exp(-x)); }
+inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
 
 }  // namespace
 }  // namespace cmjax
