@@ -1,12 +1,20 @@
-"""Loops whose trip count the data decides."""
+"""Loops whose scope says how often they run, `loop_N`: whoever prices a step, traced or compiled, reads it there."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
 
 State = TypeVar("State")  # a tree of arrays
+
+
+def scan(
+    body: Callable[[State, Any], tuple[State, Any]], init: State, xs: Any, *, length: int, unroll: bool = False
+) -> tuple[State, Any]:
+    """`lax.scan` over `length` steps; a compiler does not always keep their number."""
+    with jax.named_scope(f"loop_{length}"):
+        return lax.scan(body, init, xs, length=length, unroll=unroll)
 
 
 def dynamic_loop(
@@ -17,9 +25,6 @@ def dynamic_loop(
     *,
     expected_trips: int,
 ) -> State:
-    """`lax.fori_loop` whose scope says how often it is expected to run, for whoever prices the traced step.
-
-    The scope is `loop_N`, N being `expected_trips`; the loop itself runs from `lower` to `upper` as they turn out.
-    """
+    """`lax.fori_loop` from `lower` to `upper` as the data has them, `expected_trips` times as far as anybody knows."""
     with jax.named_scope(f"loop_{expected_trips}"):
         return lax.fori_loop(lower, upper, body, init)

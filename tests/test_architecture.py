@@ -33,7 +33,7 @@ ROOMS = (
     "checkpoint",
 )
 ROOMS += ("serve.settings", "serve.caching", "serve.steps", "serve.transfer", "serve.instances", "serve", "serve.http")
-ROOMS += ("perf", "bench", "cli")
+ROOMS += ("targets", "perf", "bench", "cli")
 # The package's own front door, which imports lazily, counts as the highest room it imports; `__main__` starts `cli`.
 FRONT_DOOR = "cmjax"
 START = "cmjax.__main__"

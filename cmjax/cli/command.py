@@ -16,6 +16,11 @@ from cmjax.errors import UserError
 # name -> (module, attribute, what it does: here too, so that the list of commands needs no JAX)
 COMMANDS = {
     "bench": ("cmjax.cli.bench", "bench", "Measure; every figure comes with its machine, its versions and its commit."),
+    "compile": (
+        "cmjax.cli.compile",
+        "compile_command",
+        "Compile an engine's steps for accelerators that need not be there: TPUs, GPUs.",
+    ),
     "demo": (
         "cmjax.cli.demo",
         "demo",

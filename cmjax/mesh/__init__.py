@@ -3,7 +3,18 @@
 `fabric` is a module of its own: `from cmjax.mesh import fabric`.
 """
 
-from cmjax.mesh.devices import EP_AXIS, Instance, InstanceLayout, Pools, bring_up, carve, describe, virtual_devices
+from cmjax.mesh.devices import (
+    EP_AXIS,
+    Instance,
+    InstanceLayout,
+    Pools,
+    bring_up,
+    carve,
+    describe,
+    stored_width,
+    virtual_devices,
+)
+from cmjax.mesh.memory import Memory
 from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
@@ -14,6 +25,7 @@ __all__ = [
     "InstanceSpec",
     "LinkFigures",
     "Location",
+    "Memory",
     "Operation",
     "Path",
     "Plane",
@@ -26,5 +38,6 @@ __all__ = [
     "carve",
     "describe",
     "plan_instances",
+    "stored_width",
     "virtual_devices",
 ]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cmjax.errors import UserError
+from cmjax.mesh.fabric_ragged import try_native_ragged
 from cmjax.mesh.topology import PRESETS, InstanceSpec, Role, Supernode, plan_instances
 from cmjax.options import option
 
@@ -107,6 +108,18 @@ class InstanceLayout:
         )
 
 
+# Elements of a row of a TPU's tiles. A row that does not fill its last tile takes it up all the same, unless the
+# compiler stores the array by columns: it does so with an argument, and then copies all of it before and after use.
+_TPU_ROW = 128
+
+
+def stored_width(width: int, mesh: Mesh | AbstractMesh) -> int:
+    """How wide a row of `width` elements should be where arrays have many of them."""
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "tpu":
+        return width
+    return -(-width // _TPU_ROW) * _TPU_ROW
+
+
 def virtual_devices(num_devices: int) -> list[jax.Device]:
     """The first `num_devices` CPU devices, brought up here when JAX has no backend yet.
 
@@ -178,6 +191,7 @@ def carve(
         devices = list(machine)
         supernode = Supernode.of_size(len(devices))
         specs = supernode.plan_instances(*sizes)
+    try_native_ragged(devices)
     instances = [_instance(spec, devices) for spec in specs]
     return Pools(
         supernode,

@@ -4,7 +4,7 @@ On accelerators lax's own is fairly new, and fails in places (by shape, by numbe
 padded form; on XLA:CPU lax's own does not exist.
 """
 
-import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,30 @@ Array = jax.Array
 
 
 def lax_ragged(*operands: Array, axis_name: tuple[str, ...], forms: Forms, platform: str, **_: object) -> Array:
-    """The lax form that `forms` asks for; by default lax's own where its trial on this platform succeeds."""
+    """The lax form that `forms` asks for; by default lax's own where it exists and has not failed its trial."""
     is_native = forms.ragged == "native" or (forms.ragged == "auto" and native_ragged_failure(platform) is None)
     form = lax.ragged_all_to_all if is_native else _padded_ragged
     return form(*operands, axis_name=axis_name)
 
 
-@functools.cache
+# platform -> what was wrong in the trial, or None
+_TRIALS: dict[str, str | None] = {}
+
+
+def try_native_ragged(devices: Sequence[jax.Device]) -> None:
+    """Try `lax.ragged_all_to_all` on some of an instance's devices (up to 8), once a platform: what is lowered after it
+    takes the padded form where that failed. Nothing is tried while lowering, which may be for a machine that is not
+    there."""
+    platform = devices[0].platform
+    if platform != "cpu" and platform not in _TRIALS:
+        _TRIALS[platform] = trial_failure(list(devices[:8]))
+
+
 def native_ragged_failure(platform: str) -> str | None:
-    """Why `lax.ragged_all_to_all` does not serve on `platform`, or None: it is tried once, on its devices (up to 8)."""
-    if not hasattr(lax, "ragged_all_to_all"):
-        return "is missing in this jax"
+    """Why `lax.ragged_all_to_all` does not serve on `platform`, as far as is known; or None."""
     if platform == "cpu":
         return "is not implemented on XLA:CPU"
-    return trial_failure(jax.devices(platform)[:8])
+    return _TRIALS.get(platform)
 
 
 def trial_failure(devices: list[jax.Device]) -> str | None:

@@ -80,7 +80,7 @@ class Settings:
         self._native_ragged_failure = native_ragged_failure
         self._lock = threading.Lock()
         self._warned = False
-        self.forms = Forms()
+        self.forms = Forms(ragged=_ragged_from_environment())
         self.delay: DelayModel | None = None
         self.timeout_s = _timeout_from_environment()
 
@@ -98,7 +98,8 @@ class Settings:
           timeout_s: seconds without progress after which an exchange fails, naming the missing ranks
             (120, or $CMJAX_FABRIC_TIMEOUT_S).
           ragged: form of `ragged_all_to_all` where lax collectives run: "native" (`lax.ragged_all_to_all`), "padded"
-            (an `all_to_all` of worst-case size) or "auto": native where a first trial of it succeeds.
+            (an `all_to_all` of worst-case size) or "auto": native, unless it fails when an instance is brought up.
+            By default what $CMJAX_FABRIC_RAGGED says, or "auto".
           collectives: "fabric" (C++), "lax", or "auto". Changing a form drops JAX's caches of compiled programs.
           delay: a `DelayModel`, or None for none.
         """
@@ -212,6 +213,14 @@ def _too_many(num_devices: int, reason: str) -> str:
         f"fabric: {num_devices} devices need the C++ fabric (lax collectives on CPU stop at {MAX_LAX_DEVICES}), "
         f"but {reason}"
     )
+
+
+def _ragged_from_environment() -> RaggedMode:
+    text = os.environ.get("CMJAX_FABRIC_RAGGED", "auto")
+    for mode in get_args(RaggedMode):
+        if text == mode:
+            return mode
+    raise UserError(f"CMJAX_FABRIC_RAGGED must be one of {', '.join(get_args(RaggedMode))}, got {text!r}")
 
 
 def _timeout_from_environment() -> float:

@@ -1,6 +1,6 @@
 """The DeepSeek architecture (V2, V3, R1): config, parameters, MLA, layers, the MTP module, prefill and decode."""
 
-from cmjax.model.cache import write_rows
+from cmjax.model.cache import as_stored, write_rows
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
 from cmjax.model.mla import mla_prolog, rms_norm
@@ -27,6 +27,7 @@ from cmjax.model.params import (
     split_experts,
 )
 from cmjax.model.placed import (
+    abstract_placed_params,
     default_wires,
     param_specs,
     place_params,
@@ -72,7 +73,9 @@ __all__ = [
     "RankSpec",
     "YarnConfig",
     "abstract_params",
+    "abstract_placed_params",
     "aligned_empty",
+    "as_stored",
     "build_layers",
     "build_params",
     "check_token_ids",

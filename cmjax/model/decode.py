@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cmjax.model.cache import PagedKeys, slots_of, write_rows
+from cmjax.model.cache import PagedKeys, slots_after, slots_of, write_rows
 from cmjax.model.mla import (
     CoreAttention,
     Part,
@@ -64,13 +64,16 @@ def decode_attention(batch: DecodeBatch, spec: RankSpec) -> AttendInParts:
     slots = jnp.where(is_valid, slots_of(batch.block_table, positions, spec.block_size), -1)
     lengths = jnp.where(is_valid, positions + 1, 0)
 
-    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
+    def begin(
+        p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index, others: jax.Array | None
+    ) -> tuple[CoreAttention, jax.Array]:
         q_nope, q_pe, latent = mla_prolog(p, config, x, positions)
-        cache = write_rows(cache, layer, slots, latent)
+        cache = write_rows(cache, layer, slots_after(slots, others), latent)
         return absorbed_start(p, config, q_nope, q_pe, batch.block_table.shape[0]), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        return absorbed_part(config, core, PagedKeys(cache, layer, batch.block_table, spec.block_size), lengths, part)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
+        return absorbed_part(config, core, keys, lengths, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
         return absorbed_end(p, config, core)

@@ -61,7 +61,9 @@ def queries(
     q_b = params.q_b
     if not is_by_inputs(q_b):
         q_b = q_b.reshape(-1, q_b.shape[-1])
-    q = linear(latent, q_b).reshape(latent.shape[0], -1, config.qk_head_dim)
+    # The product stands alone: TPU's compiler would rather lay out the weights of all layers anew, a copy of several
+    # GiB, than what the product gives.
+    q = lax.optimization_barrier(linear(latent, q_b)).reshape(latent.shape[0], -1, config.qk_head_dim)
     q_nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_pe, *rope_tables(config, positions), interleaved=config.rope_interleave)
 

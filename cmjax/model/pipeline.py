@@ -23,8 +23,8 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from cmjax.loops import scan
 from cmjax.mesh import fabric
 from cmjax.model.mla import CoreAttention, rms_norm
 from cmjax.model.params import LayerParams, MoeParams, Params, layer_at
@@ -133,7 +133,7 @@ class _MoeRun:
         """All of them; the last one is apart, since no attention follows it."""
         last = self.place.count - 1
         core, cache = self._begin(0, self._at(0), x[0], cache)
-        routed, _ = self._end(0, self._at(0), x[0], core, cache)
+        routed, *_ = self._end(0, self._at(0), x[0], core, cache)
 
         def step(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
             routed, x_b, cache = carry
@@ -143,7 +143,7 @@ class _MoeRun:
         loads = []
         x_b = x[1]
         if last:
-            (routed, x_b, cache), load = lax.scan(step, (routed, x_b, cache), jnp.arange(last))
+            (routed, x_b, cache), load = scan(step, (routed, x_b, cache), jnp.arange(last), length=last)
             loads.append(load)
         x_a, x_b, cache, load = self._both(self._at(last), None, routed, x_b, cache)
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])
@@ -159,7 +159,7 @@ class _MoeRun:
         to_a = self._dispatch(0, a)
         core, cache = self._begin(1, layer, x_b, cache, to_a)
         back_a, load_a = self._experts(0, layer, a, to_a, core)
-        b, behind = self._end(1, layer, x_b, core, cache, back_a.in_flight)
+        b, behind, total = self._end(1, layer, x_b, core, cache, back_a.in_flight)
         to_b = self._dispatch(1, b)
         if behind is b.normed:
             behind = _after(to_b, behind)  # B's rows leave before A's are waited for
@@ -167,22 +167,29 @@ class _MoeRun:
         if following is None:
             back_b, load_b = self._experts(1, layer, b, to_b, None)
             return x_a, self._combine(1, b, back_b, None), cache, load_a + load_b
-        core, cache = self._begin(0, following, x_a, cache, to_b)
+        core, cache = self._begin(0, following, x_a, cache, to_b, total)
         back_b, load_b = self._experts(1, layer, b, to_b, core)
-        a, behind = self._end(0, following, x_a, core, cache, back_b.in_flight)
+        a, behind, _ = self._end(0, following, x_a, core, cache, back_b.in_flight)
         return a, self._combine(1, b, back_b, behind), cache, load_a + load_b
 
     def _begin(
-        self, which: int, layer: _Layer, x: jax.Array, cache: jax.Array, going: Going | None = None
+        self,
+        which: int,
+        layer: _Layer,
+        x: jax.Array,
+        cache: jax.Array,
+        going: Going | None = None,
+        total: jax.Array | None = None,
     ) -> tuple[CoreAttention, jax.Array]:
-        """Attention up to its first part, which the other's dispatch `going` hides behind."""
+        """Attention up to its first part, which the other's dispatch `going` hides behind; it writes to the cache after
+        the other's, of softmax sums `total`, has read it."""
         attend = self.halves[which].attend
         with _scope(which, "attention"):
             normed = rms_norm(x, layer.params.input_norm, self.spec.config.rms_norm_eps)
             if not attend.has_lanes:
                 normed = _after(going, normed)
             with jax.named_scope("projections"):
-                core, cache = attend.begin(layer.params.attn, normed, cache, self._cache_layer(layer))
+                core, cache = attend.begin(layer.params.attn, normed, cache, self._cache_layer(layer), total)
             if attend.has_lanes:
                 core = dataclasses.replace(core, query=_after(going, core.query))
             return self._part(which, layer, core, cache, 0), cache
@@ -195,8 +202,8 @@ class _MoeRun:
         core: CoreAttention,
         cache: jax.Array,
         going: InFlight[jax.Array] | None = None,
-    ) -> tuple[_Routed, Behind]:
-        """The rest of attention, and the gate; also what the other's combine `going` hides behind."""
+    ) -> tuple[_Routed, Behind, jax.Array]:
+        """The rest of attention, and the gate; what the other's combine `going` hides behind; the softmax sums."""
         attend, spec = self.halves[which].attend, self.spec
         with _scope(which, "attention"):
             core = dataclasses.replace(core, query=_after(going, core.query))
@@ -204,12 +211,13 @@ class _MoeRun:
             behind = core.met
             if attend.has_lanes:
                 core = self._part(which, layer, core, cache, 2)
+            total = core.state.total
             attended = attend.end(layer.params.attn, core)
         with jax.named_scope("ab"[which]):
             x, normed = after_attention(layer.params, attended, x, spec.config)
             router = spec.router(layer.mlp, self.maps[self.place.stack_start + layer.index])
             slot_idx, weights = router.slots(normed, self.halves[which].is_valid)
-        return _Routed(x, normed, slot_idx, weights), (behind if attend.has_lanes else normed)
+        return _Routed(x, normed, slot_idx, weights), (behind if attend.has_lanes else normed), total
 
     def _part(self, which: int, layer: _Layer, core: CoreAttention, cache: jax.Array, index: int) -> CoreAttention:
         attend = self.halves[which].attend

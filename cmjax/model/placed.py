@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import LayerParams, MoeParams, Params, expert_kind, leaf_name, split_experts
@@ -115,6 +115,29 @@ def _place_layers(
     rest, _ = split_experts(dataclasses.replace(layers, mlp=mlp))
     placed: Any = jax.device_put(rest, replicated)
     return dataclasses.replace(placed, mlp=dataclasses.replace(placed.mlp, experts=experts))
+
+
+def abstract_placed_params(
+    params: Params[jax.ShapeDtypeStruct], placement: ExpertPlacement | None, mesh: Mesh | AbstractMesh
+) -> Params[jax.ShapeDtypeStruct]:
+    """What `place_params` makes of a model's params, as shapes with shardings; `params` are shapes too."""
+
+    def place(layers: LayerParams | None) -> LayerParams | None:
+        if layers is None or not isinstance(layers.mlp, MoeParams):
+            return layers
+        assert placement is not None  # there are experts
+        slots, mlp = placement.num_physical_experts, layers.mlp
+        experts = jax.tree.map(lambda a: a.update(shape=(a.shape[0], slots, *a.shape[2:])), mlp.experts)
+        nothing: Any = None
+        shared = nothing if placement.num_shared_replicas else mlp.shared
+        return dataclasses.replace(layers, mlp=dataclasses.replace(mlp, experts=experts, shared=shared))
+
+    mtp = params.mtp
+    if mtp is not None:
+        mtp = dataclasses.replace(mtp, layer=cast(LayerParams, place(mtp.layer)))
+    placed = dataclasses.replace(params, moe=place(params.moe), mtp=mtp)
+    specs = param_specs(placed, *mesh.axis_names)
+    return jax.tree.map(lambda a, spec: a.update(sharding=NamedSharding(mesh, spec)), placed, specs)
 
 
 def place_params(params: Params, placement: ExpertPlacement | None, mesh: Mesh) -> Params:

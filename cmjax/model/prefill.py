@@ -22,9 +22,10 @@ import numpy as np
 from jax import lax
 
 from cmjax.mesh import fabric
-from cmjax.model.cache import PagedKeys, write_rows
+from cmjax.model.cache import PagedKeys, slots_after, write_rows
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import (
+    WHOLE,
     CoreAttention,
     LocalSequences,
     Part,
@@ -197,16 +198,19 @@ def _attend(
     slots = lax.slice_in_dim(slot_mapping, which * segments.part, (which + 1) * segments.part)
     name = f"prefill/{name}" + (f"/{'ab'[which]}" if segments.num_parts > 1 else "")
 
-    def begin(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[CoreAttention, jax.Array]:
+    def begin(
+        p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index, others: jax.Array | None
+    ) -> tuple[CoreAttention, jax.Array]:
         latent = key_value_latent(p, config, x, positions)
         q_latent = query_latent(p, x)
         q_latents = fabric.all_gather(q_latent, axis, tiled=True, group_size=num_shards, channel=f"{name}/queries")
         latents = fabric.all_gather(latent, axis, tiled=True, channel=f"{name}/latents")
         q_nope, q_pe = queries(take_heads(p, shard, num_shards), config, q_latents, group_positions)
-        return expanded_start(config, q_nope, q_pe), write_rows(cache, layer, slots, latents)
+        cache = write_rows(cache, layer, slots_after(slots, others), latents)
+        return expanded_start(config, q_nope, q_pe), cache
 
     def part(p: AttentionParams, core: CoreAttention, cache: jax.Array, layer: Index, part: Part) -> CoreAttention:
-        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size)
+        keys = PagedKeys(cache, layer, batch.block_table, spec.block_size, config.latent_width)
         return expanded_part(take_heads(p, shard, num_shards), config, core, keys, sequences, part)
 
     def end(p: AttentionParams, core: CoreAttention) -> jax.Array:
@@ -222,10 +226,12 @@ def _in_turn(attends: list[AttendInParts]) -> Attend:
         return attends[0]
 
     def attend(p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
-        parts = []
+        parts, total = [], None
         for own, part in zip(attends, jnp.split(x, len(attends)), strict=True):
-            attended, cache = own(p, part, cache, layer)
-            parts.append(attended)
+            core, cache = own.begin(p, part, cache, layer, total)
+            core = own.part(p, core, cache, layer, WHOLE)
+            total = core.state.total
+            parts.append(own.end(p, core))
         return jnp.concatenate(parts), cache
 
     return attend

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from cmjax.loops import scan
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import WHOLE, CoreAttention, Part, key_value_latent, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, layer_at, split_experts
@@ -31,21 +31,22 @@ class AttendInParts:
     """An `Attend` that lets other work come in between: `begin`, `part` i of n for each i, `end`; called, all in a row.
 
     Attributes:
-        begin: `(attention params, normalized x, cache, cache layer) -> (core attention before any key, cache)`.
+        begin: `(attention params, normalized x, cache, cache layer, sums) -> (core attention before any key, cache)`;
+            what it writes comes after what has these softmax sums has read the cache (None: nobody else reads).
         part: `(attention params, core attention, cache, cache layer, (i, n)) -> core attention`.
         end: `(attention params, core attention) -> attention output before o_proj`.
         has_lanes: whether the arithmetic around exchanges is a lane of its own, which attention goes on beside
             (prefill), rather than part of the other microbatch's turn (decode).
     """
 
-    begin: Callable[[AttentionParams, jax.Array, jax.Array, Index], tuple[CoreAttention, jax.Array]]
+    begin: Callable[[AttentionParams, jax.Array, jax.Array, Index, jax.Array | None], tuple[CoreAttention, jax.Array]]
     part: Callable[[AttentionParams, CoreAttention, jax.Array, Index, Part], CoreAttention]
     end: Callable[[AttentionParams, CoreAttention], jax.Array]
     has_lanes: bool = False
 
     def __call__(self, p: AttentionParams, x: jax.Array, cache: jax.Array, layer: Index) -> tuple[jax.Array, jax.Array]:
         """The attention output before o_proj, and the cache."""
-        core, cache = self.begin(p, x, cache, layer)
+        core, cache = self.begin(p, x, cache, layer, None)
         return self.end(p, self.part(p, core, cache, layer, WHOLE)), cache
 
 
@@ -240,7 +241,7 @@ def run_stack(
 
     count = jnp.arange(run.count)
     xs = (layers if context.unroll else None, run.stack_start + count, run.first_layer + count)
-    (x, cache), load = lax.scan(step, (x, cache), xs, unroll=context.unroll)
+    (x, cache), load = scan(step, (x, cache), xs, length=run.count, unroll=context.unroll)
     return x, cache, load
 
 

@@ -14,8 +14,9 @@ from cmjax.schedule import CompilePlan, InstanceChange, RestartPlan, Role, Sched
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.core import Core
 from cmjax.serve.instances import DecodeExecutor, PrefillExecutor
+from cmjax.serve.instances.memory import check_caches_fit
 from cmjax.serve.loop import InstanceLoop
-from cmjax.serve.settings import EngineSettings, check_caches_fit
+from cmjax.serve.settings import EngineSettings
 from cmjax.serve.transfer import Wire
 
 Placed = TypeVar("Placed", PrefillExecutor, DecodeExecutor)
@@ -39,7 +40,7 @@ class Fleet:
     ) -> None:
         self.model, self.pools, self.settings, self.core = model, pools, settings, core
         self._context = context
-        sizes = [(one.ep_size, self._num_blocks(one.role)) for one in pools.instances]
+        sizes = [(one, self._num_blocks(one.role)) for one in pools.instances]
         check_caches_fit(model.config, settings, sizes, model.dtype)
         self._wire = Wire()
         self._instances = {one.name: one for one in (*pools.prefill, *pools.decode)}
@@ -156,11 +157,10 @@ class Fleet:
             UserError: no such devices are free, or its cache does not fit.
             Exception: what made it fail; nothing is left of it.
         """
-        sizes = [(ep_size, self._num_blocks(role))]
-        check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype)
         instance = self._claim_devices(role, ep_size)
-        name = instance.name
+        name, sizes = instance.name, [(instance, self._num_blocks(role))]
         try:
+            check_caches_fit(self.model.config, self.settings, sizes, self.model.dtype)
             executor = self._place_prefill(instance) if role == "prefill" else self._place_decode(instance)
             with self.core.changed:
                 if executor.role == "prefill":

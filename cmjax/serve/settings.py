@@ -1,17 +1,13 @@
-"""The settings of an engine and of a server, and the memory that an engine's ask for."""
+"""The settings of an engine and of a server."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-import numpy as np
-import psutil
-
 from cmjax.errors import UserError
-from cmjax.model import ModelConfig
-from cmjax.moe import Exchange, ExpertPlacement, FabricExchange, WireDtype, buffer_bytes, message_bytes
+from cmjax.moe import Exchange, FabricExchange, WireDtype
 from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 
@@ -255,65 +251,3 @@ class ListenSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-
-
-def cache_bytes(config: ModelConfig, num_blocks: int, block_size: int, dtype: Any) -> int:
-    """Bytes of one rank's latent cache."""
-    return config.num_cache_layers * num_blocks * block_size * config.latent_width * np.dtype(dtype).itemsize
-
-
-def check_caches_fit(
-    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[int, int]], dtype: Any
-) -> None:
-    """Refuse caches that cannot fit, before anything is allocated; `sizes`: (ranks, blocks a rank) of each instance."""
-    longest = config.max_position_embeddings
-    if settings.max_model_len > longest:
-        raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
-    needed = sum(ranks * cache_bytes(config, blocks, settings.block_size, dtype) for ranks, blocks in sizes)
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise UserError(
-            f"the KV caches need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: lower "
-            f"max_model_len ({settings.max_model_len}), max_num_seqs_per_rank ({settings.max_num_seqs_per_rank}) "
-            f"or max_num_batched_tokens ({settings.max_num_batched_tokens})"
-        )
-
-
-def check_exchange_fits(
-    config: ModelConfig, placement: ExpertPlacement | None, settings: EngineSettings, setting: str, dtype: Any
-) -> None:
-    """Refuse a step whose exchange buffers cannot be had at their worst, when every token picks the same experts.
-
-    Untouched pages cost nothing, so it is one rank's buffers that must not exceed the memory there is, not everybody's.
-
-    Args:
-        placement: None for a model without experts, which needs no buffers.
-        setting: what decides the tokens of a step, "max_num_seqs_per_rank" or (over all ranks)
-            "max_num_batched_tokens".
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if placement is None:
-        return
-    value = getattr(settings, setting)
-    if setting.endswith("per_rank"):
-        local_batch = value * (settings.num_speculative_tokens + 1)
-    else:
-        local_batch = -(-value // placement.ep_size)
-    num_choices = config.num_topk + placement.num_dispatched_shared
-    message = message_bytes(config.hidden_size, dtype, None)
-    # What arrives and what the experts make of it have one size (equation 1).
-    needed = 2 * buffer_bytes(placement.ep_size, local_batch, num_choices, placement.num_local_experts, message)
-    limit = psutil.virtual_memory().available
-    if needed > limit:
-        raise UserError(
-            f"the exchange buffers of a rank with {local_batch} tokens need {needed / 2**30:.1f} GiB at worst, "
-            f"{limit / 2**30:.1f} GiB are free: lower {setting} ({value})"
-        )
-    # The choices are sorted by one 32-bit key.
-    most = (2**31 - 1) // (num_choices * (placement.num_physical_experts + 1))
-    if local_batch > most:
-        raise UserError(
-            f"{local_batch} tokens a rank are more than a step can sort ({most}): lower {setting} ({value})"
-        )

@@ -67,13 +67,15 @@ def attend_expanded(attn, q_nope, q_pe, keys, sequences):
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def run_expanded(q_nope, q_pe, cache, sequences, table, *, block_size):
-    return attend_expanded(ATTN, q_nope, q_pe, PagedKeys(cache, LAYER, table, block_size), sequences)
+    return attend_expanded(
+        ATTN, q_nope, q_pe, PagedKeys(cache, LAYER, table, block_size, CONFIG.latent_width), sequences
+    )
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def run_absorbed(q_nope, q_pe, cache, lengths, table, *, block_size):
     core = absorbed_start(ATTN, CONFIG, q_nope, q_pe, len(table))
-    core = absorbed_part(CONFIG, core, PagedKeys(cache, LAYER, table, block_size), lengths)
+    core = absorbed_part(CONFIG, core, PagedKeys(cache, LAYER, table, block_size, CONFIG.latent_width), lengths)
     return absorbed_end(ATTN, CONFIG, core)
 
 
@@ -132,7 +134,7 @@ def test_parts_in_a_row_are_the_whole(rng, block_size, count):
         core = expanded_start(CONFIG, q_nope, q_pe)
         one = absorbed_start(ATTN, CONFIG, q_nope[last], q_pe[last], len(lengths))
         for index in range(count):
-            keys, part = PagedKeys(cache, LAYER, table, block_size), (index, count)
+            keys, part = PagedKeys(cache, LAYER, table, block_size, CONFIG.latent_width), (index, count)
             core = expanded_part(ATTN, CONFIG, core, keys, sequences, part)
             one = absorbed_part(CONFIG, one, keys, seen, part)
         return expanded_end(core), absorbed_end(ATTN, CONFIG, one)
@@ -202,7 +204,7 @@ def test_bfloat16(rng):
     packed = Packed(rng, lengths, 16)
     q_nope, q_pe, cache = [jnp.asarray(a, jnp.bfloat16) for a in (packed.q_nope, packed.q_pe, packed.cache)]
     attn = ATTN.replace(kv_b=jnp.asarray(ATTN.kv_b, jnp.bfloat16))
-    keys = PagedKeys(cache, LAYER, packed.table, 16)
+    keys = PagedKeys(cache, LAYER, packed.table, 16, CONFIG.latent_width)
     out = jax.jit(functools.partial(attend_expanded, attn))(q_nope, q_pe, keys, whole(lengths))
     assert out.dtype == jnp.bfloat16
     assert_close(out, packed.expected(), scale=3)

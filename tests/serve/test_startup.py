@@ -126,7 +126,7 @@ def test_requests_are_served_before_most_steps_are_there(model, monkeypatch):
         prepare(executor, variant)
 
     monkeypatch.setattr(JaxExecutor, "prepare", wait)
-    monkeypatch.setattr("cmjax.serve.instances.prefill.LEAST_STEP_TOKENS", 16)
+    monkeypatch.setattr("cmjax.serve.instances.forms.LEAST_STEP_TOKENS", 16)
     sizes = {"max_num_seqs_per_rank": 4, "max_model_len": 96, "max_num_batched_tokens": 64, "block_size": 8}
     engine = make_engine(model, 2, prefill_ep_size=1, **sizes)
     told = []

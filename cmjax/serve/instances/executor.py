@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from cmjax.errors import UserError
-from cmjax.mesh import EP_AXIS, Instance
-from cmjax.model import Model, Params, RankSpec, default_wires, expert_maps, place_params, plan_placement
-from cmjax.moe import Exchange, ExpertPlacement, SplitExchange
+from cmjax.mesh import Instance, Memory
+from cmjax.model import Model, Params, expert_maps, place_params, plan_placement
+from cmjax.moe import ExpertPlacement
 from cmjax.schedule import (
     SERVING_SHAPES,
     CompilePlan,
@@ -26,8 +25,10 @@ from cmjax.schedule import (
     SamplingShape,
     Variant,
 )
-from cmjax.serve.settings import EngineSettings, check_exchange_fits
-from cmjax.serve.steps import SECOND_BY_RANK, Logprobs, StepSpec, new_cache
+from cmjax.serve.instances.forms import step_spec
+from cmjax.serve.instances.memory import check_exchange_fits
+from cmjax.serve.settings import EngineSettings
+from cmjax.serve.steps import SECOND_BY_RANK, Logprobs, new_cache
 
 
 class JaxExecutor(abc.ABC):
@@ -70,17 +71,10 @@ class JaxExecutor(abc.ABC):
         """
         self.model, self.instance, self.settings, self.num_blocks = model, instance, settings, num_blocks
         self.placement: ExpertPlacement | None = plan_placement(model.config, instance.ep_size, **expert_counts)
-        check_exchange_fits(model.config, self.placement, settings, setting, model.dtype)
-        rank = RankSpec(
-            config=model.config,
-            axis_name=EP_AXIS,
-            block_size=settings.block_size,
-            exchange=_make_exchange(model, settings, self.placement),
-            num_dispatched_shared=self.placement.num_dispatched_shared if self.placement else 0,
-            microbatches=2 if settings.microbatches == 2 else 1,
-        )
-        self.spec = StepSpec(rank, instance.mesh)
-        self.specs = {rank.microbatches: self.spec}
+        memory = Memory.of(instance.devices)
+        check_exchange_fits(model.config, self.placement, settings, setting, model.dtype, memory)
+        self.spec = step_spec(model.config, model.params, self.placement, settings, instance.mesh)
+        self.specs = {self.spec.rank.microbatches: self.spec}
         self.params = place_params(params, self.placement, instance.mesh)
         maps = expert_maps(self.placement, instance.ep_size)
         self.expert_to_slot = jax.device_put(maps, NamedSharding(instance.mesh, SECOND_BY_RANK))
@@ -187,16 +181,3 @@ def host_logprobs(found: Logprobs | None, index: np.ndarray | tuple[slice, np.nd
     assert found is not None
     chosen, rank, top_ids, top = (np.asarray(a)[index] for a in (found.chosen, found.rank, found.top_ids, found.top))
     return LogprobArrays(chosen, rank, top_ids, top)
-
-
-def _make_exchange(model: Model, settings: EngineSettings, placement: ExpertPlacement | None) -> Exchange:
-    dispatch_dtype, combine_dtype = default_wires(model.params)
-    exchange = settings.exchange(
-        axis_name=EP_AXIS,
-        num_local_experts=placement.num_local_experts if placement else 1,
-        dispatch_dtype=settings.dispatch_dtype or dispatch_dtype,
-        combine_dtype=settings.combine_dtype or combine_dtype,
-    )
-    if settings.microbatches != 1 and not isinstance(exchange, SplitExchange):
-        raise UserError(f"{type(exchange).__name__} has no dispatch_start, combine_start: microbatches must be 1")
-    return exchange

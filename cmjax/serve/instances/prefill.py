@@ -32,15 +32,10 @@ from cmjax.schedule import (
 from cmjax.serve import transfer
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
+from cmjax.serve.instances.forms import empty_batch, prefill_places, prefill_step_tokens, serving_step_sizes
 from cmjax.serve.instances.prefix_caching import PrefixCaching
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import Extras, PackedSampling, PrefillOutput, SamplingState, prefill
-from cmjax.serve.steps.shapes import bucket, round_up
-
-# A server's step comes in the full budget, in a quarter of it, a quarter of that, and so on, down to this many tokens.
-LEAST_STEP_TOKENS = 128
-# A step has room for its budget in prompts of this length; shorter ones leave some of it unused.
-LEAST_PROMPT_TOKENS = 16
 
 
 class PrefillExecutor(JaxExecutor):
@@ -71,8 +66,7 @@ class PrefillExecutor(JaxExecutor):
             setting="max_num_batched_tokens",
             expert_counts={},
         )
-        most = max(settings.max_num_seqs_per_rank, settings.max_num_batched_tokens // LEAST_PROMPT_TOKENS)
-        self.num_places = round_up(most, instance.ep_size)
+        self.num_places = prefill_places(settings, instance.ep_size)
         self.num_step_tokens = self._step_tokens(settings.max_num_batched_tokens)
         self.allow_split(may_split=self.num_step_tokens % (2 * instance.ep_size) == 0)
         # Settings of a step whose requests have none, by shape: on the host, and on the devices.
@@ -102,10 +96,8 @@ class PrefillExecutor(JaxExecutor):
     def serving_variants(self) -> tuple[PrefillVariant, ...]:
         """The steps of a server, in a few sizes, for whatever clients ask for: what nobody asks for in a step costs it
         nothing, and more shapes would only take longer to compile."""
-        sizes = [self.num_step_tokens]
-        while sizes[0] >= 4 * LEAST_STEP_TOKENS:
-            sizes.insert(0, self._step_tokens(sizes[0] // 4))
-        return tuple(PrefillVariant(size, self.serving_shapes[-1]) for size in dict.fromkeys(sizes))
+        sizes = serving_step_sizes(self.settings, self.instance.ep_size)
+        return tuple(PrefillVariant(size, self.serving_shapes[-1]) for size in sizes)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -217,14 +209,7 @@ class PrefillExecutor(JaxExecutor):
 
     def empty_batch(self, num_tokens: int) -> PrefillBatch:
         """A step of padding, as host arrays."""
-        return PrefillBatch(
-            token_ids=np.zeros(num_tokens, np.int32),
-            next_token_ids=np.full(num_tokens, -1, np.int32),
-            positions=np.zeros(num_tokens, np.int32),
-            slot_mapping=np.full(num_tokens, -1, np.int32),
-            query_start=np.zeros(self.num_places + 1, np.int32),
-            block_table=np.full((self.num_places, self.settings.max_blocks), -1, np.int32),
-        )
+        return empty_batch(num_tokens, self.num_places, self.settings.max_blocks)
 
     def pack(self, plan: PrefillPlan) -> PrefillBatch:
         """A plan's chunks side by side, padded to the tokens of its variant."""
@@ -280,5 +265,4 @@ class PrefillExecutor(JaxExecutor):
 
     def _step_tokens(self, wanted: int) -> int:
         """One of a few shapes for `wanted` tokens, within the budget (of at least a token a rank)."""
-        parts = self.instance.ep_size * (1 if self.settings.microbatches == 1 else 2)
-        return min(bucket(wanted, parts), max(self.settings.max_num_batched_tokens // parts, 1) * parts)
+        return prefill_step_tokens(wanted, self.settings, self.instance.ep_size)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from cmjax.loops import scan
 from cmjax.mesh import EP_AXIS
 from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
 from cmjax.serve.steps.sampling import (
@@ -145,7 +145,7 @@ def decode(
             rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), found)
             return (output.cache, state), (token_ids.T, load, *rows)
 
-        (cache, state), out = lax.scan(step, (cache[0], state), forced, length=num_steps)
+        (cache, state), out = scan(step, (cache[0], state), forced, length=num_steps)
         token_ids, loads, logits, best = out
         token_ids, logits, best = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (token_ids, logits, best))
         return DecodeOutput(cache[None], state, token_ids, loads.sum(0), logits, best)

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from cmjax.mesh import EP_AXIS, fabric
+from cmjax.mesh import EP_AXIS, fabric, stored_width
 from cmjax.model import RankSpec
 
 T = TypeVar("T")
@@ -34,14 +34,19 @@ def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What is static about an instance's steps: the rank's pass, and the mesh it runs on."""
+    """What is static about an instance's steps: the rank's pass, and the mesh it runs on (abstract: traces only)."""
 
     rank: RankSpec
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def on_ranks(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Wrap a per-rank function for the instance's mesh."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    @property
+    def cache_width(self) -> int:
+        """Of a row of the cache: that of a latent, or more where the devices store rows in tiles."""
+        return stored_width(self.rank.config.latent_width, self.mesh)
 
     def by_rank(self) -> NamedSharding:
         """The sharding of arrays whose leading axis is cut by rank."""
@@ -69,9 +74,8 @@ NO_EXTRAS = Extras()
 
 
 def new_cache(spec: StepSpec, num_blocks: int, dtype: DTypeLike) -> jax.Array:
-    """Return an instance's cache, `[R, cache layers, num_blocks * block_size, latent width]`; nothing is cleared."""
-    config = spec.rank.config
-    shape = (1, config.num_cache_layers, num_blocks * spec.rank.block_size, config.latent_width)
+    """Return an instance's cache, `[R, cache layers, num_blocks * block_size, row width]`; nothing is cleared."""
+    shape = (1, spec.rank.config.num_cache_layers, num_blocks * spec.rank.block_size, spec.cache_width)
     return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), BY_RANK))()
 
 

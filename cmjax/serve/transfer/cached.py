@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmjax.mesh import EP_AXIS, fabric
-from cmjax.model import Params, mtp_latents, param_specs, write_rows
+from cmjax.model import Params, as_stored, mtp_latents, param_specs, write_rows
 from cmjax.schedule import LoadPlan
 from cmjax.serve.caching.context import BlockLayout, CachedBlock
 from cmjax.serve.steps import BY_RANK, EVERYWHERE, StepSpec
@@ -32,7 +32,8 @@ def _read(cache: jax.Array, slots: jax.Array, *, spec: StepSpec) -> jax.Array:
     """What each rank holds in its slots `int32[R, tokens]`: `[R, tokens, layers, width]`."""
 
     def rank(cache: jax.Array, slots: jax.Array) -> jax.Array:
-        return jnp.take(cache[0], slots[0], axis=1, mode="clip").transpose(1, 0, 2)[None]
+        latents = jnp.take(cache[0], slots[0], axis=1, mode="clip")[..., : spec.rank.config.latent_width]
+        return latents.transpose(1, 0, 2)[None]
 
     return spec.on_ranks(rank, BY_RANK, BY_RANK)(cache, slots)
 
@@ -58,7 +59,7 @@ def _write(
     def rank(params: Params, cache: jax.Array, latents: jax.Array, slots: jax.Array, *ends: jax.Array) -> jax.Array:
         rows = fabric.all_gather(latents[0], EP_AXIS, tiled=True, channel="prefix_cache/latents")
         index = jnp.where(slots < 0, cache.shape[2], slots)
-        cache = cache.at[0, :, index].set(rows, mode="drop")
+        cache = cache.at[0, :, index].set(as_stored(rows, cache), mode="drop")
         if params.mtp is not None:
             hidden, next_token_ids, positions, end_slots = ends
             rows = mtp_latents(params, params.mtp, hidden, next_token_ids, positions, config)

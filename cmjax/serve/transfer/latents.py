@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cmjax.mesh import fabric
+from cmjax.model import as_stored
 from cmjax.schedule import Segments, make_segments
 from cmjax.serve.steps import BY_RANK, EVERYWHERE, StepSpec
 from cmjax.serve.transfer.rounds import prefill_tp_rank, round_tokens, segment_slots
@@ -26,7 +27,8 @@ def _gather(
     """
 
     def rank(cache: jax.Array, last_hidden: jax.Array, slots: jax.Array, rows: jax.Array) -> tuple:
-        return jnp.take(cache, slots[0], axis=2, mode="clip"), jnp.take(last_hidden, rows[0], axis=0, mode="clip")
+        latents = jnp.take(cache, slots[0], axis=2, mode="clip")[..., : spec.rank.config.latent_width]
+        return latents, jnp.take(last_hidden, rows[0], axis=0, mode="clip")
 
     in_specs = (BY_RANK, EVERYWHERE, BY_RANK, BY_RANK)
     return spec.on_ranks(rank, in_specs, BY_RANK)(cache, last_hidden, slots, rows)
@@ -49,7 +51,7 @@ def _insert(
     def rank(cache: jax.Array, kept: jax.Array | None, latents: jax.Array, slots: jax.Array, *rest: jax.Array) -> tuple:
         hidden, places = rest
         index = jnp.where(slots[0] < 0, cache.shape[2], slots[0])
-        cache = cache.at[0, :, index].set(latents[0].transpose(1, 0, 2), mode="drop")
+        cache = cache.at[0, :, index].set(as_stored(latents[0], cache).transpose(1, 0, 2), mode="drop")
         if kept is not None:
             index = jnp.where(places[0] < 0, kept.shape[0], places[0])
             kept = kept.at[index, 0].set(hidden, mode="drop")

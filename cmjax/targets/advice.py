@@ -1,0 +1,44 @@
+"""What to change first where a step does not fit the memory of a device."""
+
+from typing import TYPE_CHECKING
+
+from cmjax.targets.machines import GIB
+
+if TYPE_CHECKING:
+    from cmjax.targets.step import StepReport, StepRequest
+
+
+def advice(report: "StepReport", request: "StepRequest") -> list[str]:
+    """Settings by what they bring, each with the size that should fit, in the words of the command line.
+
+    What grows with the batch (cache, exchange buffers, other temporaries) is taken to grow in proportion.
+    """
+    if report.memory is None or report.total is None:
+        return []
+    found = []
+    if report.weights > report.memory:
+        found.append(f"the weights alone are {report.weights / GIB:.1f} GiB a device")
+    if request.quant is None:
+        found.append("--quant int8 halves most of the weights")
+    found.append(f"--{'ep' if request.role == 'decode' else 'prefill-ep'}: more devices hold fewer experts each")
+    left = report.memory - report.weights
+    growing = max(report.total - report.weights, 1)
+    share = left / growing
+    if 0 < share < 1:
+        found = [*_smaller(report, request, share), *found]
+    return found
+
+
+def _smaller(report: "StepReport", request: "StepRequest", share: float) -> list[str]:
+    found = []
+    if request.role == "decode":
+        assert report.sequences is not None
+        sequences = int(report.sequences * share)
+        if sequences:
+            found.append(f"--max-num-seqs {sequences} (of {report.sequences})")
+    elif (tokens := int(report.tokens * share) // request.ep_size * request.ep_size) > 0:
+        found.append(f"--max-num-batched-tokens {tokens} (of {report.tokens})")
+    if report.cache > 0.2 * (report.total or 0):
+        blocks = "--num-kv-blocks" if request.role == "decode" else "--num-prefill-kv-blocks"
+        found.append(f"--max-model-len or {blocks}: the cache is {report.cache / GIB:.1f} GiB")
+    return found

@@ -1,0 +1,123 @@
+"""Run a compiled step where its devices are here, on random weights: its times beside what the compiler expects."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax.model import PrefillBatch
+from cmjax.serve import DecodeState
+from cmjax.serve.instances import AbstractInstance
+
+
+def run_step(instance: AbstractInstance, compiled: Any, num_runs: int) -> dict[str, float]:
+    """Seconds of a call, `{"run_first", "run_median"}`; every place and every token of the step is used.
+
+    Args:
+        instance: on devices that are here.
+        compiled: its step.
+        num_runs: calls after the first, at least 1.
+    """
+    (params, maps, cache, *batch), _ = instance.arguments()
+    weights = _random(params, seed=0)
+    placement = instance.placement
+    slots = np.zeros(maps.shape, np.int32) if placement is None else placement.expert_to_slot
+    maps = jax.device_put(slots, maps.sharding)
+    latents = _random(cache, seed=1)
+    rest = _decode(instance, batch) if instance.role == "decode" else _prefill(instance, batch)
+    seconds = []
+    for _ in range(num_runs + 1):
+        begin = time.perf_counter()
+        output = compiled(weights, maps, latents, *rest)
+        jax.block_until_ready(output.token_ids)
+        seconds.append(time.perf_counter() - begin)
+        latents = output.cache  # the old one was given away
+    return {"run_first": seconds[0], "run_median": float(np.median(seconds[1:]))}
+
+
+def _random(tree: Any, seed: int) -> Any:
+    """Arrays for a tree of shapes, made on their devices."""
+    leaves, structure = jax.tree.flatten(tree)
+    made = []
+    for number, leaf in enumerate(leaves):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        made.append(jax.jit(_draw(leaf), out_shardings=leaf.sharding)(key))
+    return jax.tree.unflatten(structure, made)
+
+
+def _draw(leaf: jax.ShapeDtypeStruct) -> Any:
+    def draw(key: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.random.randint(key, leaf.shape, -127, 128, jnp.int32).astype(leaf.dtype)
+        # Small enough that int8 values times their scales stay near 1 over a sum of any width.
+        scale = 1 / math.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 1.0
+        return (jax.random.normal(key, leaf.shape, jnp.bfloat16) * scale).astype(leaf.dtype)
+
+    return draw
+
+
+def _filled(like: Any, **fields: np.ndarray) -> Any:
+    """Zeros for a dataclass of shapes, on the devices, but for `fields`."""
+    arrays = {}
+    for field in dataclasses.fields(like):
+        shape = getattr(like, field.name)
+        arrays[field.name] = fields.get(field.name, np.zeros(shape.shape, shape.dtype))
+        arrays[field.name] = jax.device_put(arrays[field.name].astype(shape.dtype), shape.sharding)
+    return dataclasses.replace(like, **arrays)
+
+
+def _decode(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
+    """Sequences at the end of their length, each with blocks of its own."""
+    settings, (state,) = instance.settings, batch
+    assert isinstance(state, DecodeState)
+    size, max_blocks = state.batch.block_table.shape
+    places = settings.max_num_seqs_per_rank
+    per_call = settings.steps_per_call * (1 + settings.num_speculative_tokens)
+    position = max(settings.max_model_len - 1 - per_call, 0)
+    blocks = np.arange(places * max_blocks).reshape(places, max_blocks) % instance.num_blocks
+    rng = np.random.default_rng(0)
+    filled = _filled(
+        state.batch,
+        token_ids=rng.integers(0, instance.config.vocab_size, size),
+        positions=np.full(size, position),
+        last_positions=np.full(size, settings.max_model_len - 1),
+        block_table=np.tile(blocks, (instance.ep_size, 1)),
+    )
+    settled = state.settled
+    if settled is not None:
+        places_of = np.tile(np.arange(places), instance.ep_size)
+        settled = _filled(settled, places=places_of, counts=np.ones(size))
+    others = jax.tree.map(
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (state.sampling, state.history)
+    )
+    return [dataclasses.replace(state, batch=filled, settled=settled, sampling=others[0], history=others[1])]
+
+
+def _prefill(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
+    """Prompts as long as may be, side by side."""
+    settings, (packed, sampling, scored) = instance.settings, batch
+    assert isinstance(packed, PrefillBatch)
+    num_tokens, num_places = len(packed.token_ids), len(packed.block_table)
+    length = min(settings.max_model_len, num_tokens, instance.num_blocks * settings.block_size)
+    token = np.arange(num_tokens)
+    prompt, position = token // length, token % length
+    max_blocks = packed.block_table.shape[1]
+    table = np.arange(num_places * max_blocks).reshape(num_places, max_blocks) % instance.num_blocks
+    slots = table[np.minimum(prompt, num_places - 1), position // settings.block_size] * settings.block_size
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(0, instance.config.vocab_size, num_tokens)
+    filled = _filled(
+        packed,
+        token_ids=token_ids,
+        next_token_ids=np.roll(token_ids, -1),
+        positions=position,
+        slot_mapping=slots + position % settings.block_size,
+        query_start=np.minimum(np.arange(num_places + 1) * length, num_tokens),
+        block_table=table,
+    )
+    others = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (sampling, scored))
+    return [filled, *others]
