@@ -8,7 +8,7 @@ form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS
 
 from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
 from cmjax.kernels.products import Weights, expert_mlp, product
-from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, status
+from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, mode, status
 
 __all__ = [
     "AttentionSpec",
@@ -20,6 +20,7 @@ __all__ = [
     "configure",
     "expert_mlp",
     "is_native",
+    "mode",
     "product",
     "release",
     "status",

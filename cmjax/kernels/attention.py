@@ -70,13 +70,15 @@ def attend(
       form: the XLA form, of the same arguments.
       query: as `absorb` gives it.
       state: `float32[requests, rows]` twice, and `float32[requests, rows, latent + rope]`.
-      cache: `[layers, slots, latent + rope]`, of which `layer` is read in place.
+      cache: `[layers, slots, latent + rope, or more]`, of which `layer` is read in place.
       block_table: `int32[requests, blocks]`.
       lengths: `int32[tokens]`, keys that each token sees.
     """
     arguments = (query, state, cache, jnp.asarray(layer, jnp.int32), block_table, lengths)
     attributes = {"block_size": spec.block_size, "part": spec.part[0], "num_parts": spec.part[1], "scale": spec.scale}
-    return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, attributes, serves=_serves(query, cache))
+    # Where devices store rows in tiles, those of the cache are wider.
+    serves = _serves(query, cache) and query.shape[-1] == cache.shape[-1]
+    return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, attributes, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)

@@ -57,6 +57,11 @@ def configure(mode: KernelsMode) -> None:
             jax.clear_caches()  # programs traced before would keep the other form
 
 
+def mode() -> KernelsMode:
+    """What was chosen last; see `configure`."""
+    return _SETTINGS.mode
+
+
 def is_wanted() -> bool:
     """Whether programs are traced so that CPU devices can use the C++ kernels; this builds nothing."""
     return _SETTINGS.mode != "xla"

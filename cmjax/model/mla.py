@@ -299,7 +299,7 @@ def _attend_form(
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A share of the key chunks, as many as the longest request has; the last share has also the first chunk."""
-    keys, block_size = PagedKeys(cache, layer, block_table, spec.block_size), spec.block_size
+    keys, block_size = PagedKeys(cache, layer, block_table, spec.block_size, query.shape[2]), spec.block_size
     requests, rows, _ = query.shape
     first_blocks = _chunk_blocks(block_size, block_table.shape[1], _FIRST_DECODE_CHUNK)
     lengths = lengths.reshape(requests, -1)
