@@ -4,7 +4,9 @@ Decode and prefill, bfloat16 and int8, one and two microbatches, without and wit
 a TPU and a GPU, each with the paper's batch or the largest below it that fits. Takes about an hour on two cores:
 
   make targets
-  python scripts/make_target_table.py --targets v5p --ep 320 --output /tmp/targets.json
+  python scripts/make_target_table.py --targets v5p --ep 320 --results /tmp/targets.json
+
+What has been compiled is kept in the file of --results: a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from cmjax.checkpoint.configs import find_config
 from cmjax.targets import StepReport, StepRequest, compile_apart
@@ -76,6 +79,12 @@ def compile_row(request: StepRequest) -> Row:
     return Row(request, report, first)
 
 
+def read_row(kept: dict[str, Any]) -> Row:
+    """As it was written down."""
+    request, report, first = kept["request"], kept["report"], kept["first"]
+    return Row(StepRequest(**request), StepReport(**report), StepReport(**first))
+
+
 def line(row: Row) -> str:
     """Of the table."""
     request, report, settings = row.request, row.report, row.request.settings
@@ -92,7 +101,7 @@ def line(row: Row) -> str:
     if report.status == "ok":
         cells += [f"{batch:,}", *(f"{size / GIB:.1f}" for size in sizes)]
         cells.append("-" if report.estimate_s is None else f"{report.estimate_s * 1e3:.0f} ms")
-        cells.append("" if row.first is report else f"paper's batch {short(row.first)}")
+        cells.append("" if row.first.status == "ok" else f"paper's batch {short(row.first)}")
     else:
         cells += ["none", *["-"] * 6, short(row.first)]
     return f"| {' | '.join(cells)} |"
@@ -113,8 +122,8 @@ def table(rows: list[Row]) -> str:
     head = (
         f"{datetime.date.today():%-d %B %Y}, {listed}: {num_ok} of {len(rows)} compile and fit. Sizes in GiB a device; "
         "`temporaries` hold the exchange buffers.\n\n"
-        "| target | step | EP | weights in | microbatches | drafts | batch | weights | cache | exchange | temporaries | "
-        "total | XLA | |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
+        "| target | step | EP | weights in | microbatches | drafts | batch | weights | cache | exchange | "
+        "temporaries | total | XLA | |\n|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"
 
@@ -124,22 +133,21 @@ def main() -> int:
     parser.add_argument("--model", default="deepseek-r1")
     parser.add_argument("--targets", default="v5p,h100", help="with commas between them")
     parser.add_argument("--ep", default="32,256,320", help="with commas between them")
-    parser.add_argument("--output", type=Path, help="a JSON file too; the page is left alone")
+    parser.add_argument("--results", type=Path, default=Path("out/targets.json"), help="a JSON file")
     options = parser.parse_args()
     wanted = requests(options.model, options.targets.split(","), [int(size) for size in options.ep.split(",")])
-    rows = []
+    kept = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}
     for number, request in enumerate(wanted, 1):
-        rows.append(compile_row(request))
-        print(f"{number} of {len(wanted)} {line(rows[-1])}", file=sys.stderr, flush=True)
-    text = table(rows)
-    if options.output is not None:
-        found = [{"request": dataclasses.asdict(r.request), "report": dataclasses.asdict(r.report)} for r in rows]
-        options.output.write_text(json.dumps(found), encoding="utf-8")
-        print(text)
-    else:
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+        key = json.dumps(dataclasses.asdict(request), sort_keys=True)
+        if key not in kept:
+            kept[key] = dataclasses.asdict(compile_row(request))
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(kept), encoding="utf-8")
+        print(f"{number} of {len(wanted)} {line(read_row(kept[key]))}", file=sys.stderr, flush=True)
+    rows = [read_row(one) for one in kept.values()]
+    rows.sort(key=lambda row: (row.request.target, row.request.role, row.request.ep_size))
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{rest.split(END)[1]}", encoding="utf-8")
     return 0 if all(row.report.status in ("ok", "too large") for row in rows) else 1
 
 

@@ -203,7 +203,7 @@ class _MoeRun:
         cache: jax.Array,
         going: InFlight[jax.Array] | None = None,
     ) -> tuple[_Routed, Behind, jax.Array]:
-        """The rest of attention, and the gate; what the other's combine `going` hides behind; the softmax sums."""
+        """The rest of attention, and the gate; also what the other's combine `going` hides behind, and its sums."""
         attend, spec = self.halves[which].attend, self.spec
         with _scope(which, "attention"):
             core = dataclasses.replace(core, query=_after(going, core.query))

@@ -19,6 +19,7 @@ from cmjax.targets.machines import GIB, Target
 Status = Literal["ok", "too large", "failed", "crashed"]
 # What libtpu asks for on a machine without a TPU, lest it looks for one; and JAX must not either.
 ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # each describes machines of its own, and touches none
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
