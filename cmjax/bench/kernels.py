@@ -15,6 +15,7 @@ from cmjax.bench.tables import define, new_table
 from cmjax.kernels import KernelsMode
 from cmjax.mesh import bring_up
 from cmjax.model import Model, ModelConfig, convert_params, init_params, num_bytes, num_params, params_digest
+from cmjax.quant import QuantMode
 
 FORMATS = ("bfloat16", "float32", "int8")
 MODES: tuple[KernelsMode, ...] = ("xla", "native")
@@ -48,8 +49,8 @@ def run(
     results = []
     try:
         for name in formats:
-            dtype, quant = (jnp.bfloat16, "int8") if name == "int8" else (name, None)
-            params = convert_params(floats, quant, dtype)
+            quant: QuantMode | None = "int8" if name == "int8" else None
+            params = convert_params(floats, quant, jnp.dtype("bfloat16" if quant else name))
             model = Model(config, params, params_digest(config, params))
             jobs = [("decode", batch) for batch in sizes.decode_batches]
             for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:

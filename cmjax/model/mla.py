@@ -5,6 +5,7 @@ scores nor expanded keys ever exceed one chunk, and a request's result does not 
 """
 
 import dataclasses
+from typing import cast
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ from cmjax.model.cache import PagedKeys
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
-from cmjax.quant import einsum_f32, in_stack, is_by_inputs, linear, matrix_at, own_matrix
+from cmjax.quant import einsum_f32, in_stack, is_by_inputs, linear, own_matrix
 
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
@@ -205,7 +206,7 @@ def expanded_part(
         keys: of the packed sequences; the queries' own latents must be there already.
         sequences: which queries belong to which sequence.
     """
-    queries, tokens, kv_b = core.query, core.num_tokens, own_matrix(params.kv_b)
+    queries, tokens, kv_b = core.query, core.num_tokens, cast(jax.Array, own_matrix(params.kv_b))
     heads, tile = queries.shape[0], min(_QUERY_TILE, tokens)
     blocks_per_chunk = _chunk_blocks(keys.block_size, keys.block_table.shape[1], _PREFILL_CHUNK)
     chunk = blocks_per_chunk * keys.block_size
@@ -268,7 +269,7 @@ def absorbed_start(
 def _absorb_form(
     q_nope: jax.Array, q_pe: jax.Array, kv_b: jax.Array, layer: jax.Array, spec: AttentionSpec
 ) -> jax.Array:
-    w_uk = matrix_at(kv_b, layer)[:, : spec.nope]
+    w_uk = lax.dynamic_index_in_dim(kv_b, layer, keepdims=False)[:, : spec.nope]
     q_latent = einsum_f32("hbn,hnl->hbl", q_nope.swapaxes(0, 1), w_uk).swapaxes(0, 1).astype(q_nope.dtype)
     query = jnp.concatenate([q_latent, q_pe], axis=-1)
     return query.reshape(spec.requests, -1, query.shape[-1])
@@ -348,7 +349,7 @@ def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttenti
 def _release_form(
     total: jax.Array, mixed: jax.Array, kv_b: jax.Array, layer: jax.Array, spec: AttentionSpec
 ) -> jax.Array:
-    w_uv, dtype = matrix_at(kv_b, layer)[:, spec.nope :], kv_b.dtype
+    w_uv, dtype = lax.dynamic_index_in_dim(kv_b, layer, keepdims=False)[:, spec.nope :], kv_b.dtype
     heads, _, latent = w_uv.shape
     means = Softmax(total, total, mixed).result()
     means = means.reshape(-1, heads, means.shape[-1])[..., :latent].astype(dtype)

@@ -157,8 +157,9 @@ def is_by_inputs(weight: Matrix) -> bool:
     return isinstance(weight.stack if isinstance(weight, LayerMatrix) else weight, InputMajor)
 
 
-def in_stack(weight: AnyArray | QuantArray | LayerMatrix) -> LayerMatrix:
-    """The matrix in its stack; one that has none is a stack of its own."""
+def in_stack(weight: Matrix) -> LayerMatrix:
+    """The matrix, stored by outputs, in its stack; one that has none is a stack of its own."""
+    assert not isinstance(weight, InputMajor)
     if isinstance(weight, LayerMatrix):
         return weight
     return LayerMatrix(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
