@@ -23,7 +23,9 @@ ROOMS = (
     "text",
     "api",
     "loops",
+    "native",
     "mesh",
+    "kernels",
     "quant",
     "moe",
     "model",
@@ -340,7 +342,7 @@ def test_package_file(path):
     # The benchmark of the fabric runs `lax` beside it on purpose.
     if not is_fabric and path != "cmjax/bench/fabric.py":
         breaches += raw_collectives(tree)
-    if not is_fabric:
+    if room not in ("native", "mesh", "kernels") or (room == "mesh" and not is_fabric):
         breaches += ffi_uses(tree)
     if room != "mesh":
         breaches += platform_questions(tree)

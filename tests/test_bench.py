@@ -5,10 +5,12 @@ import math
 
 import pytest
 
+from cmjax.bench import kernels as bench_kernels
 from cmjax.bench import peer as bench_peer
 from cmjax.bench.report import in_turn
 from cmjax.cli import main
 from cmjax.cli.options import BUNDLED_MODEL
+from tests.helpers import tiny_config
 from tests.parity import FOLDER
 
 
@@ -144,7 +146,6 @@ def test_the_peer_model_has_about_200_million_parameters():
 
 def test_quant_at_a_small_size():
     from cmjax.bench import quant
-    from tests.helpers import tiny_config
 
     report = quant.run(tiny_config(), shapes=[(16, 32)], rows=[1, 8], tokens=64, length=32, rounds=1)
     assert [row["rows"] for row in report["products"]] == [1, 8]
@@ -159,3 +160,13 @@ def test_quant_at_a_small_size():
     model_products = quant.prefill_products(tiny_config(), 64)
     # q_a of all three layers, which reads the hidden state of every token.
     assert model_products[20, 32, 64] == 3
+
+
+def test_kernels_at_a_small_size():
+    sizes = bench_peer.Sizes(decode_batches=(2,), prefill_batch=2, length=16, num_steps=2)
+    report = bench_kernels.run(tiny_config(), formats=("bfloat16", "int8"), sizes=sizes, rounds=1)
+    assert [(row["format"], row["job"]) for row in report["results"]] == [
+        (name, job) for name in ("bfloat16", "int8") for job in ("decode", "prefill")
+    ]
+    assert all(row["speedup"] > 0 for row in report["results"])
+    assert bench_kernels.tables(report)

@@ -20,7 +20,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model, ModelConfig, init_params, num_params
 from cmjax.schedule import blocks_for
-from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, decode
+from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, decode, prefill
 from cmjax.serve.instances.direct import fill, plan_prompts, prefill_prompts
 
 # DeepSeek-V3's shape, scaled down to about 200 million parameters.
@@ -128,7 +128,7 @@ def _measure(
     """One row: seconds a step (or a prefill), and tokens/s, of both."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, sizes.length))
     steps = sizes.num_steps if job == "decode" else 1
-    ours = _decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
+    ours = decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
     contenders: dict[str, Callable[[], object]] = {"cmjax": ours}
     experts = None
     if peer is not None:
@@ -161,14 +161,22 @@ def _prefill_executor(model: Model, prompts: np.ndarray) -> PrefillExecutor:
 
 
 def prefill_call(model: Model, prompts: np.ndarray) -> Callable[[], object]:
-    """A call that prefills `prompts int[batch, length]` in one step on the first device."""
+    """A call that prefills `prompts int[batch, length]` in one step on the first device; it is compiled here."""
     source = _prefill_executor(model, prompts)
     packed = source.pack(plan_prompts(source, prompts.tolist()))
-    return lambda: np.asarray(source.step(packed).token_ids)
+    arguments = (packed, None, None)
+    step = prefill.lower(source.params, source.expert_to_slot, source.cache, *arguments, spec=source.spec).compile()
+
+    def call() -> np.ndarray:
+        output = step(source.params, source.expert_to_slot, source.cache, *arguments)
+        source.cache = output.cache
+        return np.asarray(output.token_ids)
+
+    return call
 
 
-def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[[], object]:
-    """A call of `num_steps` steps from the end of the prompts, each time from the same state."""
+def decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[[], object]:
+    """A call of `num_steps` steps from the end of the prompts, each time from the same state; it is compiled here."""
     source = _prefill_executor(model, prompts)
     batch, length = prompts.shape
     settings = EngineSettings(max_model_len=length + num_steps, max_num_seqs_per_rank=batch, block_size=_BLOCK_SIZE)
@@ -177,11 +185,11 @@ def _decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[
     prefilled = prefill_prompts(source, prompts.tolist())
     params = SamplingParams(max_tokens=num_steps + 1)
     state = target.enter(fill(source, target, prefilled, [one.token_id for one in prefilled], params, num_steps))
+    arguments = (target.params, target.expert_to_slot)
+    step = decode.lower(*arguments, target.cache, state, spec=target.spec, num_steps=num_steps).compile()
 
     def call() -> np.ndarray:
-        output = decode(
-            target.params, target.expert_to_slot, target.cache, state, spec=target.spec, num_steps=num_steps
-        )
+        output = step(*arguments, target.cache, state)
         target.cache = output.cache
         return np.asarray(output.token_ids)
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from cmjax.bench import decode, engine, fabric, peer, pipeline, quant, speculative, training
+from cmjax.bench import decode, engine, fabric, kernels, peer, pipeline, quant, speculative, training
 from cmjax.checkpoint import ModelFormats, load
 from cmjax.cli.bench_cache import cache
 from cmjax.cli.bench_each import run_each
@@ -19,7 +19,7 @@ from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
 from cmjax.mesh import bring_up
 
-ALL = ("fabric", "decode", "pipeline", "engine", "peer", "training", "quant", "cache")
+ALL = ("fabric", "decode", "pipeline", "engine", "peer", "kernels", "training", "quant", "cache")
 EXIT_DIFFERENT = 1
 
 rounds_option = count_option("--rounds", 7, "Timed runs of each; medians count.")
@@ -179,6 +179,21 @@ def bench_peer(context: click.Context, dtype: str | None, peer_python: str | Non
     print_report(report, peer.tables(report), as_json)
     if report["logits_agree"] is False:
         context.exit(EXIT_DIFFERENT)
+
+
+@bench.command("kernels", epilog="\b\nExamples:\n  cmjax bench kernels\n  cmjax bench kernels --format int8 --json")
+@click.option("--format", "name", type=click.Choice(kernels.FORMATS), help="Only this one.  [default: all]")
+@rounds_option
+@json_option
+def bench_kernels(name: str | None, rounds: int, as_json: bool) -> None:
+    """Decode and prefill on one device with the C++ kernels and with XLA's products, in turn."""
+    console = Console(stderr=True)
+
+    def on_result(row: dict[str, Any]) -> None:
+        console.print(f"{row['format']} {row['job']} {row['batch']}: {row['speedup']:.2f} times", highlight=False)
+
+    report = kernels.run(formats=(name,) if name else kernels.FORMATS, rounds=rounds, on_result=on_result)
+    print_report(report, kernels.tables(report), as_json)
 
 
 @bench.command("training", epilog="\b\nExamples:\n  cmjax bench training\n  cmjax bench training --tokens 4096 --json")

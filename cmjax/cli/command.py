@@ -35,7 +35,7 @@ COMMANDS = {
     "info": (
         "cmjax.cli.info",
         "info",
-        "Show devices, instances, planes, and which collectives are in use and why.",
+        "Show devices, instances, planes, and which collectives and kernels are in use, and why.",
     ),
     "quantize": (
         "cmjax.cli.quantize",
@@ -102,7 +102,7 @@ class LazyCommands(Commands):
     epilog="""\b
     Examples:
       cmjax demo                 EP320 generation with a bundled model, compared with its reference
-      cmjax info                 the machine, its instances and planes, and the collectives in use
+      cmjax info                 the machine, its instances and planes, and the collectives and kernels in use
       cmjax info --ep 8 --json   the same for a small machine, as one JSON object
       cmjax COMMAND --help       what a command does, with examples""",
 )

@@ -1,4 +1,4 @@
-"""`cmjax info`: the machine, its instances and planes, and the collectives in use."""
+"""`cmjax info`: the machine, its instances and planes, and the collectives and kernels in use."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from cmjax.cli.flags import options_for
 from cmjax.cli.options import json_option
 from cmjax.cli.report import machine_report
 from cmjax.cli.running import carve
-from cmjax.cli.tables import collectives_table, print_tables, topology_tables
+from cmjax.cli.tables import forms_table, print_tables, topology_tables
 from cmjax.mesh import InstanceLayout
 
 
@@ -26,7 +26,7 @@ from cmjax.mesh import InstanceLayout
 @options_for("layout", InstanceLayout)
 @json_option
 def info(layout: InstanceLayout, as_json: bool) -> None:
-    """Show devices, instances, planes, and which collectives are in use and why."""
+    """Show devices, instances, planes, and which collectives and kernels are in use, and why."""
     report = machine_report(carve(layout))
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -47,4 +47,8 @@ def show(report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    print_tables(console, (*topology_tables(report), collectives_table(report["collectives"])))
+    forms = (
+        forms_table("Collectives", "collective", report["collectives"]),
+        forms_table("Kernels", "kernel", report["kernels"]),
+    )
+    print_tables(console, (*topology_tables(report), *forms))

@@ -10,6 +10,7 @@ import numpy as np
 
 import cmjax
 from cmjax.checkpoint import Tokenizer
+from cmjax.kernels import status as kernel_status
 from cmjax.mesh import Instance, Pools, Supernode, describe, fabric
 from cmjax.mesh.fabric import TrafficSnapshot
 from cmjax.model import ModelConfig, placed_layer_names
@@ -33,6 +34,10 @@ def machine_report(pools: Pools) -> dict[str, Any]:
         "prefill_shares_decode_devices": pools.is_shared,
         "planes": [dataclasses.asdict(plane) for plane in machine.planes],
         "collectives": {name: dataclasses.asdict(form) for name, form in fabric.status().items()},
+        "kernels": {
+            name: dataclasses.asdict(form)
+            for name, form in kernel_status(str(describe(pools.devices)["platform"])).items()
+        },
     }
 
 
@@ -79,7 +84,7 @@ def run_report(
         },
         "instances": placed_instances(engine, machine),
         "settings": settings,
-        **{name: machine[name] for name in ("versions", "devices", "supernode", "planes", "collectives")},
+        **{name: machine[name] for name in ("versions", "devices", "supernode", "planes", "collectives", "kernels")},
         "prefill_shares_decode_devices": machine["prefill_shares_decode_devices"],
     }
 

@@ -78,12 +78,12 @@ def _planes_table(planes: list[dict[str, Any]]) -> Table:
     return table
 
 
-def collectives_table(collectives: dict[str, dict[str, str]]) -> Table:
-    """Which form each collective takes, and why; those that take the same form for the same reason share a row."""
+def forms_table(title: str, column: str, statuses: dict[str, dict[str, str]]) -> Table:
+    """Which form each collective or kernel takes, and why; those of one form for one reason share a row."""
     names: dict[tuple[str, str], list[str]] = {}
-    for name, status in collectives.items():
+    for name, status in statuses.items():
         names.setdefault((status["form"], status["reason"]), []).append(name)
-    table = new_table("Collectives", "collective", "form", "why")
+    table = new_table(title, column, "form", "why")
     for (form, reason), alike in names.items():
         table.add_row("\n".join(alike), form, reason)
     return table

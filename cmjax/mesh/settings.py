@@ -13,6 +13,7 @@ import numpy as np
 
 from cmjax.errors import UserError
 from cmjax.mesh.native import build as native_build
+from cmjax.native import Loaded
 
 # XLA:CPU runs collectives on at most this many threads, and each rank of a lax collective blocks one.
 MAX_LAX_DEVICES = 256
@@ -125,7 +126,7 @@ class Settings:
             return 0.0
         return delay.multiplier * (delay.latency_s[plane] + num_bytes / delay.bytes_per_s[plane])
 
-    def native(self) -> native_build.NativeFabric:
+    def native(self) -> Loaded:
         """The C++ fabric with these settings applied, built at the first call."""
         with self._lock:
             fresh = not native_build.load.cache_info().currsize
@@ -193,7 +194,7 @@ class Settings:
             return self._native_ragged_failure(platform)
         return "was set aside by ragged='padded'" if self.forms.ragged == "padded" else None
 
-    def _apply(self, loaded: native_build.NativeFabric) -> None:
+    def _apply(self, loaded: Loaded) -> None:
         library = loaded.library
         if library is None:
             return

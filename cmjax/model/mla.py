@@ -5,18 +5,20 @@ scores nor expanded keys ever exceed one chunk, and a request's result does not 
 """
 
 import dataclasses
+from typing import cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.kernels import AttentionSpec, absorb, attend, release
 from cmjax.loops import dynamic_loop
 from cmjax.model.cache import PagedKeys
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.params import AttentionParams
 from cmjax.model.rope import apply_rope, rope_tables
-from cmjax.quant import InputMajor, einsum_f32, linear
+from cmjax.quant import einsum_f32, in_stack, is_by_inputs, linear, own_matrix
 
 _QUERY_TILE = 128
 _PREFILL_CHUNK = 128
@@ -58,7 +60,7 @@ def queries(
 ) -> tuple[jax.Array, jax.Array]:
     """The queries of all heads in `params`, rotated: `(q_nope [tokens, heads, nope], q_pe [tokens, heads, rope])`."""
     q_b = params.q_b
-    if not isinstance(q_b, InputMajor):
+    if not is_by_inputs(q_b):
         q_b = q_b.reshape(-1, q_b.shape[-1])
     # The product stands alone: TPU's compiler would rather lay out the weights of all layers anew, a copy of several
     # GiB, than what the product gives.
@@ -78,13 +80,13 @@ def take_heads(params: AttentionParams, shard: jax.Array | int, num_shards: int)
     """`params` with the queries, keys and values of the heads in one of equal shards; all else stays whole."""
     if num_shards == 1:
         return params
-    count = params.q_b.shape[0] // num_shards
+    count = params.kv_b.shape[0] // num_shards
 
     def take(leaf: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(leaf, shard * count, count)
 
     # By leaf: of a quantized matrix, the values and their scales.
-    q_b, kv_b = jax.tree.map(take, (params.q_b, params.kv_b))
+    q_b, kv_b = jax.tree.map(take, (own_matrix(params.q_b), own_matrix(params.kv_b)))
     return dataclasses.replace(params, q_b=q_b, kv_b=kv_b)
 
 
@@ -204,7 +206,7 @@ def expanded_part(
         keys: of the packed sequences; the queries' own latents must be there already.
         sequences: which queries belong to which sequence.
     """
-    queries, tokens = core.query, core.num_tokens
+    queries, tokens, kv_b = core.query, core.num_tokens, cast(jax.Array, own_matrix(params.kv_b))
     heads, tile = queries.shape[0], min(_QUERY_TILE, tokens)
     blocks_per_chunk = _chunk_blocks(keys.block_size, keys.block_table.shape[1], _PREFILL_CHUNK)
     chunk = blocks_per_chunk * keys.block_size
@@ -221,7 +223,7 @@ def expanded_part(
         key_pos = first_key + jnp.arange(chunk)
         latent = jnp.where((key_pos < kv_length[seq])[:, None], latent, 0)
         c_kv, k_pe = jnp.split(latent, [config.kv_lora_rank], axis=-1)
-        kv = einsum_f32("cl,hdl->hcd", c_kv, params.kv_b).astype(c_kv.dtype)
+        kv = einsum_f32("cl,hdl->hcd", c_kv, kv_b).astype(c_kv.dtype)
         k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_pe, (heads, *k_pe.shape))], axis=-1)
 
@@ -259,23 +261,47 @@ def absorbed_start(
         params: one layer's.
         q_nope, q_pe: `[tokens, heads, ...]`, the queries of a request side by side.
     """
-    w_uk, _ = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
-    q_latent = einsum_f32("hbn,hnl->hbl", q_nope.swapaxes(0, 1), w_uk).swapaxes(0, 1).astype(q_nope.dtype)
-    query = jnp.concatenate([q_latent, q_pe], axis=-1).reshape(requests, -1, config.latent_width)
+    kv_b, spec = in_stack(params.kv_b), AttentionSpec(requests, config.qk_nope_head_dim, config.softmax_scale)
+    query = absorb(_absorb_form, q_nope, q_pe, kv_b.stack, kv_b.layer, spec)
     return CoreAttention(query, Softmax.start(query.shape[:2], config.latent_width), q_nope.shape[0])
+
+
+def _absorb_form(
+    q_nope: jax.Array, q_pe: jax.Array, kv_b: jax.Array, layer: jax.Array, spec: AttentionSpec
+) -> jax.Array:
+    w_uk = lax.dynamic_index_in_dim(kv_b, layer, keepdims=False)[:, : spec.nope]
+    q_latent = einsum_f32("hbn,hnl->hbl", q_nope.swapaxes(0, 1), w_uk).swapaxes(0, 1).astype(q_nope.dtype)
+    query = jnp.concatenate([q_latent, q_pe], axis=-1)
+    return query.reshape(spec.requests, -1, query.shape[-1])
 
 
 def absorbed_part(
     config: ModelConfig, core: CoreAttention, keys: PagedKeys, lengths: jax.Array, part: Part = WHOLE
 ) -> CoreAttention:
-    """The queries meet a share of the key chunks (the last part also the first chunk).
+    """The queries meet a share of their keys.
 
     Args:
         keys: of the requests.
         lengths: `int32[tokens]`, tokens in the cache that a query sees, its own included; 0 for an empty place.
     """
-    block_table, block_size = keys.block_table, keys.block_size
-    requests, rows, _ = core.query.shape
+    spec = AttentionSpec(core.query.shape[0], config.qk_nope_head_dim, config.softmax_scale, keys.block_size, part)
+    state = (core.state.peak, core.state.total, core.state.mixed)
+    state = attend(_attend_form, core.query, state, keys.cache, keys.layer, keys.block_table, lengths, spec)
+    return dataclasses.replace(core, state=Softmax(*state))
+
+
+def _attend_form(
+    query: jax.Array,
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    cache: jax.Array,
+    layer: jax.Array,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A share of the key chunks, as many as the longest request has; the last share has also the first chunk."""
+    keys, block_size = PagedKeys(cache, layer, block_table, spec.block_size, query.shape[2]), spec.block_size
+    requests, rows, _ = query.shape
     first_blocks = _chunk_blocks(block_size, block_table.shape[1], _FIRST_DECODE_CHUNK)
     lengths = lengths.reshape(requests, -1)
     seen = jnp.repeat(lengths, rows // lengths.shape[1], axis=1)
@@ -285,34 +311,46 @@ def absorbed_part(
         latent = keys.read(table, first_block, num_blocks)
         key_pos = first_block * block_size + jnp.arange(num_blocks * block_size)
         latent = jnp.where((key_pos < longest[:, None])[..., None], latent, 0)
-        scores = einsum_f32("bqw,bcw->bqc", core.query, latent) * config.softmax_scale
+        scores = einsum_f32("bqw,bcw->bqc", query, latent) * spec.scale
         scores = jnp.where(key_pos < seen[..., None], scores, -jnp.inf)
         return state.add(scores, latent, "bqc,bcw->bqw")
 
-    state, (index, count) = core.state, part
+    softmax, (index, count) = Softmax(*state), spec.part
     more_blocks = block_table.shape[1] - first_blocks
     if more_blocks:
         size = _chunk_blocks(block_size, more_blocks, _DECODE_CHUNK)
         table = _pad_table(block_table, size, first_blocks)
         num_chunks = -(-jnp.maximum(lengths.max() - first_blocks * block_size, 0) // (size * block_size))
-        state = dynamic_loop(
-            *_share(num_chunks, part),
+        softmax = dynamic_loop(
+            *_share(num_chunks, spec.part),
             lambda chunk, state: attend_chunk(state, table, first_blocks + chunk * size, size),
-            state,
+            softmax,
             expected_trips=-(-more_blocks // (size * count)),
         )
     if index == count - 1:
         # A rank without requests has no chunk.
         is_any = (lengths.max() > 0).astype(jnp.int32)
-        state = dynamic_loop(
-            0, is_any, lambda _, state: attend_chunk(state, block_table, 0, first_blocks), state, expected_trips=1
+        softmax = dynamic_loop(
+            0, is_any, lambda _, state: attend_chunk(state, block_table, 0, first_blocks), softmax, expected_trips=1
         )
-    return dataclasses.replace(core, state=state)
+    return softmax.peak, softmax.total, softmax.mixed
 
 
 def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttention) -> jax.Array:
     """Absorbed attention after all keys: `[tokens, heads * v_head_dim]`."""
-    tokens, dtype = core.num_tokens, core.query.dtype
-    mixed = core.state.result().reshape(tokens, -1, config.latent_width)[..., : config.kv_lora_rank].astype(dtype)
-    _, w_uv = jnp.split(params.kv_b, [config.qk_nope_head_dim], axis=1)
-    return einsum_f32("bhl,hvl->bhv", mixed, w_uv).reshape(tokens, -1).astype(dtype)
+    kv_b, spec = (
+        in_stack(params.kv_b),
+        AttentionSpec(core.query.shape[0], config.qk_nope_head_dim, config.softmax_scale),
+    )
+    out = release(_release_form, core.state.total, core.state.mixed, kv_b.stack, kv_b.layer, spec)
+    return out.astype(core.query.dtype)
+
+
+def _release_form(
+    total: jax.Array, mixed: jax.Array, kv_b: jax.Array, layer: jax.Array, spec: AttentionSpec
+) -> jax.Array:
+    w_uv, dtype = lax.dynamic_index_in_dim(kv_b, layer, keepdims=False)[:, spec.nope :], kv_b.dtype
+    heads, _, latent = w_uv.shape
+    means = Softmax(total, total, mixed).result()
+    means = means.reshape(-1, heads, means.shape[-1])[..., :latent].astype(dtype)
+    return einsum_f32("bhl,hvl->bhv", means, w_uv).reshape(means.shape[0], -1).astype(dtype)

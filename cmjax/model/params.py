@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike
 from cmjax.errors import UserError
 from cmjax.model.config import ModelConfig
 from cmjax.moe import Leaf, MlpParams
-from cmjax.quant import InputMajor, Matrix, QuantArray, QuantMode, dequantize_host, quantize
+from cmjax.quant import InputMajor, LayerMatrix, Matrix, QuantArray, QuantMode, dequantize_host, matrix_at, quantize
 
 ExpertKind = Literal["routed", "shared"]
 MakeLeaf: TypeAlias = Callable[[tuple[int, ...], DTypeLike], Leaf]  # (shape, dtype) -> array
@@ -106,6 +106,22 @@ def split_experts(layers: LayerParams) -> tuple[LayerParams, MlpParams | None]:
         return layers, None
     nothing: Any = None
     return dataclasses.replace(layers, mlp=dataclasses.replace(layers.mlp, experts=nothing)), layers.mlp.experts
+
+
+# What the layers multiply by: `linear` and absorbed attention read a matrix in its stack.
+_READ_IN_PLACE = frozenset({"q_a", "q_b", "kv_a", "kv_b", "o", "w13", "w2", "router"})
+
+
+def layer_at(layers: LayerParams, index: jax.Array) -> LayerParams:
+    """One of stacked layers: matrices as `LayerMatrix`, the rest copied out."""
+
+    def take(path: tuple, leaf: Matrix) -> Matrix:
+        assert not isinstance(leaf, LayerMatrix)  # a stack
+        return LayerMatrix(leaf, index) if path[-1].name in _READ_IN_PLACE else matrix_at(leaf, index)
+
+    return jax.tree_util.tree_map_with_path(
+        take, layers, is_leaf=lambda leaf: isinstance(leaf, QuantArray | InputMajor)
+    )
 
 
 # The large products of attention and FFN, which quantization puts in int8 (paper section 4.5). Norms, router, embedding

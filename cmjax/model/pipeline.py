@@ -23,12 +23,11 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cmjax.loops import scan
 from cmjax.mesh import fabric
 from cmjax.model.mla import CoreAttention, rms_norm
-from cmjax.model.params import LayerParams, MoeParams, Params
+from cmjax.model.params import LayerParams, MoeParams, Params, layer_at
 from cmjax.model.transformer import (
     AttendInParts,
     Index,
@@ -150,7 +149,7 @@ class _MoeRun:
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])
 
     def _at(self, index: Index) -> _Layer:
-        params = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
+        params = layer_at(self.layers, jnp.asarray(self.place.stack_start + index, jnp.int32))
         return _Layer(params, cast(MoeParams, params.mlp), index)
 
     def _both(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cmjax.loops import scan
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import WHOLE, CoreAttention, Part, key_value_latent, rms_norm
-from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, split_experts
+from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, layer_at, split_experts
 from cmjax.moe import Exchange, LayerRouter, MlpParams, moe_ffn, swiglu
 from cmjax.quant import linear
 
@@ -121,17 +121,18 @@ class LayerRun:
     count: int
 
     def take(self, params: Params, *, keep_experts: bool = False) -> tuple[LayerParams, MlpParams | None]:
-        """The run's layers, and apart from them (unless kept) the experts of their whole stack.
+        """The layers of the run's whole stack, and apart from them the experts; or the run's alone, with theirs.
 
-        A scan over layers would copy all of a layer's experts to read a few of them.
+        A scan over layers would copy all of a layer's matrices, and experts of which it reads a few.
         """
-        stack = params.moe if self.is_moe else params.dense
-        assert stack is not None  # a run has layers
-        layers, experts = (stack, None) if keep_experts else split_experts(stack)
+        layers = params.moe if self.is_moe else params.dense
+        assert layers is not None  # a run has layers
+        if not keep_experts:
+            return split_experts(layers)
         index = slice(self.stack_start, self.stack_start + self.count)
         if index != slice(0, layers.input_norm.shape[0]):
             layers = jax.tree.map(operator.itemgetter(index), layers)
-        return layers, experts
+        return layers, None
 
 
 def layer_runs(config: ModelConfig) -> list[LayerRun]:
@@ -223,18 +224,23 @@ def run_stack(
     cache: jax.Array,
     context: PassContext,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The layers of one run: `(x, cache, num_tokens_per_expert [layers, local slots] or None)`."""
+    """The layers of one run: `(x, cache, num_tokens_per_expert [layers, local slots] or None)`.
+
+    `layers` and `experts` are as `LayerRun.take` gives them.
+    """
     name = f"{context.channel}/layer{run.first_layer}"
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, jax.Array | None]:
         layer_params, stack_index, cache_layer = xs
+        if layer_params is None:
+            layer_params = layer_at(layers, stack_index)
         x, cache = carry
         place = LayerPlace(stack_index, stack_index, cache_layer, name)
         x, cache, load = _decoder_layer(layer_params, experts, place, x, cache, context)
         return (x, cache), load
 
     count = jnp.arange(run.count)
-    xs = (layers, run.stack_start + count, run.first_layer + count)
+    xs = (layers if context.unroll else None, run.stack_start + count, run.first_layer + count)
     (x, cache), load = scan(step, (x, cache), xs, length=run.count, unroll=context.unroll)
     return x, cache, load
 

@@ -1,16 +1,20 @@
 """The expert FFN over the rows that were really received."""
 
+import dataclasses
 from typing import Generic, TypeAlias, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from cmjax.kernels import Weights, expert_mlp
 from cmjax.loops import dynamic_loop
 from cmjax.mesh import fabric
 from cmjax.moe.exchange import ReceivedRows
-from cmjax.quant import AnyArray, Matrix, QuantArray, QuantizedRows, linear, matrix_at
+from cmjax.moe.wire import WireDtype, padded_row
+from cmjax.quant import AnyArray, Matrix, QuantArray, QuantizedRows, QuantMode, linear, matrix_at
 
 # What stands for an array in a tree of parameters: one of jax's, one of numpy's (on the host), a `jax.ShapeDtypeStruct`
 # (abstract), a `PartitionSpec`; for a large matrix also a `QuantArray` or an `InputMajor` of those.
@@ -64,6 +68,17 @@ def _power_of_two(value: int) -> int:
 _SPLIT_FROM = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What the XLA form of the expert FFN has to know beside its arrays; see `expert_ffn`."""
+
+    rows_per_block: int
+    expected_rows: int
+    dtype: np.dtype
+    wire: WireDtype | None
+    mode: QuantMode | None
+
+
 def expert_ffn(
     received: ReceivedRows,
     params: Experts,
@@ -75,8 +90,8 @@ def expert_ffn(
 ) -> jax.Array:
     """Run each local expert over its rows: `[receive rows, hidden]` in `dtype`, laid out as received.
 
-    Loops over blocks whose trip counts are what was received: rows that do not exist are not written (the result is
-    uninitialized there), and what a block reads beyond its expert's rows is thrown away.
+    Rows that do not exist are not written (the result is uninitialized there). The XLA form loops over blocks whose
+    trip counts are what was received; what a block reads beyond its expert's rows is thrown away.
 
     Args:
         received: the dispatched rows.
@@ -85,14 +100,43 @@ def expert_ffn(
         rows_per_block: see `block_rows`.
         expected_rows: rows that a rank can expect to receive.
     """
-    counts = received.num_tokens_per_expert
-    capacity = received.messages.shape[0]
-    large = min(rows_per_block, capacity)
+    mode = params.w13.mode if isinstance(params.w13, QuantArray) else None
+    spec = _Blocks(rows_per_block, expected_rows, np.dtype(dtype), received.wire, mode)
+    messages, counts = received.messages, received.num_tokens_per_expert
+    w13, w2 = (_weights(matrix) for matrix in (params.w13, params.w2))
+    if mode == "fake":
+        return _expert_ffn_form(messages, counts, layer, w13, w2, spec)
+    scale_at = padded_row(params.w2.shape[2])
+    arguments = (messages, counts, layer, w13, w2, spec)
+    return expert_mlp(_expert_ffn_form, *arguments, dtype=spec.dtype, scale_at=scale_at)
+
+
+def _weights(matrix: AnyArray | QuantArray) -> Weights:
+    return (matrix.qvalue, matrix.scale) if isinstance(matrix, QuantArray) else (matrix, None)
+
+
+def _expert_ffn_form(
+    messages: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int,
+    w13: Weights,
+    w2: Weights,
+    spec: _Blocks,
+) -> jax.Array:
+    """The XLA form of `kernels.expert_mlp`."""
+
+    def matrix(weights: Weights) -> AnyArray | QuantArray:
+        values, scale = weights
+        return values if scale is None or spec.mode is None else QuantArray(values, scale, spec.mode)
+
+    received, params = ReceivedRows(messages, counts, spec.wire), MlpParams(matrix(w13), matrix(w2))
+    capacity = messages.shape[0]
+    large = min(spec.rows_per_block, capacity)
     starts = jnp.cumsum(counts) - counts
-    out = fabric.empty((capacity, params.w2.shape[2]), dtype)
+    out = fabric.empty((capacity, params.w2.shape[2]), spec.dtype)
     num_large = -(-counts // large)
     num_slots = params.w2.shape[1]
-    expected = max(1, expected_rows // large)
+    expected = max(1, spec.expected_rows // large)
     if large >= _SPLIT_FROM:
         is_short = counts % large <= large // 2
         num_large = jnp.where(is_short, counts // large, num_large)

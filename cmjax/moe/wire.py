@@ -23,7 +23,7 @@ def scale_slot_bytes(hidden: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def _padded(hidden: int) -> int:
+def padded_row(hidden: int) -> int:
     """Where the scale's slot begins."""
     return -(-hidden // scale_slot_bytes(hidden)) * scale_slot_bytes(hidden)
 
@@ -38,7 +38,7 @@ def check_wire_dtype(name: str, value: str | None, *, allow_int8: bool) -> None:
 def message_bytes(hidden: int, dtype: jnp.dtype, wire: WireDtype | None) -> int:
     """Bytes of one row of `hidden` activations on the wire."""
     if wire == "int8":
-        return _padded(hidden) + scale_slot_bytes(hidden)
+        return padded_row(hidden) + scale_slot_bytes(hidden)
     return hidden * jnp.dtype(wire or dtype).itemsize
 
 
@@ -52,7 +52,7 @@ def pack_rows(x: jax.Array, wire: WireDtype | None) -> jax.Array:
         return x if wire is None else x.astype(wire)
     rows, hidden = x.shape
     qvalue, scale = quantize_rows(x)
-    gap = jnp.zeros((rows, _padded(hidden) - hidden), jnp.int8)
+    gap = jnp.zeros((rows, padded_row(hidden) - hidden), jnp.int8)
     rest = jnp.zeros((rows, scale_slot_bytes(hidden) - _SCALE_BYTES), jnp.int8)
     return jnp.concatenate([qvalue, gap, lax.bitcast_convert_type(scale, jnp.int8), rest], axis=-1)
 
@@ -64,7 +64,7 @@ def unpack_int8(messages: jax.Array, wire: WireDtype | None, hidden: int, dtype:
     """
     if wire != "int8":
         return QuantizedRows(*quantize_rows(messages), dtype)
-    at = _padded(hidden)
+    at = padded_row(hidden)
     scale = lax.bitcast_convert_type(messages[:, at : at + _SCALE_BYTES], jnp.float32)
     return QuantizedRows(messages[:, :hidden], scale, dtype)
 

@@ -70,7 +70,37 @@ class InputMajor:
     value: AnyArray
 
 
-Matrix: TypeAlias = AnyArray | QuantArray | InputMajor
+@flax.struct.dataclass
+class LayerMatrix:
+    """One layer's matrix where it lies, among those of all layers: a product reads it there, nothing is copied out.
+
+    It takes the place of the array in a layer's parameters, where only `linear` meets it.
+
+    Attributes:
+        stack: `[layers, ..., out, in]`.
+        layer: `int32[]`.
+    """
+
+    stack: AnyArray | QuantArray | InputMajor
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix; not of one stored by inputs."""
+        return tuple(self._by_outputs.shape[1:])
+
+    def reshape(self, *shape: int) -> "LayerMatrix":
+        """Merge or split axes of outputs; not of a matrix stored by inputs."""
+        stack = self._by_outputs
+        return LayerMatrix(stack.reshape(stack.shape[0], *shape), self.layer)
+
+    @property
+    def _by_outputs(self) -> AnyArray | QuantArray:
+        assert not isinstance(self.stack, InputMajor)
+        return self.stack
+
+
+Matrix: TypeAlias = AnyArray | QuantArray | InputMajor | LayerMatrix
 
 
 @flax.struct.dataclass
@@ -120,6 +150,24 @@ def split_inputs(weight: AnyArray | QuantArray, count: int) -> np.ndarray | Quan
 def _split_inputs(values: AnyArray, count: int) -> np.ndarray:
     lead, out, _ = values.shape
     return np.asarray(values).reshape(lead, out, count, -1).transpose(0, 2, 1, 3)
+
+
+def is_by_inputs(weight: Matrix) -> bool:
+    """Whether the matrix, or the stack that it lies in, is an `InputMajor`."""
+    return isinstance(weight.stack if isinstance(weight, LayerMatrix) else weight, InputMajor)
+
+
+def in_stack(weight: Matrix) -> LayerMatrix:
+    """The matrix, stored by outputs, in its stack; one that has none is a stack of its own."""
+    assert not isinstance(weight, InputMajor)
+    if isinstance(weight, LayerMatrix):
+        return weight
+    return LayerMatrix(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
+
+
+def own_matrix(weight: Matrix) -> Matrix:
+    """The matrix apart from its stack, where it is a `LayerMatrix`; else as it is."""
+    return matrix_at(weight.stack, weight.layer) if isinstance(weight, LayerMatrix) else weight
 
 
 def matrix_at(weight: Matrix, *index: jax.Array | int) -> Matrix:

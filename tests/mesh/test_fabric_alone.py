@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cmjax.mesh.native import build
+from cmjax.native import find_compiler
 
 RANKS, UPDATES, ROWS_IN, ROWS_OUT, MARGIN = 8, 3, 40, 48, 5
 
@@ -20,7 +21,7 @@ def core(tmp_path_factory):
     # The library's checks make an index outside a vector end the program instead of reading what is there.
     checks = ["-D_GLIBCXX_ASSERTIONS", "-D_LIBCPP_HARDENING_MODE=_LIBCPP_HARDENING_MODE_FAST"]
     flags = ["-std=c++17", "-pthread", f"-I{native}", *checks]
-    subprocess.run([build.find_compiler(), *flags, *sources, "-o", program], check=True)
+    subprocess.run([find_compiler(), *flags, *sources, "-o", program], check=True)
 
     def run(what, numbers=()):
         given = " ".join(map(str, numbers))

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmjax.mesh import fabric
 from cmjax.mesh.native import build
+from cmjax.native import BuildError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -519,11 +520,11 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatc
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("CMJAX_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match=r"broken failed: fabric.cc:1: error: no such luck"):
+    with pytest.raises(BuildError, match=r"broken failed: fabric.cc:1: error: no such luck"):
         build.build()
     assert not list((tmp_path / "cache").glob("*.so"))
     monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler was found .there-is-no-such-compiler"):
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler was found .there-is-no-such-compiler"):
         build.build()
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.kernels import is_native
 from cmjax.mesh import Instance
 from cmjax.model import Model
 from cmjax.schedule import (
@@ -64,8 +65,8 @@ class DecodeExecutor(JaxExecutor):
     ) -> None:
         if settings.num_speculative_tokens and model.params.mtp is None:
             raise UserError("the model has no MTP module (num_nextn_predict_layers): num_speculative_tokens must be 0")
-        # A rank's products have few rows; in bfloat16 a CPU takes as long by either form.
-        is_repacked = instance.is_virtual and model.dtype == np.float32
+        # A rank's products have few rows; in bfloat16 XLA takes as long by either form, and the kernels always do.
+        is_repacked = instance.is_virtual and model.dtype == np.float32 and not is_native()
         super().__init__(
             model,
             instance,

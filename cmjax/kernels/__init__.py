@@ -1,0 +1,27 @@
+"""Operators in C++ for CPU devices, one interface each, beside the XLA form that stands for them everywhere else.
+
+An operator is called with its XLA form, a function of the same arguments. The C++ runs where a program is lowered for
+CPUs; other platforms lower the form, and so do differentiation, `jax.vmap`, and types that the C++ has not. A traced
+step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that whoever counts or prices a step finds the
+form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
+"""
+
+from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
+from cmjax.kernels.products import Weights, expert_mlp, product
+from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, mode, status
+
+__all__ = [
+    "AttentionSpec",
+    "KernelStatus",
+    "KernelsMode",
+    "Weights",
+    "absorb",
+    "attend",
+    "configure",
+    "expert_mlp",
+    "is_native",
+    "mode",
+    "product",
+    "release",
+    "status",
+]

@@ -1,0 +1,95 @@
+"""Absorbed latent attention over a paged cache, in three steps (paper section 4.2.2)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cmjax.kernels.primitive import Form, make_primitive, run_kernel
+from cmjax.kernels.products import FLOATS
+
+Array = jax.Array
+State = tuple[Array, Array, Array]  # of a running softmax: largest score, sum, values summed
+_ABSORB, _RELEASE = make_primitive("absorb"), make_primitive("release")
+_ATTEND = make_primitive("attend", aliases={1: 0, 2: 1, 3: 2})
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static about absorbed attention.
+
+    Attributes:
+        requests: equally many tokens each, side by side.
+        nope: width of a head's queries without position.
+        scale: of scores.
+        block_size: tokens of a cache block.
+        part: share i of n of each request's keys, as (i, n).
+    """
+
+    requests: int
+    nope: int
+    scale: float
+    block_size: int = 1
+    part: tuple[int, int] = (0, 1)
+
+
+def _serves(*arrays: Array) -> bool:
+    return len({array.dtype for array in arrays}) == 1 and arrays[0].dtype.name in FLOATS
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def absorb(form: Form, q_nope: Array, q_pe: Array, kv_b: Array, layer: Array | int, spec: AttentionSpec) -> Array:
+    """The queries that meet latents: `[requests, rows, latent + rope]` in their dtype, a token's heads side by side.
+
+    Args:
+      form: the XLA form, of the same arguments.
+      q_nope, q_pe: `[tokens, heads, nope]` and `[tokens, heads, rope]`.
+      kv_b: `[layers, heads, nope + v, latent]`, of which `layer` is read in place.
+    """
+    arguments = (q_nope, q_pe, kv_b, jnp.asarray(layer, jnp.int32))
+    return run_kernel(_ABSORB, functools.partial(form, spec=spec), arguments, {}, serves=_serves(q_nope, q_pe, kv_b))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def attend(
+    form: Form,
+    query: Array,
+    state: State,
+    cache: Array,
+    layer: Array | int,
+    block_table: Array,
+    lengths: Array,
+    spec: AttentionSpec,
+) -> State:
+    """The running softmax after the queries have met a share of their keys; all shares in turn are the whole.
+
+    A request's result depends on nothing but its own queries, keys and lengths.
+
+    Args:
+      form: the XLA form, of the same arguments.
+      query: as `absorb` gives it.
+      state: `float32[requests, rows]` twice, and `float32[requests, rows, latent + rope]`.
+      cache: `[layers, slots, latent + rope, or more]`, of which `layer` is read in place.
+      block_table: `int32[requests, blocks]`.
+      lengths: `int32[tokens]`, keys that each token sees.
+    """
+    arguments = (query, state, cache, jnp.asarray(layer, jnp.int32), block_table, lengths)
+    attributes = {"block_size": spec.block_size, "part": spec.part[0], "num_parts": spec.part[1], "scale": spec.scale}
+    # Where devices store rows in tiles, those of the cache are wider.
+    serves = _serves(query, cache) and query.shape[-1] == cache.shape[-1]
+    return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, attributes, serves=serves)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def release(form: Form, total: Array, mixed: Array, kv_b: Array, layer: Array | int, spec: AttentionSpec) -> Array:
+    """What comes of the means, `mixed / total`, through the value part of `kv_b`: `[tokens, heads * v]` in its dtype.
+
+    Args:
+      form: the XLA form, of the same arguments.
+      total, mixed: of the state after all keys.
+      kv_b, layer: as for `absorb`.
+    """
+    arguments = (total, mixed, kv_b, jnp.asarray(layer, jnp.int32))
+    attributes = {"nope": spec.nope}
+    return run_kernel(_RELEASE, functools.partial(form, spec=spec), arguments, attributes, serves=_serves(kv_b))

@@ -1,0 +1,214 @@
+// Which form runs, and how an operator is cut into tasks for the threads at hand.
+#include "kernels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace cmjax {
+namespace {
+
+const Form* const kForms[] = {
+#if defined(__x86_64__)
+    &kAvx512Bf16, &kAvx512, &kAvx2,
+#endif
+    &kPortable};
+
+bool CpuRuns(const Form& form) {
+#if defined(__x86_64__)
+  if (&form == &kAvx512 || &form == &kAvx512Bf16) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") &&
+           (&form == &kAvx512 || __builtin_cpu_supports("avx512bf16"));
+  }
+  if (&form == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return &form == &kPortable;
+}
+
+const Form* BestForm() {
+#if defined(__x86_64__)
+  // Intel's bfloat16 instruction takes two cycles, longer than its values taken apart and two float32 ones.
+  if (__builtin_cpu_is("intel") && CpuRuns(kAvx512)) return &kAvx512;
+#endif
+  return *std::find_if(std::begin(kForms), std::end(kForms), [](const Form* form) { return CpuRuns(*form); });
+}
+
+std::atomic<const Form*>& Current() {
+  static std::atomic<const Form*> current{BestForm()};
+  return current;
+}
+
+// Memory of this thread that lives until its next call with the same `which`.
+char* Scratch(int which, int64_t bytes) {
+  thread_local std::vector<char> memory[2];
+  std::vector<char>& own = memory[which];
+  if (static_cast<int64_t>(own.size()) < bytes + 64) own.resize(bytes + 64);
+  return own.data() + (64 - reinterpret_cast<uintptr_t>(own.data()) % 64) % 64;
+}
+
+struct Job {
+  std::function<void(int64_t)> task;
+  int64_t count;
+  std::atomic<int64_t> next{0}, finished{0};
+
+  void Work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(i);
+      finished.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+// task(0) .. task(count - 1). The caller takes part, and waits only for tasks that a helper is at: a helper that never
+// comes is not missed, so that callers on all threads of a pool cannot wait for each other.
+void Parallel(const Helpers& helpers, int64_t count, std::function<void(int64_t)> task) {
+  const int64_t num_helpers = std::min<int64_t>(helpers.count, count - 1);
+  if (num_helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  auto job = std::make_shared<Job>();
+  job->task = std::move(task);
+  job->count = count;
+  for (int64_t i = 0; i < num_helpers; ++i) helpers.schedule([job] { job->Work(); });
+  job->Work();
+  for (int spins = 0; job->finished.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 200) std::this_thread::yield();
+  }
+}
+
+// Below this much work a helper comes too late: bytes of weights and multiplications, as nanoseconds of one core.
+bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
+  return values * item_bytes / 12 + num_rows * values / 40 > 15000;
+}
+
+}  // namespace
+
+const Form& CurrentForm() { return *Current().load(std::memory_order_relaxed); }
+
+bool UseForm(const char* name) {
+  if (*name == '\0') {
+    Current() = BestForm();
+    return true;
+  }
+  for (const Form* form : kForms) {
+    if (std::strcmp(form->name, name) == 0 && CpuRuns(*form)) {
+      Current() = form;
+      return true;
+    }
+  }
+  return false;
+}
+
+void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype, const Target& target,
+                const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const Helpers alone{0, nullptr};
+  const Helpers& help = IsWorthHelp(num_rows, w.out * w.in, ItemBytes(w.type)) ? helpers : alone;
+  Staged staged{rows.data, rows.stride, nullptr};
+  if (!form.reads_in_place(rows, w.type)) {
+    const int64_t stride = StagedStride(rows.width);
+    char* memory = Scratch(0, num_rows * (stride + 4));
+    auto* scales = reinterpret_cast<float*>(memory + num_rows * stride);
+    const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
+    Parallel(num_rows >= 4 * kRowBlock ? help : alone, blocks, [&](int64_t i) {
+      const int64_t first = i * kRowBlock, here = std::min(kRowBlock, num_rows - first);
+      auto* floats = reinterpret_cast<float*>(Scratch(1, Padded(rows.width) * 4));
+      form.stage(rows, first, here, w.type, dtype, memory + first * stride, scales + first, floats);
+    });
+    staged = {memory, stride, scales};
+  }
+  // A few tasks a thread, so that none waits long for another; whole blocks of columns where there are many.
+  const int64_t wanted = help.count == 0 ? 1 : 4 * (help.count + 1);
+  const int64_t step = w.out / wanted >= kColBlock ? kColBlock : 16;
+  const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step);
+  Parallel(help, (w.out + cols - 1) / cols, [&](int64_t i) {
+    const int64_t first = i * cols;
+    form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target, Scratch(1, kProductScratch));
+  });
+}
+
+void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
+                const Helpers& helpers) {
+  struct Part {
+    int64_t expert, first, num_rows;
+  };
+  std::vector<Part> parts;
+  int64_t first = 0;
+  for (int64_t e = 0; e < experts.count; ++e) {
+    // Blocks of about one size, in whole tiles of rows.
+    const int64_t blocks = (counts[e] + kRowBlock - 1) / kRowBlock;
+    const int64_t size = blocks == 0 ? 0 : ((counts[e] + blocks - 1) / blocks + 5) / 6 * 6;
+    for (int64_t done = 0; done < counts[e]; done += size) {
+      parts.push_back({e, first + done, std::min(size, counts[e] - done)});
+    }
+    first += counts[e];
+  }
+  const Form& form = CurrentForm();
+  const int64_t hidden = experts.w2.out, ffn = experts.w2.in;
+  const int64_t rows_a_part = parts.empty() ? 0 : first / static_cast<int64_t>(parts.size());
+  const int64_t values = 3 * hidden * ffn * static_cast<int64_t>(parts.size());
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(rows_a_part, values, ItemBytes(experts.w13.type));
+  Parallel(is_large ? helpers : alone, static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const Part& part = parts[i];
+    const auto own = [&part](Matrix w) {
+      w.data += part.expert * w.out * w.in * ItemBytes(w.type);
+      if (w.scale != nullptr) w.scale += part.expert * w.out;
+      return w;
+    };
+    Target to = target;
+    to.data += part.first * target.width * ItemBytes(target.type);
+    form.expert(rows, part.first, part.num_rows, own(experts.w13), own(experts.w2), to,
+                Scratch(1, ExpertScratch(hidden, ffn)));
+  });
+}
+
+void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,
+               const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.nope * mla.latent, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+    auto* scratch = reinterpret_cast<float*>(Scratch(1, AbsorbScratch(mla)));
+    form.absorb(mla, q_nope, q_pe, tokens, head, query, scratch);
+  });
+}
+
+void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
+               const char* query, const Softmax& state, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const int64_t tokens = requests.tokens / requests.count, width = mla.latent + mla.rope;
+  int64_t num_keys = 0;
+  for (int64_t t = 0; t < requests.tokens; ++t) num_keys += std::max(requests.lengths[t], 0);
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(2 * mla.heads, num_keys * width / count, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, requests.count, [&](int64_t r) {
+    const int32_t* lengths = requests.lengths + r * tokens;
+    const int64_t longest = std::max<int64_t>(0, *std::max_element(lengths, lengths + tokens));
+    const int64_t blocks = std::min((longest + keys.block_size - 1) / keys.block_size, requests.max_blocks);
+    const int64_t first = blocks * index / count, end = blocks * (index + 1) / count;
+    if (first == end) return;
+    const int64_t row = r * tokens * mla.heads;
+    form.attend(mla, keys, requests.table + r * requests.max_blocks, lengths, tokens, first, end,
+                query + row * width * ItemBytes(mla.type),
+                {state.peak + row, state.total + row, state.mixed + row * width},
+                Scratch(1, AttendScratch(mla, tokens, keys.block_size)));
+  });
+}
+
+void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.value * mla.latent, ItemBytes(mla.type));
+  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+    form.release(mla, state, tokens, head, out, Scratch(1, ReleaseScratch(mla, tokens)));
+  });
+}
+
+}  // namespace cmjax

@@ -1,0 +1,156 @@
+// What the operators take, and the forms of their inner loops that a CPU can run. Nothing here knows about XLA.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace cmjax {
+
+enum class Type : int32_t { kF32, kBF16, kS8 };
+
+// Activations in memory. int8 rows have a float32 scale each: in `scales`, or inside the row at byte `scale_at`.
+struct Rows {
+  const char* data;
+  int64_t stride;  // bytes from one row to the next
+  int64_t width;
+  Type type;
+  const float* scales;
+  int64_t scale_at;
+};
+
+// A matrix [out, in]; an int8 one has a scale for each output.
+struct Matrix {
+  const char* data;
+  const float* scale;
+  int64_t out, in;
+  Type type;
+};
+
+// Rows in the form that products read: padded with zeros up to whole vectors.
+struct Staged {
+  const char* data;
+  int64_t stride;       // bytes
+  const float* scales;  // of int8 rows
+};
+
+// Where a product's results go, as `type`.
+struct Target {
+  char* data;
+  int64_t width;  // values from one row to the next
+  Type type;
+};
+
+// What latent attention has of one layer: kv_b [heads, nope + value, latent]. Everything is of `type`, a float.
+struct Mla {
+  const char* kv_b;
+  int64_t heads, nope, rope, value, latent;
+  float scale;  // of scores
+  Type type;
+};
+
+// A layer of the cache, [slots, latent + rope], in blocks.
+struct Keys {
+  const char* data;
+  int64_t num_slots, block_size;
+};
+
+// A running softmax over rows [tokens, heads]: the largest score, the sum, and the values [latent + rope] summed.
+struct Softmax {
+  float *peak, *total, *mixed;
+};
+
+// Rows that an expert takes at a time, columns whose results stay in the first-level cache, and the widest vector.
+constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64;
+
+inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
+inline int64_t ItemBytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBF16 ? 2 : 1; }
+
+// Bytes that one row takes when staged, at most, and the scratch memory of the two calls below.
+inline int64_t StagedStride(int64_t width) { return Padded(width) * 4; }
+constexpr int64_t kProductScratch = kRowBlock * kColBlock * 4;
+inline int64_t ExpertScratch(int64_t hidden, int64_t ffn) {
+  return kRowBlock * (StagedStride(hidden) + StagedStride(ffn) + Padded(ffn) * 4 + 2 * 4) + 2 * kProductScratch +
+         (Padded(hidden) + Padded(ffn)) * 4;
+}
+
+inline int64_t AbsorbScratch(const Mla& mla) {
+  return ((mla.nope + 1) * Padded(mla.latent) + Padded(mla.nope)) * 4;
+}
+inline int64_t AttendScratch(const Mla& mla, int64_t tokens, int64_t block_size) {
+  const int64_t rows = tokens * mla.heads, stride = StagedStride(mla.latent + mla.rope);
+  return (rows + block_size + 1) * stride + rows * Padded(block_size) * 4;
+}
+inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
+  return (tokens + 2) * StagedStride(mla.latent) + kProductScratch;
+}
+
+// One form of the inner loops. Results of a row never depend on the rows beside it.
+struct Form {
+  const char* name;
+  // Whether products by matrices of `weights` can read these rows where they are.
+  bool (*reads_in_place)(const Rows& rows, Type weights);
+  // Stages `count` rows from `first` on for matrices of `weights`; floats are first rounded to `dtype`.
+  // `floats` is scratch memory for one padded row.
+  void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, char* staged, float* scales,
+                float* floats);
+  // target[0:num_rows, first:first + count] = rows * matrix^T for outputs from `first` on.
+  void (*product)(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
+                  const Target& target, char* scratch);
+  // target[0:num_rows] = w2 (silu(gate) * up), where w13 gives gate and up; `num_rows` is at most kRowBlock. Values
+  // between the two products are rounded to the target's type.
+  void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
+                 const Target& target, char* scratch);
+  // query[tokens, head] = (q_nope of the head through the key part of kv_b, q_pe), all heads being side by side.
+  void (*absorb)(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, int64_t head, char* query,
+                 float* scratch);
+  // The queries of one request's tokens meet the keys in its blocks [first, end); token t sees lengths[t] keys.
+  void (*attend)(const Mla& mla, const Keys& keys, const int32_t* table, const int32_t* lengths, int64_t tokens,
+                 int64_t first, int64_t end, const char* query, const Softmax& state, char* scratch);
+  // out[tokens, head] = the head's means through the value part of kv_b.
+  void (*release)(const Mla& mla, const Softmax& state, int64_t tokens, int64_t head, char* out, char* scratch);
+};
+
+// The forms that this build has, best first, and whether this CPU runs them.
+extern const Form kPortable;
+#if defined(__x86_64__)
+extern const Form kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+// The best form that this CPU runs, or the one named by UseForm.
+const Form& CurrentForm();
+// False where there is no such form, or the CPU cannot run it; "" goes back to the best one.
+bool UseForm(const char* name);
+
+// Threads that help the calling one: `schedule` runs a function on one of them, some time.
+struct Helpers {
+  int count;
+  std::function<void(std::function<void()>)> schedule;
+};
+
+// target[0:num_rows] = rows * w^T; `dtype`, kF32 or kBF16, is what rows are rounded to for matrices of floats.
+void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype, const Target& target,
+                const Helpers& helpers);
+
+// One matrix for each expert: where the first one is, the others follow.
+struct Experts {
+  Matrix w13, w2;
+  int64_t count;
+};
+
+// Expert e takes the counts[e] rows behind those of the experts before it; `counts` must not exceed the buffers.
+void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
+                const Helpers& helpers);
+
+// The queries of all heads, see Form::absorb; their meeting with share `index` of `count` of the keys of each request,
+// which has tokens / requests of them and `max_blocks` entries of `table`; and what comes of them, [tokens, heads * value].
+void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,
+               const Helpers& helpers);
+struct Requests {
+  const int32_t *table, *lengths;
+  int64_t count, max_blocks, tokens;
+};
+void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
+               const char* query, const Softmax& state, const Helpers& helpers);
+void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers);
+
+}  // namespace cmjax

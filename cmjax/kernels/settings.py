@@ -1,0 +1,99 @@
+"""Which form of the operators runs: C++ or XLA's."""
+
+import dataclasses
+import logging
+import os
+import threading
+from typing import Literal, cast, get_args
+
+import jax
+
+from cmjax.errors import UserError
+from cmjax.kernels.native import build
+
+KernelsMode = Literal["auto", "native", "xla"]
+_logger = logging.getLogger("cmjax.kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStatus:
+    """The form in use, "native FORM" (C++, and for which CPU) or "xla", and why."""
+
+    form: str
+    reason: str
+
+
+def _from_environment() -> KernelsMode:
+    mode = os.environ.get("CMJAX_KERNELS", "auto")
+    if mode not in get_args(KernelsMode):
+        raise UserError(f"CMJAX_KERNELS must be one of {', '.join(get_args(KernelsMode))}, got {mode!r}")
+    return cast(KernelsMode, mode)
+
+
+class _Settings:
+    """What the kernels are set to, for the whole process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.mode = _from_environment()
+        self.has_warned = False
+
+
+_SETTINGS = _Settings()
+
+
+def configure(mode: KernelsMode) -> None:
+    """Choose the form of the operators on CPU devices, for the whole process.
+
+    Args:
+      mode: "native" (C++, an error where it cannot be built), "xla", or "auto" (C++ where it can be built; the default,
+        or $CMJAX_KERNELS). A change drops JAX's caches of compiled programs.
+    """
+    if mode not in get_args(KernelsMode):
+        raise ValueError(f"configure: mode must be one of {get_args(KernelsMode)}, got {mode!r}")
+    with _SETTINGS.lock:
+        if mode != _SETTINGS.mode:
+            _SETTINGS.mode = mode
+            jax.clear_caches()  # programs traced before would keep the other form
+
+
+def mode() -> KernelsMode:
+    """What was chosen last; see `configure`."""
+    return _SETTINGS.mode
+
+
+def is_wanted() -> bool:
+    """Whether programs are traced so that CPU devices can use the C++ kernels; this builds nothing."""
+    return _SETTINGS.mode != "xla"
+
+
+def is_native() -> bool:
+    """Whether programs for CPU devices use the C++ kernels, which are built at the first call.
+
+    Raises:
+      UserError: they were asked for and cannot be built.
+    """
+    with _SETTINGS.lock:
+        if _SETTINGS.mode == "xla":
+            return False
+        loaded = build.load()
+        if loaded.library is None:
+            if _SETTINGS.mode == "native":
+                raise UserError(f"kernels='native' was asked for, but {loaded.reason}")
+            if not _SETTINGS.has_warned:
+                _SETTINGS.has_warned = True
+                _logger.warning("kernels: %s; running the XLA forms", loaded.reason)
+        return loaded.library is not None
+
+
+def status(platform: str) -> dict[str, KernelStatus]:
+    """The form that each operator takes on devices of a platform ("cpu", ...), and why."""
+    if platform != "cpu":
+        status = KernelStatus("xla", f"platform {platform} has its own products")
+    elif _SETTINGS.mode == "xla":
+        status = KernelStatus("xla", "kernels='xla' was asked for")
+    else:
+        loaded = build.load()
+        form = f"native {loaded.library.cmjax_kernels_form().decode()}" if loaded.library else "xla"
+        status = KernelStatus(form, loaded.reason)
+    return dict.fromkeys(build.HANDLERS, status)

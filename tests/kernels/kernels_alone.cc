@@ -1,0 +1,178 @@
+// The kernels without XLA, at the bounds of their buffers, for the sanitizers: every buffer is an allocation of its own
+// and begins off its alignment. Each form that this CPU runs is compared with sums in double.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+using namespace cmjax;
+
+namespace {
+
+std::mt19937 random_bits(7);
+
+float Draw() { return static_cast<float>(static_cast<int>(random_bits() % 2001) - 1000) / 1000.0f; }
+
+// Values of a type behind one that leaves them misaligned, and what they are.
+struct Array {
+  Type type;
+  std::vector<char> memory;
+  std::vector<float> values;
+
+  Array(Type type, int64_t count) : type(type), memory(count * ItemBytes(type) + ItemBytes(type)), values(count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (type == Type::kS8) {
+        const int value = static_cast<int>(random_bits() % 255) - 127;
+        data()[i] = static_cast<char>(value);
+        values[i] = static_cast<float>(value);
+        continue;
+      }
+      uint32_t bits;
+      values[i] = Draw();
+      std::memcpy(&bits, &values[i], 4);
+      if (type == Type::kBF16) bits &= 0xffff0000;
+      std::memcpy(&values[i], &bits, 4);
+      const char* from = reinterpret_cast<const char*>(&bits) + (type == Type::kBF16 ? 2 : 0);
+      std::memcpy(data() + i * ItemBytes(type), from, ItemBytes(type));
+    }
+  }
+
+  char* data() { return memory.data() + ItemBytes(type); }
+};
+
+// A helper is a thread of its own.
+const Helpers kThreads{2, [](std::function<void()> run) { std::thread(std::move(run)).detach(); }};
+
+void Check(bool ok, const char* what, int64_t rows, int64_t out, int64_t in) {
+  if (ok) return;
+  std::printf("%s, form %s: %d rows, %d by %d\n", what, CurrentForm().name, int(rows), int(out), int(in));
+  std::exit(1);
+}
+
+void TestProduct(Type type, int64_t rows, int64_t out, int64_t in) {
+  Array x(type == Type::kS8 ? Type::kF32 : type, rows * in), w(type, out * in);
+  std::vector<float> scale(out, 0.5f), y(rows * out, NAN), alone(out);
+  const Rows of_x{x.data(), in * ItemBytes(x.type), in, x.type, nullptr, 0};
+  const Matrix matrix{w.data(), type == Type::kS8 ? scale.data() : nullptr, out, in, type};
+  const auto at = [](std::vector<float>& v) { return Target{reinterpret_cast<char*>(v.data()), 0, Type::kF32}; };
+  Target target = at(y), one = at(alone);
+  target.width = one.width = out;
+  const Type dtype = type == Type::kBF16 ? Type::kBF16 : Type::kF32;
+  RunProduct(of_x, rows, matrix, dtype, target, kThreads);
+  for (int64_t r = 0; r < rows; ++r) {
+    double largest = 0;
+    for (int64_t i = 0; i < in; ++i) largest = std::fmax(largest, std::fabs(x.values[r * in + i]));
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = 0;
+      for (int64_t i = 0; i < in; ++i) sum += double(x.values[r * in + i]) * w.values[o * in + i];
+      const double wanted = type == Type::kS8 ? sum * 0.5 : sum;
+      const double slack = type == Type::kS8 ? 127 * 0.5 * in * largest / 127 : 1e-5 * (1 + std::sqrt(double(in)));
+      Check(std::fabs(y[r * out + o] - wanted) <= slack, "product", rows, out, in);
+    }
+    // The rows beside it make no difference.
+    const Rows row{x.data() + r * of_x.stride, of_x.stride, in, x.type, nullptr, 0};
+    RunProduct(row, 1, matrix, dtype, one, kThreads);
+    Check(std::memcmp(alone.data(), &y[r * out], out * 4) == 0, "one row of a product", rows, out, in);
+  }
+}
+
+void TestExperts(Type type, std::vector<int32_t> counts, int64_t hidden, int64_t ffn) {
+  const int64_t experts = static_cast<int64_t>(counts.size());
+  int64_t rows = 0;
+  for (int32_t count : counts) rows += count;
+  const Type dtype = type == Type::kS8 ? Type::kF32 : type;
+  Array x(dtype, rows * hidden), w13(type, experts * 2 * ffn * hidden), w2(type, experts * hidden * ffn);
+  std::vector<float> scale(experts * (2 * ffn + hidden), 0.01f);
+  const float* scales = type == Type::kS8 ? scale.data() : nullptr;
+  std::vector<char> y(rows * hidden * ItemBytes(dtype));
+  const Experts both{{w13.data(), scales, 2 * ffn, hidden, type}, {w2.data(), scales, hidden, ffn, type}, experts};
+  RunExperts({x.data(), hidden * ItemBytes(dtype), hidden, dtype, nullptr, 0}, counts.data(), both,
+             {y.data(), hidden, dtype}, kThreads);
+  if (type != Type::kF32) return;
+  int64_t r = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int32_t i = 0; i < counts[e]; ++i, ++r) {
+      std::vector<double> middle(ffn);
+      for (int64_t f = 0; f < ffn; ++f) {
+        double gate = 0, up = 0;
+        for (int64_t h = 0; h < hidden; ++h) {
+          gate += double(x.values[r * hidden + h]) * w13.values[((e * 2 * ffn) + f) * hidden + h];
+          up += double(x.values[r * hidden + h]) * w13.values[((e * 2 * ffn) + ffn + f) * hidden + h];
+        }
+        middle[f] = gate / (1 + std::exp(-gate)) * up;
+      }
+      for (int64_t h = 0; h < hidden; ++h) {
+        double sum = 0, size = 0;
+        for (int64_t f = 0; f < ffn; ++f) {
+          sum += middle[f] * w2.values[(e * hidden + h) * ffn + f];
+          size += std::fabs(middle[f]);
+        }
+        float value;
+        std::memcpy(&value, y.data() + (r * hidden + h) * 4, 4);
+        Check(std::fabs(value - sum) <= 1e-5 * (1 + size), "experts", rows, ffn, hidden);
+      }
+    }
+  }
+}
+
+void TestAttention(Type type, int64_t tokens, int64_t block_size, int32_t length) {
+  const int64_t heads = 3, nope = 5, rope = 2, value = 7, latent = 13, width = latent + rope, blocks = 6;
+  Array q_nope(type, tokens * heads * nope), q_pe(type, tokens * heads * rope);
+  Array kv_b(type, heads * (nope + value) * latent), cache(type, blocks * block_size * width);
+  std::vector<char> query(tokens * heads * width * ItemBytes(type)), out(tokens * heads * value * ItemBytes(type));
+  std::vector<float> peak(tokens * heads, -INFINITY), total(tokens * heads), mixed(tokens * heads * width);
+  const Mla mla{kv_b.data(), heads, nope, rope, value, latent, 0.3f, type};
+  const Softmax state{peak.data(), total.data(), mixed.data()};
+  // Ids that are none, and one beyond the cache, must not be followed; one request has nothing to see.
+  const std::vector<int32_t> table{5, 2, 0, -1, 99, 1};
+  std::vector<int32_t> lengths(tokens, length);
+  lengths[0] = 0;
+  RunAbsorb(mla, q_nope.data(), q_pe.data(), tokens, query.data(), kThreads);
+  std::vector<int32_t> tables;
+  for (int64_t t = 0; t < tokens; ++t) tables.insert(tables.end(), table.begin(), table.end());
+  for (int64_t part = 0; part < 2; ++part) {
+    RunAttend(mla, {cache.data(), blocks * block_size, block_size}, {tables.data(), lengths.data(), tokens, 6, tokens},
+              part, 2, query.data(), state, kThreads);
+  }
+  RunRelease(mla, state, tokens, out.data(), kThreads);
+  for (int64_t r = heads; r < tokens * heads; ++r) {
+    const double sum = total[r];
+    Check(length == 0 || (sum >= 0.99 && sum <= length * 1.01), "attention", tokens, block_size, length);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* form : {"Portable", "Avx2", "Avx512", "Avx512Bf16"}) {
+    if (!UseForm(form)) continue;
+    std::printf("%s\n", form);
+    for (Type type : {Type::kF32, Type::kBF16, Type::kS8}) {
+      for (int64_t rows : {0, 1, 2, 5, 7, 49, 200}) {
+        for (int64_t out : {1, 3, 4, 65, 130}) {
+          for (int64_t in : {1, 7, 16, 31, 64, 97}) TestProduct(type, rows, out, in);
+        }
+      }
+      TestProduct(type, 3, 700, 512);  // large enough for helpers
+      TestExperts(type, {}, 5, 3);
+      TestExperts(type, {0}, 5, 3);
+      TestExperts(type, {1, 0, 49, 7, 0, 97}, 37, 29);
+      TestExperts(type, {0, 0, 130}, 64, 66);
+      if (type == Type::kS8) continue;
+      for (int64_t tokens : {1, 2, 9}) {
+        for (int64_t block_size : {1, 3, 16}) {
+          for (int64_t length : {0, 1, 6, 17, 96}) {
+            TestAttention(type, tokens, block_size, static_cast<int32_t>(std::min(length, 6 * block_size)));
+          }
+        }
+      }
+    }
+  }
+  UseForm("");
+  std::puts("ok");
+}

@@ -1,0 +1,139 @@
+"""The kernels against their XLA forms and float64, through the operators that use them."""
+
+import functools
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmjax import kernels
+from cmjax.kernels.native import build
+from cmjax.moe import MlpParams, ReceivedRows, expert_ffn
+from cmjax.quant import LayerMatrix, QuantizedRows, linear, quantize, quantize_rows
+from tests.helpers import TOLERANCES
+
+FORMS = [form for form in build.FORMS if build.load().library.cmjax_kernels_use(form.encode())]
+build.load().library.cmjax_kernels_use(b"")
+DTYPES = [jnp.float32, jnp.bfloat16]
+SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (200, 17, 31)]
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """Each form of the inner loops that this CPU runs."""
+    assert build.load().library.cmjax_kernels_use(request.param.encode())
+    yield request.param
+    build.load().library.cmjax_kernels_use(b"")
+
+
+def by_xla(function, *arguments):
+    """What the XLA forms make of it."""
+    kernels.configure("xla")
+    try:
+        return jax.jit(function)(*arguments)
+    finally:
+        kernels.configure("auto")
+
+
+def wide(array):
+    return np.asarray(array, np.float64)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product(rng, form, dtype, shape):
+    """Against float64; and a row's result is the same alone, bit for bit."""
+    rows, out, width = shape
+    x = jnp.asarray(rng.normal(size=(rows, width)), dtype)
+    weight = jnp.asarray(rng.normal(size=(3, out, width)) * width**-0.5, dtype)
+    y = jax.jit(linear)(x, LayerMatrix(weight, jnp.int32(2)))
+    assert y.dtype == dtype
+    rtol, atol = TOLERANCES[np.dtype(dtype).name]
+    np.testing.assert_allclose(wide(y), wide(x) @ wide(weight[2]).T, rtol=rtol, atol=3 * atol)
+    alone = jax.jit(linear)(x[-1:], weight[2])
+    np.testing.assert_array_equal(np.asarray(alone), np.asarray(y[-1:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_an_int8_product_is_that_of_xla(rng, form, dtype, shape, is_quantized):
+    rows, out, width = shape
+    x = jnp.asarray(rng.normal(size=(rows, width)), dtype).at[0].set(0)
+    weight = jax.tree.map(jnp.asarray, quantize(rng.normal(size=(out, width)).astype(np.float32)))
+    given = QuantizedRows(*quantize_rows(x), np.dtype(dtype)) if is_quantized else x
+    np.testing.assert_array_equal(np.asarray(jax.jit(linear)(given, weight)), np.asarray(by_xla(linear, given, weight)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant", [False, True])
+def test_experts(rng, form, dtype, quant):
+    """Against the XLA form, which `tests/moe/test_experts.py` holds to a plain loop; rows beyond are not touched."""
+    counts = np.array([0, 3, 97, 1, 0, 49, 8], np.int32)
+    hidden, ffn, capacity = 37, 66, 170
+    w13 = rng.normal(size=(2, len(counts), 2 * ffn, hidden)).astype(np.float32) * hidden**-0.5
+    w2 = rng.normal(size=(2, len(counts), hidden, ffn)).astype(np.float32) * ffn**-0.5
+    make = quantize if quant else functools.partial(jnp.asarray, dtype=dtype)
+    params = jax.tree.map(jnp.asarray, MlpParams(make(w13), make(w2)))
+    messages = jnp.asarray(rng.normal(size=(capacity, hidden)), dtype).at[counts.sum() :].set(np.nan)
+
+    def run(messages, counts, params, layer):
+        received = ReceivedRows(messages, counts)
+        return expert_ffn(received, params, layer, rows_per_block=8, expected_rows=60, dtype=messages.dtype)
+
+    arguments = (messages, counts, params, jnp.int32(1))
+    total = counts.sum()  # what lies behind is whatever the memory held
+    y, expected = wide(jax.jit(run)(*arguments)[:total]), wide(by_xla(run, *arguments)[:total])
+    # In bfloat16 a value between the two products may round the other way, and moves an int8 step.
+    limit = 1e-6 if dtype == jnp.float32 else 1.5e-2
+    assert np.linalg.norm(y - expected) <= limit * np.linalg.norm(expected)
+    if quant and dtype == jnp.float32:
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_differentiation_and_vmap_take_the_xla_form(rng):
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 12), (3, 5, 12)))
+
+    def loss(weight):
+        return jnp.sum(linear(x, LayerMatrix(weight, jnp.int32(1))) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(weight)
+    np.testing.assert_allclose(gradient[1], 2 * (x @ weight[1].T).T @ x, rtol=1e-4, atol=1e-5)
+    assert not gradient[0].any()
+    many = jax.vmap(linear, (None, 0))(x, weight)
+    np.testing.assert_allclose(many, jnp.einsum("rk,lok->lro", x, weight), rtol=1e-4, atol=1e-5)
+
+
+def test_other_platforms_lower_the_xla_form():
+    x, weight = jax.ShapeDtypeStruct((4, 12), jnp.float32), jax.ShapeDtypeStruct((5, 12), jnp.float32)
+    traced = jax.jit(linear).trace(x, weight)
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
+    calls = {platform: "cmjax_kernels_product" in text for platform, text in texts.items()}
+    assert calls == {"cpu": True, "tpu": False, "cuda": False}
+    assert "dot_general" in texts["tpu"]
+    # Whoever counts the operations of a traced step finds them.
+    assert "dot_general" in str(traced.jaxpr)
+
+
+def test_the_choice_is_visible():
+    assert re.match("native (Portable|Avx)", kernels.status("cpu")["product"].form)
+    assert kernels.status("tpu")["product"].form == "xla"
+    kernels.configure("xla")
+    try:
+        assert kernels.status("cpu")["experts"].reason == "kernels='xla' was asked for"
+        assert not kernels.is_native()
+    finally:
+        kernels.configure("auto")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        kernels.configure("fast")
+
+
+def test_a_wrong_environment_variable_is_named():
+    command = [sys.executable, "-c", "import cmjax.kernels"]
+    ended = subprocess.run(command, env={"CMJAX_KERNELS": "fast"}, capture_output=True, text=True, check=False)
+    assert "CMJAX_KERNELS must be one of auto, native, xla, got 'fast'" in ended.stderr
