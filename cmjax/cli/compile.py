@@ -97,10 +97,10 @@ def compile_command(
     engine: EngineSettings,
     **own: Any,
 ) -> int:
-    """Compile an engine's decode and prefill steps for accelerators that need not be there: whether they do, what they
-    take of a device's memory, what is exchanged, and what XLA expects of the time.
+    """Compile an engine's steps for accelerators that need not be there: TPUs, GPUs.
 
-    Each step is compiled in a process of its own. A target needs its compiler: pip install 'jax[tpu]', 'jax[cuda13]'.
+    It says whether they compile, what they take of a device's memory, what is exchanged, and what XLA expects of the
+    time. Each step is compiled in a process of its own. A target needs its compiler: pip install 'jax[tpu]', 'jax[cuda13]'.
     """
     as_json = own["as_json"]
     if is_list:

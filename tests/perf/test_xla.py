@@ -5,11 +5,22 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
+from cmjax import kernels
 from cmjax.perf.layout import Layout
 from cmjax.perf.xla import beside, xla_counts
 from tests.helpers import tiny_config
 
 
+@pytest.fixture
+def xla_form():
+    """XLA does not see into kernels."""
+    before = kernels.mode()
+    kernels.configure("xla")
+    yield
+    kernels.configure(before)
+
+
+@pytest.mark.usefixtures("xla_form")
 def test_ours_with_every_loop_once_is_what_xla_sees(make_mesh):
     """Of a step whose products are large beside its elementwise arithmetic."""
     config = tiny_config(
