@@ -93,6 +93,8 @@ def _compile(compiler: str, folder: pathlib.Path, units: Sequence[Unit], target:
             list(pool.map(compile_unit, units, objects))
         output = pathlib.Path(scratch) / target.name
         _run([compiler, "-shared", "-pthread", *objects, "-o", str(output)])
+        with output.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(output, target)  # atomic: nobody ever loads half a file
 
 
@@ -107,7 +109,11 @@ def load_library(name: str, folder: pathlib.Path, units: Sequence[Unit], handler
     """The library, built if need be, its FFI handlers `cmjax_{name}_{handler}` registered; or why there is none."""
     try:
         path = build_library(name, folder, units)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # of another system that shares the folder, or damaged
+            path.unlink(missing_ok=True)
+            library = ctypes.CDLL(str(build_library(name, folder, units)))
     except (BuildError, OSError) as error:
         return Loaded(None, str(error))
     for handler in handlers:

@@ -100,7 +100,8 @@ def compile_command(
     """Compile an engine's steps for accelerators that need not be there: TPUs, GPUs.
 
     It says whether they compile, what they take of a device's memory, what is exchanged, and what XLA expects of the
-    time. Each step is compiled in a process of its own. A target needs its compiler: pip install 'jax[tpu]', 'jax[cuda13]'.
+    time. Each step is compiled in a process of its own. A target needs its compiler: pip install 'jax[tpu]', or
+    'jax[cuda13]'.
     """
     as_json = own["as_json"]
     if is_list:

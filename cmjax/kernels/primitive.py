@@ -12,6 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 from cmjax.kernels import settings
 
+FLOATS = ("float32", "bfloat16")
 # A function of the operator's arguments, and of its keyword `spec`, what it has to know beside; its results are a tuple
 # where there are several.
 Form = Callable[..., Any]
@@ -34,7 +35,8 @@ def _lower_cpu(
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     num_devices = 1 if mesh is None else mesh.size
     # Devices that outnumber the threads have no use for each other's help.
-    is_parallel = 2 * num_devices <= (os.cpu_count() or 1)
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_parallel = 2 * num_devices <= num_threads
     lowering = jax.ffi.ffi_lowering(f"cmjax_kernels_{name}", operand_output_aliases=aliases)
     return lowering(ctx, *operands, is_parallel=is_parallel, **dict(attributes))
 
@@ -94,6 +96,8 @@ def run_kernel(
     jaxpr, results = jax.make_jaxpr(lambda *values: form(*jax.tree.unflatten(tree, values)), return_shape=True)(
         *operands
     )
+    if any(out.dtype.name not in FLOATS for out in jaxpr.out_avals):
+        return form(*arguments)
     typed = {key: (np.float32 if isinstance(value, float) else np.int32)(value) for key, value in attributes.items()}
     outputs = primitive.bind(*operands, jaxpr=jaxpr, attributes=tuple(typed.items()))
     return jax.tree.unflatten(jax.tree.structure(results), outputs)

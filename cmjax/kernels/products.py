@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.kernels.primitive import Form, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
 
 Array = jax.Array
 # Matrices, and of int8 ones the scale of each output.
 Weights = tuple[Array | np.ndarray, Array | np.ndarray | None]
-FLOATS = ("float32", "bfloat16")
 _PRODUCT, _EXPERTS = make_primitive("product"), make_primitive("experts")
 
 

@@ -14,8 +14,10 @@ from cmjax import kernels
 from cmjax.kernels.native import build
 from cmjax.moe import MlpParams, ReceivedRows, expert_ffn
 from cmjax.quant import LayerMatrix, QuantizedRows, linear, quantize, quantize_rows
-from tests.helpers import TOLERANCES
+from tests.helpers import TOLERANCES, assert_close
 
+if build.load().library is None:
+    pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
 FORMS = [form for form in build.FORMS if build.load().library.cmjax_kernels_use(form.encode())]
 build.load().library.cmjax_kernels_use(b"")
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -32,11 +34,12 @@ def form(request):
 
 def by_xla(function, *arguments):
     """What the XLA forms make of it."""
+    before = kernels.mode()
     kernels.configure("xla")
     try:
         return jax.jit(function)(*arguments)
     finally:
-        kernels.configure("auto")
+        kernels.configure(before)
 
 
 def wide(array):
@@ -121,16 +124,89 @@ def test_other_platforms_lower_the_xla_form():
 
 
 def test_the_choice_is_visible():
-    assert re.match("native (Portable|Avx)", kernels.status("cpu")["product"].form)
-    assert kernels.status("tpu")["product"].form == "xla"
-    kernels.configure("xla")
+    before = kernels.mode()
+    kernels.configure("auto")
     try:
+        assert re.match("native (Portable|Avx)", kernels.status("cpu")["product"].form)
+        assert kernels.status("tpu")["product"].form == "xla"
+        kernels.configure("xla")
         assert kernels.status("cpu")["experts"].reason == "kernels='xla' was asked for"
         assert not kernels.is_native()
     finally:
-        kernels.configure("auto")
+        kernels.configure(before)
     with pytest.raises(ValueError, match="mode must be one of"):
         kernels.configure("fast")
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_float16_takes_the_xla_form_whatever_its_weights(rng, rows):
+    x = jnp.asarray(rng.standard_normal((rows, 33)), jnp.float16)
+    weight = quantize(rng.standard_normal((16, 33)).astype(np.float32))
+    given = QuantizedRows(*quantize_rows(x), x.dtype)
+    for one in (x, given):
+        text = jax.jit(linear).lower(one, weight).as_text()
+        assert "cmjax_kernels" not in text
+        y = jax.jit(linear)(one, weight)
+        assert y.dtype == jnp.float16
+        assert_close(y, by_xla(linear, one, weight))
+
+
+def call(name, result, *operands, **attributes):
+    """The handler itself, given whatever a test makes up."""
+    assert kernels.is_native()  # its library is loaded
+    typed = {key: np.int32(value) if isinstance(value, int) else value for key, value in attributes.items()}
+    handler = jax.ffi.ffi_call(f"cmjax_kernels_{name}", jax.ShapeDtypeStruct(*result))
+    return jax.block_until_ready(jax.jit(lambda *values: handler(*values, is_parallel=False, **typed))(*operands))
+
+
+ZERO = np.zeros((), np.int32)
+EXPERTS = [(1, 2, 6, 8), (1, 2, 8, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "operands", "attributes"),
+    [
+        ("product", ((1, 1), np.float32), [(4, 8), ZERO, (1, 16, 8)], {}),  # too small a result
+        ("product", ((4, 16), np.float32), [(4, 8), ZERO + 1, (1, 16, 8)], {}),  # no such matrix
+        ("product", ((4, 16), np.float32), [(4, 8), ZERO, (1, 16, 9)], {}),  # another width
+        ("product", ((4, 16), np.float32), [(4, 8), ZERO, np.zeros((1, 16, 8), np.int8), (1, 3)], {}),  # scales missing
+        ("product", ((4, 16), np.float32), [(4, 8), np.zeros(2, np.int32), (1, 16, 8)], {}),  # no index
+        (
+            "experts",
+            ((4, 8), np.float32),
+            [(4,), np.ones(2, np.int32), ZERO, *EXPERTS],
+            {"scale_at": 0},
+        ),
+        (
+            "experts",
+            ((3, 8), np.float32),
+            [(4, 8), np.ones(2, np.int32), ZERO, *EXPERTS],
+            {"scale_at": 0},
+        ),
+        (
+            "experts",
+            ((4, 8), np.float32),
+            [(4, 8), np.full(2, 3, np.int32), ZERO, *EXPERTS],
+            {"scale_at": 0},
+        ),
+        (
+            "experts",
+            ((4, 8), np.float32),
+            [np.zeros((4, 12), np.int8), np.ones(2, np.int32), ZERO, *EXPERTS],
+            {"scale_at": 9},
+        ),
+    ],
+)
+def test_handlers_refuse_what_does_not_fit(name, result, operands, attributes):
+    operands = [np.zeros(one, np.float32) if isinstance(one, tuple) else one for one in operands]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cmjax_kernels: "):
+        call(name, result, *operands, **attributes)
+
+
+def test_a_compiler_that_does_not_know_the_newest_cpus_builds_the_other_forms():
+    assert {unit.flags[0] for unit in build.units(["Portable"])[2:]} == {"-DCMJAX_FORM=Portable"}
+    assert build.units(["Portable"])[0].flags == ("-DCMJAX_WITHOUT_BF16",)
+    assert build.units()[0].flags == (() if "Avx512Bf16" in build.FORMS else ("-DCMJAX_WITHOUT_BF16",))
 
 
 def test_a_wrong_environment_variable_is_named():

@@ -79,9 +79,9 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
         score[k] *= mla.scale;
         peak = score[k] > peak ? score[k] : peak;
       }
-      const float keep = Exp(state.peak[r] - peak);
+      const float base = peak == -__builtin_inff() ? 0.0f : peak, keep = Exp(state.peak[r] - base);
       float total = 0.0f, *mixed = state.mixed + r * width;
-      for (int64_t k = 0; k < seen; ++k) score[k] = Exp(score[k] - peak);
+      for (int64_t k = 0; k < seen; ++k) score[k] = Exp(score[k] - base);
       for (int64_t k = 0; k < seen; ++k) total += score[k];
       state.peak[r] = peak;
       state.total[r] = state.total[r] * keep + total;

@@ -4,8 +4,9 @@ import ctypes
 import functools
 import pathlib
 import platform
+from collections.abc import Iterable
 
-from cmjax.native import Loaded, Unit, load_library
+from cmjax.native import Loaded, Unit, find_compiler, load_library
 
 FOLDER = pathlib.Path(__file__).parent
 HANDLERS = ("product", "experts", "absorb", "attend", "release")
@@ -15,17 +16,26 @@ _FORMS: dict[str, tuple[str, ...]] = {"Portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     _FORMS |= {"Avx2": ("-mavx2", "-mfma"), "Avx512": _AVX512, "Avx512Bf16": (*_AVX512, "-mavx512bf16")}
 FORMS = tuple(_FORMS)
-UNITS = (
-    Unit("kernels.cc"),
-    Unit("ffi.cc"),
-    *(Unit("form.cc", (f"-DCMJAX_FORM={name}", *flags)) for name, flags in _FORMS.items()),
-)
+# What a compiler may be too old for: the others are built without it.
+_NEWEST = "Avx512Bf16"
+
+
+def units(forms: Iterable[str] = FORMS) -> tuple[Unit, ...]:
+    """What a library with these forms is built of."""
+    kernels = Unit("kernels.cc", () if _NEWEST in forms else ("-DCMJAX_WITHOUT_BF16",))
+    return (
+        kernels,
+        Unit("ffi.cc"),
+        *(Unit("form.cc", (f"-DCMJAX_FORM={name}", *_FORMS[name])) for name in forms),
+    )
 
 
 @functools.cache
 def load() -> Loaded:
     """The library with its FFI handlers registered (built at the first call), or the reason why there is none."""
-    loaded = load_library("kernels", FOLDER, UNITS, HANDLERS)
+    loaded = load_library("kernels", FOLDER, units(), HANDLERS)
+    if loaded.library is None and find_compiler() is not None and _NEWEST in FORMS:
+        loaded = load_library("kernels", FOLDER, units([form for form in FORMS if form != _NEWEST]), HANDLERS)
     if loaded.library is not None:
         loaded.library.cmjax_kernels_form.restype = ctypes.c_char_p
         loaded.library.cmjax_kernels_use.argtypes = [ctypes.c_char_p]

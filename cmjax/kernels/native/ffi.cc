@@ -35,9 +35,25 @@ class Operands {
     auto buffer = args_.get<ffi::AnyBuffer>(at_++);
     if (!buffer) {
       bad_ = true;
-      return *args_.get<ffi::AnyBuffer>(0);
+      return *args_.get<ffi::AnyBuffer>(0);  // there is a first one: the handlers ask
     }
     return *buffer;
+  }
+
+  // Scales, `count` of them.
+  const float* NextScales(int64_t count) {
+    ffi::AnyBuffer scales = Next();
+    if (TypeOf(scales) != Type::kF32 || static_cast<int64_t>(scales.element_count()) != count) bad_ = true;
+    return static_cast<const float*>(scales.untyped_data());
+  }
+
+  int64_t NextIndex() {
+    ffi::AnyBuffer index = Next();
+    if (index.element_type() != ffi::DataType::S32 || index.element_count() != 1) {
+      bad_ = true;
+      return -1;
+    }
+    return *static_cast<const int32_t*>(index.untyped_data());
   }
 
   // Matrix `index` of a stack `[..., out, in]`, and of its scales where it is of int8.
@@ -53,13 +69,13 @@ class Operands {
     matrix.type = *type;
     matrix.out = dims[dims.size() - 2];
     matrix.in = dims[dims.size() - 1];
-    const int64_t size = matrix.out * matrix.in;
-    if (index < 0 || (index + count) * size > static_cast<int64_t>(values.element_count())) {
+    const int64_t size = matrix.out * matrix.in, all = static_cast<int64_t>(values.element_count());
+    if (index < 0 || (index + count) * size > all) {
       bad_ = true;
       return matrix;
     }
     matrix.data = static_cast<const char*>(values.untyped_data()) + index * size * ItemBytes(matrix.type);
-    if (matrix.type == Type::kS8) matrix.scale = static_cast<const float*>(Next().untyped_data()) + index * matrix.out;
+    if (matrix.type == Type::kS8 && matrix.in > 0) matrix.scale = NextScales(all / matrix.in) + index * matrix.out;
     return matrix;
   }
 
@@ -70,6 +86,10 @@ class Operands {
   size_t at_ = 0;
   bool bad_ = false;
 };
+
+bool HasValues(const ffi::AnyBuffer& buffer, int64_t count, std::optional<Type> type) {
+  return static_cast<int64_t>(buffer.element_count()) == count && TypeOf(buffer) == type;
+}
 
 int64_t Scalar(const ffi::AnyBuffer& buffer) { return *static_cast<const int32_t*>(buffer.untyped_data()); }
 
@@ -82,22 +102,26 @@ cmjax::Rows RowsOf(const ffi::AnyBuffer& x, Type type, int64_t width, int64_t sc
 
 // x [rows, in], layer, w [..., out, in], [scales of w], [scales of x] -> [rows, out]
 ffi::Error Product(ffi::ThreadPool pool, bool is_parallel, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  if (args.size() == 0) return Wrong("cmjax_kernels: operands");
   Operands operands(args);
   ffi::AnyBuffer x = operands.Next();
-  const Matrix w = operands.NextMatrix(Scalar(operands.Next()), 1);
+  const Matrix w = operands.NextMatrix(operands.NextIndex(), 1);
   auto result = rets.get<ffi::AnyBuffer>(0);
   const auto type = TypeOf(x);
   if (!operands.ok() || !result || !type || x.dimensions().size() != 2) return Wrong("cmjax_kernels: operands");
   const auto target_type = TypeOf(**result);
   if (!target_type || *target_type == Type::kS8) return Wrong("cmjax_kernels: type of the result");
-  if (x.dimensions()[1] != w.in) return Wrong("cmjax_kernels: widths differ");
+  const int64_t num_rows = x.dimensions()[0];
+  if (x.dimensions()[1] != w.in || !HasValues(**result, num_rows * w.out, target_type)) {
+    return Wrong("cmjax_kernels: widths differ");
+  }
   cmjax::Rows rows = RowsOf(x, *type, w.in, 0);
   if (*type == Type::kS8) {
-    rows.scales = static_cast<const float*>(operands.Next().untyped_data());
+    rows.scales = operands.NextScales(num_rows);
     if (!operands.ok()) return Wrong("cmjax_kernels: operands");
   }
   const cmjax::Target target{static_cast<char*>((*result)->untyped_data()), w.out, *target_type};
-  cmjax::RunProduct(rows, x.dimensions()[0], w, *target_type, target, HelpersOf(pool, is_parallel));
+  cmjax::RunProduct(rows, num_rows, w, *target_type, target, HelpersOf(pool, is_parallel));
   return ffi::Error::Success();
 }
 
@@ -105,17 +129,23 @@ ffi::Error Product(ffi::ThreadPool pool, bool is_parallel, ffi::RemainingArgs ar
 // w2 [layers, experts, hidden, f], [its scales] -> [rows, hidden]
 ffi::Error Experts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi::RemainingArgs args,
                    ffi::RemainingRets rets) {
+  if (args.size() == 0) return Wrong("cmjax_kernels: operands");
   Operands operands(args);
   ffi::AnyBuffer messages = operands.Next(), counts = operands.Next();
-  const int64_t layer = Scalar(operands.Next()), count = counts.element_count();
+  const int64_t layer = operands.NextIndex(), count = counts.element_count();
   cmjax::Experts experts{operands.NextMatrix(layer * count, count), operands.NextMatrix(layer * count, count), count};
   auto result = rets.get<ffi::AnyBuffer>(0);
   const auto type = TypeOf(messages);
-  if (!operands.ok() || !result || !type) return Wrong("cmjax_kernels: operands");
+  if (!operands.ok() || !result || !type || messages.dimensions().size() != 2 ||
+      counts.element_type() != ffi::DataType::S32) {
+    return Wrong("cmjax_kernels: operands");
+  }
   const auto target_type = TypeOf(**result);
   if (!target_type || *target_type == Type::kS8) return Wrong("cmjax_kernels: type of the result");
-  const int64_t hidden = experts.w2.out;
-  if (experts.w13.in != hidden || experts.w13.out != 2 * experts.w2.in || messages.dimensions()[1] < hidden) {
+  const int64_t hidden = experts.w2.out, width = messages.dimensions()[1];
+  if (experts.w13.in != hidden || experts.w13.out != 2 * experts.w2.in || width < hidden ||
+      !HasValues(**result, messages.dimensions()[0] * hidden, target_type) ||
+      (*type == Type::kS8 && (scale_at < 0 || scale_at + 4 > width))) {
     return Wrong("cmjax_kernels: widths differ");
   }
   const auto* sizes = static_cast<const int32_t*>(counts.untyped_data());
@@ -134,15 +164,11 @@ ffi::Error Experts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi
 std::optional<cmjax::Mla> MlaOf(const ffi::AnyBuffer& kv_b, int64_t layer, int64_t nope, int64_t rope, float scale) {
   const auto dims = kv_b.dimensions();
   const auto type = TypeOf(kv_b);
-  if (!type || *type == Type::kS8 || dims.size() != 4 || layer < 0 || layer >= dims[0] || dims[2] < nope) {
+  if (!type || *type == Type::kS8 || dims.size() != 4 || layer < 0 || layer >= dims[0] || nope < 0 || dims[2] < nope) {
     return std::nullopt;
   }
   const char* data = static_cast<const char*>(kv_b.untyped_data()) + layer * dims[1] * dims[2] * dims[3] * ItemBytes(*type);
   return cmjax::Mla{data, dims[1], nope, rope, dims[2] - nope, dims[3], scale, *type};
-}
-
-bool HasValues(const ffi::AnyBuffer& buffer, int64_t count, std::optional<Type> type) {
-  return static_cast<int64_t>(buffer.element_count()) == count && TypeOf(buffer) == type;
 }
 
 // q_nope [tokens, heads, nope], q_pe [tokens, heads, rope], kv_b, layer -> [requests, rows, latent + rope]
@@ -174,7 +200,7 @@ ffi::Error Attend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, in
   if (shape.size() != 3 || cached.size() != 3 || blocks.size() != 2 || !type || *type == Type::kS8 ||
       TypeOf(cache) != type || cached[2] != shape[2] || blocks[0] != shape[0] || shape[0] == 0 ||
       tokens % shape[0] != 0 || tokens == 0 || shape[1] % (tokens / shape[0]) != 0 || block_size < 1 ||
-      cached[1] < block_size) {
+      cached[1] < block_size || part < 0 || part >= num_parts) {
     return Wrong("cmjax_kernels: queries and cache");
   }
   const int64_t at = Scalar(layer), rows = shape[0] * shape[1];

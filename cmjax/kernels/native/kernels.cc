@@ -11,20 +11,26 @@
 namespace cmjax {
 namespace {
 
+constexpr int64_t kKeptScratch = 4 << 20;
+
 const Form* const kForms[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16, &kAvx512, &kAvx2,
+#if !defined(CMJAX_WITHOUT_BF16)
+    &kAvx512Bf16,
+#endif
+    &kAvx512, &kAvx2,
 #endif
     &kPortable};
 
 bool CpuRuns(const Form& form) {
 #if defined(__x86_64__)
-  if (&form == &kAvx512 || &form == &kAvx512Bf16) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") &&
-           (&form == &kAvx512 || __builtin_cpu_supports("avx512bf16"));
-  }
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni");
+  if (&form == &kAvx512) return has_avx512;
+#if !defined(CMJAX_WITHOUT_BF16)
+  if (&form == &kAvx512Bf16) return has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   if (&form == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return &form == &kPortable;
@@ -43,12 +49,30 @@ std::atomic<const Form*>& Current() {
   return current;
 }
 
-// Memory of this thread that lives until its next call with the same `which`.
+struct Memory {
+  std::unique_ptr<char[]> data;
+  int64_t size = 0;
+};
+
+Memory& MemoryOf(int which) {
+  thread_local Memory memory[2];
+  return memory[which];
+}
+
+// Memory of this thread that lives until its next call with the same `which`; nothing is cleared.
 char* Scratch(int which, int64_t bytes) {
-  thread_local std::vector<char> memory[2];
-  std::vector<char>& own = memory[which];
-  if (static_cast<int64_t>(own.size()) < bytes + 64) own.resize(bytes + 64);
-  return own.data() + (64 - reinterpret_cast<uintptr_t>(own.data()) % 64) % 64;
+  Memory& own = MemoryOf(which);
+  if (own.size < bytes + 64) {
+    own = Memory{};
+    own.data.reset(new char[bytes + 64]);
+    own.size = bytes + 64;
+  }
+  return own.data.get() + (64 - reinterpret_cast<uintptr_t>(own.data.get()) % 64) % 64;
+}
+
+// Gives back what a large call has taken: every thread of hundreds would keep it.
+void TrimScratch(int which) {
+  if (MemoryOf(which).size > kKeptScratch) MemoryOf(which) = Memory{};
 }
 
 struct Job {
@@ -131,6 +155,7 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
     const int64_t first = i * cols;
     form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target, Scratch(1, kProductScratch));
   });
+  TrimScratch(0);
 }
 
 void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
