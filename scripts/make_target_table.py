@@ -18,7 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from cmjax.bench.report import commit
 from cmjax.checkpoint.configs import find_config
+from cmjax.errors import UserError
 from cmjax.targets import StepReport, StepRequest, compile_apart
 
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
@@ -136,15 +140,18 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("out/targets.json"), help="a JSON file")
     options = parser.parse_args()
     wanted = requests(options.model, options.targets.split(","), [int(size) for size in options.ep.split(",")])
+    keys: list[str] = []
     kept = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}
     for number, request in enumerate(wanted, 1):
-        key = json.dumps(dataclasses.asdict(request), sort_keys=True)
+        # Of other versions it would be another program.
+        key = json.dumps([dataclasses.asdict(request), jax.__version__, commit()], sort_keys=True)
+        keys.append(key)
         if key not in kept:
             kept[key] = dataclasses.asdict(compile_row(request))
             options.results.parent.mkdir(parents=True, exist_ok=True)
             options.results.write_text(json.dumps(kept), encoding="utf-8")
         print(f"{number} of {len(wanted)} {line(read_row(kept[key]))}", file=sys.stderr, flush=True)
-    rows = [read_row(one) for one in kept.values()]
+    rows = [read_row(kept[key]) for key in keys]
     rows.sort(key=lambda row: (row.request.target, row.request.role, row.request.ep_size))
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{rest.split(END)[1]}", encoding="utf-8")
@@ -152,4 +159,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))

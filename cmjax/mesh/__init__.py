@@ -4,6 +4,7 @@
 """
 
 from cmjax.mesh.devices import (
+    ABSENT_TPU,
     EP_AXIS,
     Instance,
     InstanceLayout,
@@ -19,6 +20,7 @@ from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, Ub
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
 __all__ = [
+    "ABSENT_TPU",
     "EP_AXIS",
     "Instance",
     "InstanceLayout",

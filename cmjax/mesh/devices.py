@@ -108,6 +108,16 @@ class InstanceLayout:
         )
 
 
+# What keeps libtpu from looking for a TPU's surroundings, and from telling of it on standard error, where none is.
+ABSENT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # each describes machines of its own, and touches none
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 # Elements of a row of a TPU's tiles. A row that does not fill its last tile takes it up all the same, unless the
 # compiler stores the array by columns: it does so with an argument, and then copies all of it before and after use.
 _TPU_ROW = 128
@@ -161,8 +171,12 @@ def bring_up(num_devices: int) -> list[jax.Device]:
     """
     if num_devices < 1:
         raise UserError(f"{num_devices} devices were asked for; at least 1 is needed")
-    if not _backend_is_up() and _configured_num_devices() is None:
-        jax.config.update("jax_num_cpu_devices", num_devices)
+    if not _backend_is_up():
+        if _configured_num_devices() is None:
+            jax.config.update("jax_num_cpu_devices", num_devices)
+        if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX has found no TPU when it was imported
+            for name, value in ABSENT_TPU.items():
+                os.environ.setdefault(name, value)
     return jax.devices()[:num_devices]
 
 

@@ -3,6 +3,5 @@
 from cmjax.targets.apart import compile_apart
 from cmjax.targets.machines import HERE, Machine, Target, machines
 from cmjax.targets.report import StepReport, StepRequest
-from cmjax.targets.step import compile_step
 
-__all__ = ["HERE", "Machine", "StepReport", "StepRequest", "Target", "compile_apart", "compile_step", "machines"]
+__all__ = ["HERE", "Machine", "StepReport", "StepRequest", "Target", "compile_apart", "machines"]

@@ -26,13 +26,15 @@ def advice(report: StepReport, request: StepRequest) -> list[str]:
 
 
 def _smaller(report: StepReport, request: StepRequest, share: float) -> list[str]:
-    found = []
+    found, microbatches = [], request.settings.get("microbatches", 1)
     if request.role == "decode":
         assert report.sequences is not None
-        sequences = int(report.sequences * share)
+        sequences = int(report.sequences * share) // microbatches * microbatches
         if sequences:
             found.append(f"--max-num-seqs {sequences} (of {report.sequences})")
-    elif (tokens := int(report.tokens * share) // request.ep_size * request.ep_size) > 0:
+    elif (
+        tokens := int(report.tokens * share) // (request.ep_size * microbatches) * request.ep_size * microbatches
+    ) > 0:
         found.append(f"--max-num-batched-tokens {tokens} (of {report.tokens})")
     if report.cache > 0.2 * (report.total or 0):
         blocks = "--num-kv-blocks" if request.role == "decode" else "--num-prefill-kv-blocks"

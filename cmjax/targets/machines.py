@@ -113,6 +113,9 @@ class Target:
             if len(found) < num_devices:
                 raise UserError(f"{num_devices} devices were asked for, {len(found)} are here")
             return found
+        if self.num_devices is not None and num_devices > self.num_devices:
+            raise UserError(f"target {machine.key} has {self.num_devices} devices, {num_devices} were asked for")
+        # A part of a machine stands together as compactly as a machine of its own.
         layouts = machine.layouts(num_devices)
         if self.layout is not None and self.num_devices == num_devices:
             layouts = [self.layout]

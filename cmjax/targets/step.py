@@ -12,22 +12,14 @@ from typing import Any
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.mesh import ABSENT_TPU
 from cmjax.targets.advice import advice
 from cmjax.targets.hlo import Program
 from cmjax.targets.machines import GIB, Target
 from cmjax.targets.report import StepReport, StepRequest
 
-# What libtpu asks for on a machine without a TPU, lest it looks for one; and JAX must not either.
-ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # each describes machines of its own, and touches none
-    "JAX_PLATFORMS": "cpu",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+# JAX must not look for a TPU either.
+ENVIRONMENT = {**ABSENT_TPU, "JAX_PLATFORMS": "cpu"}
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda13-pjrt"}
 
 
@@ -70,6 +62,8 @@ def compile_step(request: StepRequest) -> StepReport:
         memory=_memory_of(target, devices),
         versions=_versions(target),
     )
+    if request.output is not None:
+        _make_folder(Path(request.output))  # before minutes of work
     begin = time.perf_counter()
     lowered = instance.trace().lower()
     report.seconds["trace"] = time.perf_counter() - begin
@@ -153,9 +147,15 @@ def _explain(report: StepReport, message: str) -> None:
     report.reason = f"needs {report.total / GIB:.1f} GiB{of}"
 
 
-def _write(folder: Path, name: str, lowered: Any, compiled: Any) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from error
+
+
+def _write(folder: Path, name: str, lowered: Any, compiled: Any) -> None:
+    try:
         (folder / f"{name}.stablehlo.mlir").write_text(lowered.as_text(), encoding="utf-8")
         (folder / f"{name}.hlo.txt").write_text(compiled.as_text(), encoding="utf-8")
     except OSError as error:

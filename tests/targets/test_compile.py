@@ -172,6 +172,19 @@ def test_advice_names_the_batch_that_fits():
     assert any(line.startswith("--quant int8") for line in prefill)
 
 
+def test_advice_can_be_followed_with_two_microbatches():
+    found = advice(report_of(97 * GIB), request(microbatches=2))
+    assert found[0] == "--max-num-seqs 74 (of 96)"
+    found = advice(report_of(97 * GIB, tokens=1008), request("prefill", ep_size=12, microbatches=2))
+    assert found[0] == "--max-num-batched-tokens 768 (of 1008)"
+
+
+def test_a_folder_that_cannot_be_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: File exists"):
+        compile_apart(dataclasses.replace(request(target="here", ep_size=1), output=str(tmp_path / "file")))
+
+
 def test_advice_for_weights_that_do_not_fit_names_no_batch():
     found = advice(report_of(130 * GIB, weights=90 * GIB), request())
     assert found[0] == "the weights alone are 90.0 GiB a device"

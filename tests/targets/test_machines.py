@@ -74,3 +74,8 @@ def test_a_gpu_is_described_as_xla_takes_it():
     assert "core_count: 148" in text
     assert "cuda_compute_capability { major: 10 minor: 0" in text
     assert text.count("{") == text.count("}")
+
+
+def test_more_devices_than_a_target_has_are_refused():
+    with pytest.raises(UserError, match="target v5p has 8 devices, 16 were asked for"):
+        Target.parse("v5p:2x2x2").devices(16)
