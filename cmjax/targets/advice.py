@@ -32,10 +32,10 @@ def _smaller(report: StepReport, request: StepRequest, share: float) -> list[str
         sequences = int(report.sequences * share) // microbatches * microbatches
         if sequences:
             found.append(f"--max-num-seqs {sequences} (of {report.sequences})")
-    elif (
-        tokens := int(report.tokens * share) // (request.ep_size * microbatches) * request.ep_size * microbatches
-    ) > 0:
-        found.append(f"--max-num-batched-tokens {tokens} (of {report.tokens})")
+    else:
+        unit = request.ep_size * microbatches
+        if tokens := int(report.tokens * share) // unit * unit:
+            found.append(f"--max-num-batched-tokens {tokens} (of {report.tokens})")
     if report.cache > 0.2 * (report.total or 0):
         blocks = "--num-kv-blocks" if request.role == "decode" else "--num-prefill-kv-blocks"
         found.append(f"--max-model-len or {blocks}: the cache is {report.cache / GIB:.1f} GiB")
