@@ -19,6 +19,7 @@ RUNS = {
     "speculative.py": (("speculative.py", "--temperature", "0.7"), "", "3 of 3 are those without drafts"),
     "serve.py": (("serve.py",), "", "the same texts: True"),
     "prefix_cache.py": (("prefix_cache.py",), "", "the same texts: True"),
+    "compile_for_tpu.py": (["compile_for_tpu.py", "deepseek-v2-lite", "v5e", "16"], "", "all-to-all: "),
     "microbatches.py": (("microbatches.py",), "", "the tokens are equal"),
     "price_a_step.py": (("price_a_step.py",), "", "us a layer on ascend-910"),
     "fabric_tour.py at 8 ranks": (("fabric_tour.py", "8"), "", "8 ranks"),
@@ -43,6 +44,8 @@ LONG = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in RUNS])
 def test_script_runs(name):
+    if name == "compile_for_tpu.py":
+        pytest.importorskip("libtpu", reason="needs pip install 'cmjax[tpu]'")
     (script, *args), flags, expected = RUNS[name]
     env = os.environ | {
         "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",  # as the suite itself compiles
