@@ -255,8 +255,3 @@ def _operator_rows() -> list[dict[str, Any]]:
         add("table 9", f"{label}: utilization", "of peak", utilization, machine.matmul_efficiency, "fitted: the mean")
         add("table 9", f"{label}: bytes", "GB/s", rate, (m * k + k * n + 2 * m * n) / seconds / 1e9)
     return found
-
-
-def as_dict(found: StepPrice) -> dict[str, Any]:
-    """A price as JSON can hold it."""
-    return dataclasses.asdict(found)
