@@ -38,9 +38,11 @@ def find_model(folder: str) -> Path:
     return path
 
 
-def count_option(flag: str, default: int, help: str, *, least: int = 1) -> Callable[[Function], Function]:
+def count_option(
+    flag: str, default: int, help: str, *, least: int = 1, most: int | None = None
+) -> Callable[[Function], Function]:
     """An option of a command's own that is a number of something."""
-    return click.option(flag, type=click.IntRange(min=least), default=default, show_default=True, help=help)
+    return click.option(flag, type=click.IntRange(min=least, max=most), default=default, show_default=True, help=help)
 
 
 def data_option(default: Path, help: str) -> Callable[[Function], Function]:

@@ -247,6 +247,13 @@ def _fronts(title: str, latency: str, candidates: "list[Candidate]") -> Table:
     return table
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--plot {path}: {error}") from error
+
+
 def _write_yaml(config: dict[str, Any], path: Path) -> None:
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())
     try:
@@ -265,11 +272,11 @@ def _write_yaml(config: dict[str, Any], path: Path) -> None:
 @_model_option
 @_hardware_option
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), default="decode", show_default=True, help="Which.")
-@count_option("--ep", 320, "Devices of the instance.")
-@count_option("--batch", 48, "Of a device: requests, or tokens of a prefill step.")
-@count_option("--context", 4096, "Tokens in the cache of a request, or of a prompt.")
-@count_option("--drafts", 0, "MTP drafts of a decode step.", least=0)
-@count_option("--microbatches", 1, "One or two.")
+@count_option("--ep", 320, "Devices of the instance.", most=8192)
+@count_option("--batch", 48, "Of a device: requests, or tokens of a prefill step.", most=2**24)
+@count_option("--context", 4096, "Tokens in the cache of a request, or of a prompt.", most=10**7)
+@count_option("--drafts", 0, "MTP drafts of a decode step.", least=0, most=16)
+@count_option("--microbatches", 1, "One or two.", most=2)
 @json_option
 def step(
     model: str,
@@ -330,6 +337,9 @@ def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bo
     from cmjax.perf.hardware import hardware as find_hardware
 
     names = list(whatif.WHAT_IFS) if name == "all" else [name]
+    if plot is not None and plot.exists() and plot.is_dir() != (name == "all"):
+        wanted = "a folder: it takes one picture of each" if name == "all" else "a file"
+        raise UserError(f"--plot {plot}: is there and is not {wanted}")
     config, machine = find_config(model).config, find_hardware(hardware)
     results = {}
     with shown_progress("what-ifs") as tell:
@@ -339,7 +349,7 @@ def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bo
     for one, result in results.items():
         if plot is not None:
             if name == "all":
-                plot.mkdir(parents=True, exist_ok=True)
+                _make_folder(plot)
             plots.what_if(result, plot / f"{one}.png" if name == "all" else plot)
     if as_json:
         click.echo(json.dumps(results, indent=2))

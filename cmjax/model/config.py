@@ -183,42 +183,41 @@ def _stated(config: "ModelConfig | YarnConfig") -> dict[str, Any]:
 
 
 # Far above any model, so that nonsense is refused by name before anything is sized by it.
-_MOST_OF_ANY = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "hidden_size": 2**24, "vocab_size": 2**28, "intermediate_size": 2**24}
+_MOST |= {"num_routed_experts": 65_536, "num_shared_experts": 1024, "moe_intermediate_size": 2**24}
 
 
 def _check_sizes(config: ModelConfig) -> None:
     positive = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank"
     positive += " qk_nope_head_dim qk_rope_head_dim v_head_dim moe_layer_freq max_position_embeddings"
     for name in positive.split() + (["q_lora_rank"] if config.q_lora_rank is not None else []):
-        value, most = getattr(config, name), _MOST.get(name, _MOST_OF_ANY)
-        if value < 1:
-            raise UserError(f"config: {name} must be at least 1, got {value}")
-        if value > most:
-            raise UserError(f"config: {name} must be at most {most}, got {value}")
+        _check_range(config, name)
     if config.qk_rope_head_dim % 2:
         raise UserError(f"config: qk_rope_head_dim must be even, got {config.qk_rope_head_dim}")
     if config.first_k_dense_replace < 0:
         raise UserError(f"config: first_k_dense_replace must be at least 0, got {config.first_k_dense_replace}")
     if not 0 <= config.num_mtp_layers <= 1:
         raise UserError(f"config: num_nextn_predict_layers {config.num_mtp_layers} is not supported; supported: 0, 1")
-    if not config.rope_theta > 1 or not config.rms_norm_eps >= 0:
-        raise UserError(
-            f"config: rope_theta must be over 1 and rms_norm_eps at least 0, got {config.rope_theta} and "
-            f"{config.rms_norm_eps}"
-        )
+    theta, eps = config.rope_theta, config.rms_norm_eps
+    if not theta > 1 or not eps >= 0:
+        raise UserError(f"config: rope_theta must be over 1 and rms_norm_eps at least 0, got {theta} and {eps}")
     _one_of("model_type", config.model_type, _ARCHITECTURES)
     _one_of("scoring_func", config.scoring, [_SCORING[config.model_type]], f"for {config.model_type}")
     _one_of("topk_method", config.topk_method, _TOPK_METHODS[config.model_type], f"for {config.model_type}")
 
 
+def _check_range(config: ModelConfig, name: str, least: int = 1) -> None:
+    value, most = getattr(config, name), _MOST.get(name, 2**31 - 1)
+    if not least <= value <= most:
+        bound = f"least {least}" if value < least else f"most {most}"
+        raise UserError(f"config: {_HF_NAMES[name]} must be at {bound}, got {value}")
+
+
 def _check_experts(config: ModelConfig) -> None:
-    num_experts, num_groups, num_kept = config.num_routed_experts, config.num_expert_groups, config.num_topk_groups
     for name in ("num_routed_experts", "moe_intermediate_size", "num_topk", "num_expert_groups", "num_topk_groups"):
-        if getattr(config, name) < 1:
-            raise UserError(f"config: {_HF_NAMES[name]} must be at least 1, got {getattr(config, name)}")
-    if config.num_shared_experts < 0:
-        raise UserError(f"config: n_shared_experts must be at least 0, got {config.num_shared_experts}")
+        _check_range(config, name)
+    _check_range(config, "num_shared_experts", least=0)
+    num_experts, num_groups, num_kept = config.num_routed_experts, config.num_expert_groups, config.num_topk_groups
     if num_experts % num_groups:
         raise UserError(f"config: n_routed_experts ({num_experts}) is not divisible by n_group ({num_groups})")
     if num_kept > num_groups:

@@ -27,6 +27,10 @@ _BLOCK = 128
 _DTYPE = jnp.bfloat16
 # Blocks of a traced cache and of its tables: how many there are changes no count, as long as there is a whole chunk.
 _TABLE_BLOCKS = 16
+# Far above any machine, so that nonsense is refused before anything is sized by it.
+MOST_RANKS = 8_192  # a larger placement takes minutes; no supernode has more devices
+MOST_BATCH = 65_536
+_MOST_TOKENS = 2**24  # of a rank and a step of prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,10 @@ class Layout:
         for name in ("ep_size", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is not positive")
+        most_batch = MOST_BATCH if self.phase == "decode" else _MOST_TOKENS
+        for name, most in (("ep_size", MOST_RANKS), ("batch", most_batch)):
+            if getattr(self, name) > most:
+                raise UserError(f"{name} {getattr(self, name)} is over {most:,}")
         if self.context <= 0 or not 0 <= self.cached < max(self.context, 1):
             raise UserError(f"context {self.context:g} and cached {self.cached:g} are no lengths of a request")
         if self.balance < 1:
@@ -200,8 +208,15 @@ def _placement(
 def _counts(layout: Layout) -> list[StageWork]:
     instance = layout.instance()
     num_params = len(jax.tree.leaves(instance.params))
+    try:
+        traced = instance.trace().jaxpr.jaxpr
+    except OverflowError as error:  # the program's indices are of 32 bits
+        raise UserError(
+            f"{layout.phase} at EP{layout.ep_size}, batch {layout.batch} is too large to trace: it has more rows or "
+            "tokens in its cache than 32 bits can count"
+        ) from error
     # After the parameters come the placement and the cache.
-    return count(instance.trace().jaxpr.jaxpr, num_params, num_params + 1)
+    return count(traced, num_params, num_params + 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -50,6 +50,16 @@ REASONS = {
     "context cache, UB against VPC, at most": "as with 90 %: the fetch is a larger share of a shorter step",
     "TTFT, UB, reuse 90 %": "as the throughput: a fixed part that no operator's figure explains",
     "TTFT, UB, reuse 50 %": "as with 90 %",
+    "DeepSeek H800 (profile), batch 128, 4K": "not known; ranks are taken to be balanced and in step, which shortens "
+    "a step",
+    "50 ms: 1,024 in, 1,024 out, batch 128": "not known; answers are taken to be half written on average",
+    "decode microbatches, batch 128, 4K: throughput": "two streams that share the cores do not slow each other's "
+    "memory here, which tells most in a large batch",
+    "prefill microbatches, 16K tokens an NPU: throughput, over prompt lengths": "an exchange behind the other "
+    "microbatch's work takes nothing from it here, such as the memory's rate",
+    "prefill microbatches, 4K: layer time": "as the throughput",
+    "MTP: the least gain of throughput (large batch, 128)": "not known; where the batch is large a second token costs "
+    "about as much here as the first",
     "MTP: the most gain of throughput (small batch, 8)": "weights dominate a small batch, so a second token costs "
     "little here; the paper's own step has more that grows with tokens",
 }
@@ -255,8 +265,3 @@ def _operator_rows() -> list[dict[str, Any]]:
         add("table 9", f"{label}: utilization", "of peak", utilization, machine.matmul_efficiency, "fitted: the mean")
         add("table 9", f"{label}: bytes", "GB/s", rate, (m * k + k * n + 2 * m * n) / seconds / 1e9)
     return found
-
-
-def as_dict(found: StepPrice) -> dict[str, Any]:
-    """A price as JSON can hold it."""
-    return dataclasses.asdict(found)

@@ -18,8 +18,8 @@ from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import StepPrice, price
 from cmjax.perf.workload import Workload
 
-_EP_SIZES = (8, 16, 32, 64, 128, 256, 288, 320)
-_PREFILL_EP_SIZES = (8, 16, 32, 64)
+_EP_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 288, 320)
+_PREFILL_EP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _BATCHES = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 _STEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
 # Counts are traced at these two and affine in between and beyond.
@@ -96,6 +96,12 @@ def search(
     Raises:
         UserError: nothing keeps the targets; it says how near it comes.
     """
+    longest, length = config.max_position_embeddings, workload.input_len + workload.output_len
+    if length > longest:
+        raise UserError(
+            f"--input-len {workload.input_len} and --output-len {workload.output_len} are {length} tokens; the model's "
+            f"max_position_embeddings are {longest}"
+        )
     decode = _candidates(config, machine, workload, "decode", tell)
     prefill = _candidates(config, machine, workload, "prefill", tell)
     best = _best_plan(_within(prefill, ttft_s, "--ttft"), _within(decode, tpot_s, "--tpot"), machine, workload)
@@ -133,6 +139,8 @@ def _candidates(
     tell: Callable[[str, int, int], None],
 ) -> list[Candidate]:
     forms = list(_forms(config, workload, phase))
+    if not forms:
+        raise UserError(f"--devices {workload.devices} is too few: prefill and decode need at least one each")
     found: list[Candidate] = []
     for index, (ep_size, microbatches, drafts, quant) in enumerate(forms):
         tell(phase, index, len(forms))

@@ -14,30 +14,47 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
-from cmjax.perf.hardware import Hardware, hardware
-from cmjax.perf.layout import Layout
-from cmjax.perf.price import Format, Pricing, StepPrice, price
+from cmjax.perf.hardware import Hardware, hardware, names
+from cmjax.perf.layout import MOST_BATCH, MOST_RANKS, Layout
+from cmjax.perf.price import Format, Pricing, StepPrice, check_fits, price
 
 _GPU = ("system", "backend", "precision", "isl", "osl", "decode", "running_per_gpu")
 _ASCEND = ("dies", "ep", "dp", "batch", "context", "drafts", "acceptance", "balance")
-_LAYOUT = re.compile(r"(\d+)x\(TP(\d+) DP(\d+) EP(\d+)\)")
-# Other names of columns.
+_LAYOUT = re.compile(r"(\d{1,9})x\(TP(\d{1,9}) DP(\d{1,9}) EP(\d{1,9})\)")
+# Other names of columns, and of precisions.
 _ALIASES = {"batch_per_die": "batch", "batch_a_die": "batch", "ctx": "context", "kv_len": "context", "mtp": "drafts"}
+_PRECISIONS = {"nvfp4": "fp4", "fp8_block": "fp8", "bfloat16": "bf16"}
+# Far above any measurement, so that nonsense is refused before anything is sized by it.
+_MOST_DIES, _MOST_CONTEXT, _MOST_SLOTS, _MOST_DRAFTS, _MOST_MS = 65_536, 10**7, 65_536, 16, 1e9
 NOT_RUN = "the engine has attention data-parallel and experts expert-parallel over the same devices, and nothing else"
 
+Row = tuple[int, Mapping[str, str]]
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The lines of a file; UserError where it is of neither form."""
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """What a line asks for: a step, the tokens that it gives a request, and whether its microbatches are given."""
+
+    layout: Layout
+    machine: Hardware
+    pricing: Pricing
+    tokens: float
+    is_fixed: bool
+
+
+def read(path: Path) -> list[Row]:
+    """The lines of a file, each with its number there; UserError where it is of neither form."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [_named(row) for row in csv.DictReader(file)]
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            rows: list[Row] = [(reader.line_num, _named(row)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}") from error
-    columns = set(rows[0]) if rows else set()
+    columns = set(rows[0][1]) if rows else set()
     if not rows:
         raise UserError(f"{path}: holds no line of data")
     if not (set(_GPU) <= columns or set(_ASCEND) <= columns):
@@ -49,32 +66,49 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def _named(row: Mapping[str | None, Any]) -> dict[str, str]:
     """A line under the names of this page; cells beyond the header are dropped, those that are missing are empty."""
-    names = ((str(name).strip().lower().replace(" ", "_"), value) for name, value in row.items() if name is not None)
-    return {_ALIASES.get(name, name): (value or "").strip() for name, value in names}
+    cells = ((str(name).strip().lower().replace(" ", "_"), value) for name, value in row.items() if name is not None)
+    return {_ALIASES.get(name, name): (value or "").strip() for name, value in cells}
 
 
-def predict(rows: Iterable[Mapping[str, str]], config: ModelConfig, source: str) -> list[dict[str, Any]]:
-    """One result a line: id, group, published and predicted TPOT in ms (None where there is none), error, reason."""
-    return [_predicted(row, config, f"{source}, line {number}") for number, row in enumerate(rows, 2)]
+def predict(rows: Iterable[Row], config: ModelConfig, source: str) -> list[dict[str, Any]]:
+    """One result a line: id, group, published and predicted TPOT in ms (None where there is none), error, reason.
+
+    A cell that is broken is a UserError, which names the line; what we do not price is a result with a reason.
+    """
+    results = []
+    for number, row in rows:
+        where = f"{source}, line {number}"
+        try:
+            results.append({"label": row.get("id") or where, "unit": "ms TPOT"} | _predicted(row, config))
+        except UserError as error:  # the only place that says where
+            raise UserError(f"{where}: {error}") from error
+    return results
 
 
-def _predicted(row: Mapping[str, str], config: ModelConfig, where: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"label": row.get("id") or where, "unit": "ms TPOT", "reason": "", "predicted": None}
-    result["published"] = _number(row, "tpot_ms", where) if row.get("tpot_ms") else None
-    if "system" in row:
-        machine, layout, pricing, tokens = _gpu_point(row, config, where)
-    else:
-        machine, layout, pricing, tokens = _ascend_point(row, config, where)
-    if layout is None:
-        return result | {"reason": NOT_RUN, "error": None}
+def _predicted(row: Mapping[str, str], config: ModelConfig) -> dict[str, Any]:
+    published = _number(row, "tpot_ms", 0, _MOST_MS, is_above=True) if row.get("tpot_ms") else None
+    result: dict[str, Any] = {"published": published, "predicted": None, "error": None, "reason": ""}
+    # A file has one form, but may have more columns than it needs.
+    found = _gpu_point(row, config) if "system" in row else _ascend_point(row, config)
+    if isinstance(found, str):
+        return result | {"reason": found}
     try:
-        found = faster(layout, machine, pricing, bool(row.get("microbatches")) or "system" in row)
+        step = faster(found.layout, found.machine, found.pricing, found.is_fixed)
     except UserError as error:
-        return result | {"reason": str(error), "error": None}
-    predicted = found.seconds * 1e3 / tokens
-    published = result["published"]
+        return result | {"reason": str(error)}
+    predicted = step.seconds * 1e3 / found.tokens
     off = None if published is None else predicted / published - 1
-    return result | {"predicted": predicted, "error": off}
+    reason = _misfit(found.layout, found.machine, step)
+    return result | {"predicted": predicted, "error": off, "reason": reason}
+
+
+def _misfit(layout: Layout, machine: Hardware, step: StepPrice) -> str:
+    """Why the memory model has no place for it; who measured it had, so that it is priced all the same."""
+    try:
+        check_fits(layout, machine, step.memory)
+    except UserError as error:
+        return f"by our model of the memory it does not fit: {error}"
+    return ""
 
 
 def faster(layout: Layout, machine: Hardware, pricing: Pricing, is_fixed: bool = False) -> StepPrice:
@@ -86,60 +120,63 @@ def faster(layout: Layout, machine: Hardware, pricing: Pricing, is_fixed: bool =
     return min(first, second, key=lambda found: found.seconds)
 
 
-def _gpu_point(
-    row: Mapping[str, str], config: ModelConfig, where: str
-) -> tuple[Hardware, Layout | None, Pricing, float]:
-    found = _LAYOUT.fullmatch((row["decode"] or "").strip())
+def _gpu_point(row: Mapping[str, str], config: ModelConfig) -> _Point | str:
+    """The point, or why it is not priced."""
+    found = _LAYOUT.fullmatch(row["decode"])
     if not found:
-        raise UserError(f"{where}: decode {row['decode']!r} does not read like 5x(TP1 DP8 EP8)")
-    _, tp, dp, ep = map(int, found.groups())
-    machine = hardware(row["system"].removesuffix("_sxm"))
-    formats: dict[str, Format] = {"fp8": "fp8", "fp4": "fp4", "int8": "int8"}
-    if row["precision"] not in formats:
-        raise UserError(f"{where}: precision {row['precision']!r} is not one of {', '.join(formats)}")
-    # SGLang's recipes for FP8 weights keep cache and core attention in bfloat16; the others have them in FP8.
-    is_wide = row["backend"] == "sglang" and row["precision"] == "fp8"
-    pricing = Pricing(format=formats[row["precision"]], cache_itemsize=2 if is_wide else 1, check_memory=False)
-    context = _number(row, "isl", where) + _number(row, "osl", where) / 2
-    batch = max(1, round(_number(row, "running_per_gpu", where)))
+        raise UserError(f"decode {row['decode']!r} does not read like 5x(TP1 DP8 EP8)")
+    sizes = dict(zip(("instances", "TP", "DP", "EP"), found.groups(), strict=True))
+    _, tp, dp, ep = (_count(sizes, name, 1, _MOST_DIES if name == "instances" else MOST_RANKS) for name in sizes)
+    context = _count(row, "isl", 1, _MOST_CONTEXT) + _count(row, "osl", 1, _MOST_CONTEXT) / 2
+    batch = max(1, round(_number(row, "running_per_gpu", 0, MOST_BATCH, is_above=True)))  # a mean over time
+    redundant = max(0, _count(row, "eplb_slots", 0, _MOST_SLOTS, default=0) - config.num_routed_experts)
+    system, precision = row["system"].lower().removesuffix("_sxm"), row["precision"].lower()
+    precision = _PRECISIONS.get(precision, precision)
+    if system not in names():
+        return f"system {row['system']!r} is unknown; there are {', '.join(names())}"
+    if precision not in get_args(Format):
+        return f"precision {row['precision']!r} is unknown; there are {', '.join(get_args(Format))}"
     if tp != 1 or dp != ep:
-        return machine, None, pricing, 1.0
-    slots = row.get("eplb_slots") or "0"
-    redundant = max(0, int(_to_number(slots, "eplb_slots", where)) - config.num_routed_experts)
+        return NOT_RUN
+    # SGLang's recipes for FP8 weights keep cache and core attention in bfloat16; the others have them in FP8.
+    is_wide = precision == "bf16" or (row["backend"].lower() == "sglang" and precision == "fp8")
+    pricing = Pricing(format=cast(Format, precision), cache_itemsize=2 if is_wide else 1, check_memory=False)
+    machine = hardware(system)
     layout = Layout(
         config=config, phase="decode", ep_size=ep, batch=batch, context=context, balance=machine.balance,
+        quant=None if precision == "bf16" else "int8",
         num_redundant_experts=-(-(config.num_routed_experts + redundant) // ep) * ep - config.num_routed_experts,
         num_shared_replicas=0,
     )  # fmt: skip
-    return machine, layout, pricing, 1.0
+    return _Point(layout, machine, pricing, 1.0, is_fixed=True)
 
 
-def _ascend_point(
-    row: Mapping[str, str], config: ModelConfig, where: str
-) -> tuple[Hardware, Layout | None, Pricing, float]:
-    machine = hardware(row.get("hardware") or "ascend-910")
-    dies, ep, dp = (int(_number(row, name, where)) for name in ("dies", "ep", "dp"))
+def _ascend_point(row: Mapping[str, str], config: ModelConfig) -> _Point | str:
+    """The point, or why it is not priced."""
+    dies, ep, dp = (
+        _count(row, "dies", 1, _MOST_DIES),
+        _count(row, "ep", 1, MOST_RANKS),
+        _count(row, "dp", 1, MOST_RANKS),
+    )
+    batch, drafts = _count(row, "batch", 1, MOST_BATCH), _count(row, "drafts", 0, _MOST_DRAFTS, default=0)
+    context = _number(row, "context", 0, _MOST_CONTEXT, is_above=True)
+    acceptance = _number(row, "acceptance", 0, 1, default=0.7)
+    microbatches = _count(row, "microbatches", 1, 2, default=1)
+    replicas = _count(row, "shared_replicas", 0, MOST_RANKS) if row.get("shared_replicas") else None
+    balance = _number(row, "balance", 1, 100) if row.get("balance") else None
+    name = (row.get("hardware") or "ascend-910").lower()
+    if name not in names():
+        return f"hardware {row['hardware']!r} is unknown; there are {', '.join(names())}"
     if dp != ep or dies % ep:
-        return machine, None, Pricing(), 1.0
-    drafts = int(_number(row, "drafts", where, 0))
-    acceptance = _number(row, "acceptance", where, 0.7)
-    if not 0 <= acceptance <= 1:
-        raise UserError(f"{where}: acceptance {acceptance:g} is not from 0 to 1")
-    try:
-        layout = Layout(
-            config=config,
-            phase="decode",
-            ep_size=ep,
-            batch=max(1, round(_number(row, "batch", where))),
-            context=_number(row, "context", where),
-            drafts=drafts,
-            microbatches=int(_number(row, "microbatches", where, 1)),
-            balance=_number(row, "balance", where, machine.balance),
-            num_shared_replicas=int(row["shared_replicas"]) if row.get("shared_replicas") else None,
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return machine, layout, Pricing(), tokens_a_step(drafts, acceptance)
+        return NOT_RUN
+    machine = hardware(name)
+    layout = Layout(
+        config=config, phase="decode", ep_size=ep, batch=batch, context=context, drafts=drafts,
+        microbatches=microbatches, balance=machine.balance if balance is None else balance,
+        num_shared_replicas=replicas,
+    )  # fmt: skip
+    pricing = Pricing(check_memory=False)
+    return _Point(layout, machine, pricing, tokens_a_step(drafts, acceptance), bool(row.get("microbatches")))
 
 
 def tokens_a_step(drafts: int, acceptance: float) -> float:
@@ -147,18 +184,25 @@ def tokens_a_step(drafts: int, acceptance: float) -> float:
     return sum(acceptance**count for count in range(drafts + 1))
 
 
-def _number(row: Mapping[str, str], name: str, where: str, default: float | None = None) -> float:
-    text = (row.get(name) or "").strip()
+def _count(row: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
+    """A cell that counts something."""
+    value = _number(row, name, least, most, default)
+    if value != int(value):
+        raise UserError(f"{name} {row[name]} is no whole number")
+    return int(value)
+
+
+def _number(
+    row: Mapping[str, str], name: str, least: float, most: float, default: float | None = None, is_above: bool = False
+) -> float:
+    """A cell from `least` (above it, where `is_above`) to `most`; `default`, where there is one, if it is empty."""
+    text = row.get(name) or ""
     if not text and default is not None:
         return default
-    return _to_number(text, name, where)
-
-
-def _to_number(text: str, name: str, where: str) -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise UserError(f"{where}: {name} {text!r} is no number") from error
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{where}: {name} {text} is no number from 0 on")
+        raise UserError(f"{name} {text[:40]!r} is no number") from error
+    if not least <= value <= most or (is_above and value == least):
+        raise UserError(f"{name} {text[:40]} is not {'above' if is_above else 'from'} {least:g} to {most:,.10g}")
     return value

@@ -16,11 +16,14 @@ from cmjax.perf.layout import Layout
 from cmjax.perf.work import MOE_STREAM, ExchangeWork, Expected, StageWork, Work
 
 Format = Literal["int8", "fp8", "fp4", "bf16"]
+Kernel = Literal["few", "many"]  # of dispatch and combine: for how many tokens it is made
+_KERNELS: tuple[Kernel, ...] = ("few", "many")
 _GIB = 2**30
 # A row of 7,168 values for each of 8 choices: what the exchanges' tables were measured with.
 _TABLE_CHOICES = 8
 _TABLE_MESSAGE = {"dispatch": 7680, "combine": 14336}
-_LARGE_EXCHANGE = 1024  # tokens a rank from which the kernels for many tokens serve
+# Tokens a rank from which the times of the kernels for many tokens are known; fewer take them as long as so many.
+_LARGE_EXCHANGE = 1024
 _LARGE_BYTES = 1e7  # bytes a rank from which another collective is limited by its rate
 
 
@@ -54,6 +57,7 @@ class StepPrice:
         attention_share: of the cores, where two streams share them.
         layer: seconds of one MoE layer with all its microbatches.
         memory: what for -> bytes of a device.
+        kernel: of dispatch and combine, the faster one.
     """
 
     seconds: float
@@ -62,6 +66,7 @@ class StepPrice:
     attention_share: float
     layer: float
     memory: Mapping[str, float]
+    kernel: Kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +94,26 @@ def price(
     memory = memory_of(layout, pricing)
     if pricing.check_memory:
         check_fits(layout, machine, memory)
+    stages = layout.counts() if counted is None else counted
+    # The faster of two steps that both grow with the batch grows with it, wherever the kernels' times cross.
+    steps = [_priced(layout, machine, pricing, stages, memory, kernel) for kernel in _KERNELS]
+    return min(steps, key=lambda step: step.seconds)
+
+
+def _priced(
+    layout: Layout,
+    machine: Hardware,
+    pricing: Pricing,
+    counted: Sequence[StageWork],
+    memory: Mapping[str, float],
+    kernel: Kernel,
+) -> StepPrice:
     single: list[tuple[StageWork, _Parts]] = []
     lanes: list[tuple[StageWork, _Parts]] = []
     stages: dict[str, float] = {}
-    for stage in layout.counts() if counted is None else counted:
+    for stage in counted:
         tokens = layout.tokens // (2 if stage.lane else 1)
-        parts = stage_parts(stage, layout.expected(tokens), tokens, layout, machine, pricing)
+        parts = stage_parts(stage, layout.expected(tokens), tokens, layout, machine, pricing, kernel)
         (lanes if stage.lane else single).append((stage, parts))
         stages[stage.stage] = stages.get(stage.stage, 0) + stage.calls * parts.on(1)
     seconds = sum(stage.calls * parts.on(1) for stage, parts in single) + machine.step_overhead_s
@@ -112,7 +131,7 @@ def price(
     else:
         in_layer = [(s, p) for s, p in single if s.calls == num_layers]
         layer = sum(parts.on(1) for _, parts in in_layer)
-    return StepPrice(seconds, stages, streams, share, layer, memory)
+    return StepPrice(seconds, stages, streams, share, layer, memory, kernel)
 
 
 def _overlap(layout: Layout, machine: Hardware) -> str:
@@ -143,9 +162,19 @@ def _overlapped(
 
 
 def stage_parts(
-    stage: StageWork, data: Expected, tokens: int, layout: Layout, machine: Hardware, pricing: Pricing
+    stage: StageWork,
+    data: Expected,
+    tokens: int,
+    layout: Layout,
+    machine: Hardware,
+    pricing: Pricing,
+    kernel: Kernel | None = None,
 ) -> _Parts:
-    """One call of a stage on the whole machine, its `tokens` dispatched together."""
+    """One call of a stage on the whole machine, its `tokens` dispatched together, by `kernel` or the faster one."""
+    if stage.stage in ("dispatch", "combine"):
+        kernels = _KERNELS if kernel is None else (kernel,)
+        found = [_exchange_parts(stage, stage.expected(data), tokens, machine, one) for one in kernels]
+        return min(found, key=lambda parts: parts.on(1))
     work = stage.expected(data)
     name, fused = stage.stage, stage.stage in machine.fused
     weights, rates = _weights(name, pricing), {}
@@ -160,11 +189,6 @@ def stage_parts(
     rate = machine.memory_bytes_per_s * machine.memory_efficiency
     matmul_rate = rate if is_core else machine.memory_bytes_per_s * machine.matmul_memory_efficiency
     cache = work.cache_bytes * pricing.cache_itemsize / 2
-    if name in ("dispatch", "combine"):
-        # The operator for few tokens sorts rows as it sends them, and its published time holds that.
-        moved = work.activation_bytes / rate if tokens >= _LARGE_EXCHANGE else 0.0
-        exchange = sum(_exchange(name, one, tokens, layout, machine) for one in work.exchanges)
-        return _Parts(moved, exchange, machine.launch_s)
     # Half of the activations' bytes are those of vector operators; where not fused, they wait for the products.
     half = work.activation_bytes / 2
     read = work.weight_bytes * weights[0] + cache + half
@@ -172,7 +196,7 @@ def stage_parts(
         scaled = max(compute, read / matmul_rate + half / rate)
     else:
         scaled = max(compute, read / matmul_rate) + half / rate
-    exchange = sum(_exchange(name, one, tokens, layout, machine) for one in work.exchanges)
+    exchange = sum(_exchange(one, machine) for one in work.exchanges)
     launches = 1.0 if fused else work.operators
     return _Parts(scaled, exchange, launches * machine.launch_s)
 
@@ -186,12 +210,8 @@ def _weights(stage: str, pricing: Pricing) -> tuple[float, str]:
     return 2.0, "bf16"
 
 
-def _exchange(stage: str, one: ExchangeWork, tokens: int, layout: Layout, machine: Hardware) -> float:
-    """Seconds of one exchange."""
-    if stage in ("dispatch", "combine"):
-        if one.name != "ragged_all_to_all":
-            return 0.0  # counts and offsets are part of the one operator: in its latency
-        return _rows(stage, one, tokens, layout, machine)
+def _exchange(one: ExchangeWork, machine: Hardware) -> float:
+    """Seconds of one exchange that is neither dispatch nor combine."""
     rate = machine.link_rate(one.degree)
     if machine.bulk is not None and one.sent_bytes >= _LARGE_BYTES:
         # Nobody measured these; what kernels for many tokens reach among as many ranks holds for their bytes too.
@@ -202,22 +222,35 @@ def _exchange(stage: str, one: ExchangeWork, tokens: int, layout: Layout, machin
     return machine.link_latency_s + one.sent_bytes / rate
 
 
-def _rows(stage: str, one: ExchangeWork, tokens: int, layout: Layout, machine: Hardware) -> float:
-    """Seconds of a dispatch or combine of the rows of `tokens` tokens."""
-    latency = machine.dispatch_latency_s if stage == "dispatch" else machine.combine_latency_s
+def _exchange_parts(stage: StageWork, work: Work, tokens: int, machine: Hardware, kernel: Kernel) -> _Parts:
+    """A dispatch or combine of the rows of `tokens` tokens."""
+    seconds = 0.0
+    scale = max(1.0, _LARGE_EXCHANGE / tokens) if kernel == "many" else 1.0
+    for one in work.exchanges:
+        if one.name == "ragged_all_to_all":  # counts and offsets are part of the one operator: in its latency
+            seconds += _rows(stage.stage, one, tokens, machine, kernel) * scale
+    # The published time of the operator for few tokens holds the sorting of rows as it sends them; others sort first.
+    sorts = kernel == "many" or (machine.table is None and tokens >= _LARGE_EXCHANGE)
+    moved = work.activation_bytes / (machine.memory_bytes_per_s * machine.memory_efficiency) * scale if sorts else 0.0
+    latency = machine.dispatch_latency_s if stage.stage == "dispatch" else machine.combine_latency_s
+    return _Parts(moved, latency * bool(seconds) + seconds, machine.launch_s)
+
+
+def _rows(stage: str, one: ExchangeWork, tokens: int, machine: Hardware, kernel: Kernel) -> float:
+    """Seconds beyond the latency that the rows of `tokens` tokens travel."""
     sent = one.sent_bytes
-    if tokens >= _LARGE_EXCHANGE:
+    if kernel == "many":
         if machine.bulk_once_per_node and one.degree > machine.devices_per_node:
             nodes = one.degree / machine.devices_per_node
             choices = one.messages / tokens
             sent *= nodes * (1 - (1 - 1 / nodes) ** choices) / choices
-        return latency + sent / machine.bulk_bytes_per_s(stage, one.degree)
+        return sent / machine.bulk_bytes_per_s(stage, one.degree)
     if machine.table is None:
-        return latency + machine.exchange_slowdown * sent / machine.link_rate(one.degree)
+        return machine.exchange_slowdown * sent / machine.link_rate(one.degree)
     table = machine.table
-    published = table.seconds(stage, one.degree)
-    rate = table.tokens * _TABLE_CHOICES * _TABLE_MESSAGE[stage] / max(published - latency, 1e-9)
-    return latency + machine.exchange_slowdown * sent / rate
+    latency = machine.dispatch_latency_s if stage == "dispatch" else machine.combine_latency_s
+    rate = table.tokens * _TABLE_CHOICES * _TABLE_MESSAGE[stage] / max(table.seconds(stage, one.degree) - latency, 1e-9)
+    return machine.exchange_slowdown * sent / rate
 
 
 def memory_of(layout: Layout, pricing: Pricing = NO_PRICING) -> dict[str, float]:
@@ -246,11 +279,12 @@ def check_fits(layout: Layout, machine: Hardware, memory: Mapping[str, float]) -
 def stage_table(layout: Layout, machine: Hardware, pricing: Pricing = NO_PRICING) -> list[dict[str, float | str]]:
     """Counts and seconds of each stage, of a whole step: what a report shows."""
     rows: dict[str, dict[str, float | str]] = {}
+    kernel = price(layout, machine, dataclasses.replace(pricing, check_memory=False)).kernel
     for stage in layout.counts():
         tokens = layout.tokens // (2 if stage.lane else 1)
         data = layout.expected(tokens)
         work: Work = stage.expected(data).times(stage.calls)
-        seconds = stage.calls * stage_parts(stage, data, tokens, layout, machine, pricing).on(1)
+        seconds = stage.calls * stage_parts(stage, data, tokens, layout, machine, pricing, kernel).on(1)
         row = rows.setdefault(stage.stage, {"stage": stage.stage})
         for name, value in (
             ("int8_flops", work.int8),

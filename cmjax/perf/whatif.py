@@ -31,8 +31,8 @@ def run(name: str, config: ModelConfig, machine: Hardware) -> Result:
 
 def _decode(config: ModelConfig, machine: Hardware, batch: int, **changes: Any) -> Layout:
     given: dict[str, Any] = {
-        "config": config, "phase": "decode", "ep_size": _EP, "batch": batch, "context": _CONTEXT, "drafts": 1,
-        "balance": machine.balance,
+        "config": config, "phase": "decode", "ep_size": _EP, "batch": batch, "context": _CONTEXT,
+        "drafts": _drafts(config), "balance": machine.balance,
     }  # fmt: skip
     return Layout(**{**given, **changes})
 
@@ -46,13 +46,26 @@ def _best(config: ModelConfig, machine: Hardware, **changes: Any) -> tuple[int, 
             if sum(memory_of(layout).values()) > machine.memory_bytes:
                 return found
             step = price(layout, machine, counted=layout.counts_by_batch(*_ENDS))
-            if step.seconds / _tokens() <= _TPOT_S:
+            if step.seconds / _tokens(config) <= _TPOT_S:
                 found = (batch, step)
     return found
 
 
-def _tokens() -> float:
-    return tokens_a_step(1, _ACCEPTANCE)
+def _drafts(config: ModelConfig) -> int:
+    """One, where the model has a module that drafts."""
+    return min(1, config.num_mtp_layers)
+
+
+def _tokens(config: ModelConfig) -> float:
+    return tokens_a_step(_drafts(config), _ACCEPTANCE)
+
+
+def _must_keep(config: ModelConfig, machine: Hardware) -> tuple[int, StepPrice]:
+    """As `_best`; UserError where no batch fits and keeps the target."""
+    found = _best(config, machine)
+    if found is None:
+        raise UserError(f"no batch of this model at EP{_EP} keeps {_TPOT_S * 1e3:g} ms on {machine.name}")
+    return found
 
 
 def _stages(layout: Layout, machine: Hardware, names: Iterable[str], tokens: int, rows: float | None = None) -> float:
@@ -71,10 +84,11 @@ def _stages(layout: Layout, machine: Hardware, names: Iterable[str], tokens: int
 
 def apart(config: ModelConfig, machine: Hardware) -> Result:
     """Attention and experts on dies of their own (MegaScale-Infer)."""
-    together = _best(config, machine)
-    assert together is not None
-    rows = [["together", _EP, _EP, together[0], 1e3 * together[1].seconds / _tokens(),
-             together[0] * _tokens() / together[1].seconds]]  # fmt: skip
+    if not config.moe_layer_ids:
+        raise UserError("what-if 'afd' parts experts from attention, and this model has no experts")
+    together = _must_keep(config, machine)
+    rows = [["together", _EP, _EP, together[0], 1e3 * together[1].seconds / _tokens(config),
+             together[0] * _tokens(config) / together[1].seconds]]  # fmt: skip
     exchange = ("dispatch", "combine")
     experts_only = [name for name in MOE_STREAM if name not in (*exchange, "gate")]
     num_layers = len(config.moe_layer_ids)
@@ -93,17 +107,17 @@ def apart(config: ModelConfig, machine: Hardware) -> Result:
             outside = price(layout, machine)
             rest = outside.seconds - num_layers * outside.layer
             seconds = 3 * num_layers * turn + rest
-            if seconds / _tokens() <= _TPOT_S:
-                best = (3 * part, seconds, 3 * part * dies * _tokens() / seconds / _EP)
+            if seconds / _tokens(config) <= _TPOT_S:
+                best = (3 * part, seconds, 3 * part * dies * _tokens(config) / seconds / _EP)
         if best is not None:
-            rows.append(["apart", dies, num_experts_dies, best[0], 1e3 * best[1] / _tokens(), best[2]])
+            rows.append(["apart", dies, num_experts_dies, best[0], 1e3 * best[1] / _tokens(config), best[2]])
     return {
         "title": f"Attention and experts on dies of their own, {_EP} dies in all, TPOT 50 ms",
         "assumptions": [
             "three microbatches take turns: one attends, one is with its experts, one travels; the slowest decides",
             "shared experts and redundant copies as the placement of the experts' dies has them; the exchange costs "
             "what it costs among the experts' dies",
-            f"4,096 tokens of context, one draft, {_ACCEPTANCE:.0%} kept",
+            f"4,096 tokens of context, drafts: {_drafts(config)}, {_ACCEPTANCE:.0%} kept",
         ],
         "columns": ["form", "attention dies", "expert dies", "batch a die", "TPOT ms", "tok/s/die of all"],
         "rows": rows,
@@ -121,9 +135,11 @@ def supernode(config: ModelConfig, machine: Hardware) -> Result:
             if found is None:
                 continue
             batch, step = found
-            rate = batch * _tokens() / step.seconds
+            rate = batch * _tokens(config) / step.seconds
             instances = 8192 // ep_size
-            rows.append([name, ep_size, batch, 1e3 * step.seconds / _tokens(), rate, rate * instances * ep_size / 1e6])
+            rows.append(
+                [name, ep_size, batch, 1e3 * step.seconds / _tokens(config), rate, rate * instances * ep_size / 1e6]
+            )
     return {
         "title": "A supernode of 8,192 devices: decode at 50 ms by EP size, and on the 950 series",
         "assumptions": [
@@ -146,20 +162,20 @@ def plane(config: ModelConfig, machine: Hardware) -> Result:
         balance=machine.balance,
     )  # fmt: skip
     step = price(prefill, machine, dataclasses.replace(NO_PRICING, check_memory=False))
-    found = _best(config, machine)
-    assert found is not None
-    batch, decode = found
+    batch, decode = _must_keep(config, machine)
     rows = []
     for name, rate, shares in (
         ("three planes", machine.far_bytes_per_s, False),
         ("one UB plane", machine.link_bytes_per_s, True),
     ):
         # Each request arrives once for its output; its latents take a part of a die's UB from the exchange.
-        arrivals = batch * _tokens() / decode.seconds / 256
+        arrivals = batch * _tokens(config) / decode.seconds / 256
         load = arrivals * latents / machine.link_bytes_per_s if shares else 0.0
         exchange = decode.stages["dispatch"] + decode.stages["combine"]
         slower = decode.seconds + exchange * load / (1 - load) / 2
-        rows.append([name, 1e3 * latents / rate, step.seconds + latents / rate, 100 * load, 1e3 * slower / _tokens()])
+        rows.append(
+            [name, 1e3 * latents / rate, step.seconds + latents / rate, 100 * load, 1e3 * slower / _tokens(config)]
+        )
     return {
         "title": "One UB plane in place of three: the hand-off of a prompt of 4,096 tokens, and what it costs decode",
         "assumptions": [
@@ -224,11 +240,11 @@ def offload(config: ModelConfig, machine: Hardware) -> Result:
             seconds = full.seconds - away + max(0.0, travel - away)
             memory = memory_of(layout)
             fits = sum(memory.values()) - share * memory["cache"] <= machine.memory_bytes
-            if fits and seconds / _tokens() <= _TPOT_S:
+            if fits and seconds / _tokens(config) <= _TPOT_S:
                 best = (batch, seconds, core * share / seconds)
         if best is not None:
             batch, seconds, lent = best
-            rows.append([100 * share, batch, 1e3 * seconds / _tokens(), batch * _tokens() / seconds, lent])
+            rows.append([100 * share, batch, 1e3 * seconds / _tokens(config), batch * _tokens(config) / seconds, lent])
     return {
         "title": "Decode's core attention partly on prefill's dies, TPOT 50 ms",
         "assumptions": [

@@ -9,7 +9,9 @@ from cmjax.options import check_bounds, option
 class Workload:
     """What a cluster shall serve, and on how many devices."""
 
-    devices: int = option(384, "Devices: dies of an Ascend 910, else GPUs or chips.", flag="--devices", minimum=1)
+    devices: int = option(
+        384, "Devices: dies of an Ascend 910, else GPUs or chips.", flag="--devices", minimum=1, maximum=65_536
+    )
     input_len: int = option(4096, "Tokens of a prompt.", flag="--input-len", minimum=1)
     output_len: int = option(256, "Tokens of an answer.", flag="--output-len", minimum=1)
     acceptance: float = option(

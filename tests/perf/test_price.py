@@ -7,7 +7,7 @@ import pathlib
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cmjax.checkpoint.configs import find_config
@@ -182,3 +182,24 @@ def test_a_step_is_the_sum_of_its_stages():
     assert found.seconds == pytest.approx(sum(found.stages.values()) + DIE.step_overhead_s)
     table = {row["stage"]: row["seconds"] for row in stage_table(layout, DIE)}
     assert table == pytest.approx(dict(found.stages))
+
+
+@given(
+    low=st.integers(64, 4096),
+    more=st.integers(1, 4096),
+    name=st.sampled_from(["h200", "gb200", "ascend-910", "ascend-950dt", "v5p"]),
+    microbatches=st.sampled_from([1, 2]),
+    ep_size=st.sampled_from([8, 32]),
+)
+@example(low=1020, more=10, name="h200", microbatches=1, ep_size=32)
+@settings(max_examples=60, deadline=None)
+def test_a_larger_batch_never_takes_less(low, more, name, microbatches, ep_size):
+    """Where another kernel of dispatch and combine takes over, too: it does where it is faster."""
+    machine = hardware.hardware(name)
+    base = decode(ep_size=ep_size, microbatches=microbatches, batch=64)
+
+    def at(batch):
+        layout = dataclasses.replace(base, batch=2 * (batch // 2))
+        return price(layout, machine, FREE, layout.counts_by_batch(64, 512)).seconds
+
+    assert at(low + more) >= at(low) * (1 - 1e-9)
