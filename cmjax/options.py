@@ -8,12 +8,15 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 import types
 import typing
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from cmjax.errors import UserError
 
+T = TypeVar("T", bound=str)
 _KEY = "cmjax.option"
 
 
@@ -116,3 +119,16 @@ def check_bounds(settings: object) -> None:
             raise UserError(f"{name} {value} {problem}")
         if one.choices and value not in one.choices:
             raise UserError(f"{name} {value!r} is not one of {', '.join(map(str, one.choices))}")
+
+
+def choice_from_environment(name: str, choices: Sequence[T]) -> T:
+    """The environment variable `name`, one of `choices`; the first of them where it is not set.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = os.environ.get(name, choices[0])
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise UserError(f"{name} must be one of {', '.join(choices)}, got {text!r}")

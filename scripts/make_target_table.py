@@ -24,6 +24,7 @@ from cmjax.bench.report import commit
 from cmjax.checkpoint.configs import find_config
 from cmjax.errors import UserError
 from cmjax.targets import StepReport, StepRequest, compile_apart
+from cmjax.targets.advice import share_that_fits
 
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
@@ -74,8 +75,7 @@ def compile_row(request: StepRequest) -> Row:
         batch = request.settings[key]
         if report.status != "too large" or report.total is None or report.memory is None:
             break
-        left = (report.memory - report.weights) / max(report.total - report.weights, 1)
-        smaller = int(batch * min(left, 0.95)) // unit * unit
+        smaller = int(batch * min(share_that_fits(report), 0.95)) // unit * unit
         if smaller < unit:
             break
         request = dataclasses.replace(request, settings=request.settings | {key: smaller})

@@ -16,7 +16,7 @@ from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
 from cmjax.mesh import Supernode, fabric
-from cmjax.model import Model, num_params
+from cmjax.model import Model, num_params, token_bytes
 from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 from cmjax.serve import Engine, EngineSettings
@@ -216,7 +216,7 @@ def run(
         num_prefill_kv_blocks=(settings.burst + 1) * blocks_for(longest, BLOCK_SIZE),
     )
     prompts = _Prompts(settings, model.config.vocab_size, cache_block)
-    token_bytes = model.config.num_cache_layers * model.config.latent_width * model.dtype.itemsize
+    a_token = token_bytes(model.config, model.dtype)
     with contextlib.ExitStack() as stack:
         off, *cached = (
             stack.enter_context(started(model, sizes, cache))
@@ -233,7 +233,7 @@ def run(
         tell("filling the pool", 0, None)
         pool, vpc = (
             _Cached(engine, prompts, settings, delay)
-            for engine, delay in zip(cached, (None, vpc_delay(stretch, token_bytes)), strict=True)
+            for engine, delay in zip(cached, (None, vpc_delay(stretch, a_token)), strict=True)
         )
         samples = dict(_measure_all(settings, off, pool, vpc, prompts, tell))
     found = {
@@ -241,7 +241,7 @@ def run(
         "num_parameters": num_params(model.params),
         "prefill_s": prefill_s,
         "stretch": stretch,
-        "token_bytes": token_bytes,
+        "token_bytes": a_token,
     }
     shared = {reuse: prompts.num_shared(reuse) for reuse in settings.each_reuse}
     return {

@@ -17,7 +17,7 @@ from cmjax.bench.cache_bound import Lookup, clairvoyant_hits, count_distinct, lr
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
-from cmjax.model import Model
+from cmjax.model import Model, token_bytes
 from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 from cmjax.serve import EngineSettings
@@ -219,7 +219,7 @@ def _deliver(
         max_num_batched_tokens=1024,
         num_prefill_kv_blocks=blocks_for(longest, block),
     )
-    block_bytes = block * config.num_cache_layers * config.latent_width * model.dtype.itemsize
+    block_bytes = block * token_bytes(config, model.dtype)
     cache = CacheSettings(
         cache_block_size=block, dram_bytes=wanted * block_bytes, decode_blocks="never", fetch="always"
     )

@@ -14,7 +14,7 @@ from cmjax.bench.cache_trace import TraceCacheSettings
 from cmjax.cli.bench_each import run_each
 from cmjax.cli.command import Commands
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import count_option, json_option
+from cmjax.cli.options import count_option, json_option, plot_option
 from cmjax.cli.progress import shown_progress
 from cmjax.cli.running import use_compilation_cache
 from cmjax.cli.tables import print_report
@@ -22,13 +22,6 @@ from cmjax.cli.tables import print_report
 EXIT_NOT_AS_MEANT = 1
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def plot_option(function: Function) -> Function:
-    """`--plot`: a picture beside the tables."""
-    return click.option(
-        "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the figures, as PNG or SVG."
-    )(function)
 
 
 @click.group(

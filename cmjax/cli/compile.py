@@ -13,16 +13,15 @@ from cmjax.checkpoint import ModelFormats
 from cmjax.checkpoint.configs import FoundConfig, find_config, shipped_models
 from cmjax.cli.compile_tables import collectives_table, machines_table, reasons, steps_table
 from cmjax.cli.flags import Given, given_options_for, options_for
-from cmjax.cli.options import json_option
+from cmjax.cli.options import json_option, model_config_option
 from cmjax.cli.progress import shown_progress
 from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
+from cmjax.mesh.topology import DEFAULT_EP_SIZE, MAX_DEFAULT_PREFILL_EP_SIZE
 from cmjax.serve import EngineSettings
 from cmjax.targets import HERE, StepReport, StepRequest, Target, compile_apart, machines
 
-_DEFAULT_EP = 320
-_MOST_PREFILL = 32
 # Those that shape a step.
 _SETTINGS = (
     "max_model_len",
@@ -54,9 +53,7 @@ EXIT_NOT_COMPILED = 1
     \b
     The exit status is 1 where a step does not compile or does not fit.""",
 )
-@click.option(
-    "--model", default="deepseek-r1", show_default=True, metavar="MODEL", help="Folder, config.json, or a shipped name."
-)
+@model_config_option
 @click.option("--target", "target_name", metavar="TARGET", help="v5p:8x8x5, h100:320, b200, here, ...; see --list.")
 @click.option("--list", "is_list", is_flag=True, help="List targets and models, and do nothing else.")
 @click.option(
@@ -112,8 +109,8 @@ def compile_command(
     if own["num_runs"] and target.machine is not None:
         raise UserError(f"--run needs --target {HERE}: {target_name} is not a machine that is here")
     found = find_config(model)
-    ep_size = layout.get("ep_size") or target.num_devices or _DEFAULT_EP
-    sizes = {"decode": ep_size, "prefill": layout.get("prefill_ep_size") or min(ep_size, _MOST_PREFILL)}
+    ep_size = layout.get("ep_size") or target.num_devices or DEFAULT_EP_SIZE
+    sizes = {"decode": ep_size, "prefill": layout.get("prefill_ep_size") or min(ep_size, MAX_DEFAULT_PREFILL_EP_SIZE)}
     common: dict[str, Any] = {
         "target": target_name,
         "config": found.config.to_hf(),

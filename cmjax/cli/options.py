@@ -50,6 +50,24 @@ def data_option(default: Path, help: str) -> Callable[[Function], Function]:
     return click.option("--data", type=click.Path(path_type=Path), default=default, metavar="FILE", help=help)
 
 
+def plot_option(function: Function) -> Function:
+    """`--plot`: a picture beside the tables."""
+    return click.option(
+        "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the figures, as PNG or SVG."
+    )(function)
+
+
+def model_config_option(function: Function) -> Function:
+    """`--model`, of which no weights are needed: see `cmjax.checkpoint.configs.find_config`."""
+    return click.option(
+        "--model",
+        default="deepseek-r1",
+        show_default=True,
+        metavar="CONFIG",
+        help="A config.json, its folder, or the name of a config that ships with the package.",
+    )(function)
+
+
 def json_option(function: Function) -> Function:
     """`--json`: one JSON object on standard output, nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)

@@ -14,7 +14,7 @@ from rich.table import Table
 from cmjax.bench.tables import new_table, number
 from cmjax.cli.command import Commands
 from cmjax.cli.flags import options_for
-from cmjax.cli.options import count_option, json_option
+from cmjax.cli.options import count_option, json_option, model_config_option, plot_option
 from cmjax.cli.progress import shown_progress
 from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
@@ -41,16 +41,6 @@ class Duration(click.ParamType):
         return float(found[1]) * _UNITS[found[2]]
 
 
-def _model_option(function: Function) -> Function:
-    return click.option(
-        "--model",
-        default="deepseek-r1",
-        show_default=True,
-        metavar="CONFIG",
-        help="A config.json, its folder, or the name of a config that ships with the package.",
-    )(function)
-
-
 def _hardware_option(function: Function) -> Function:
     return click.option(
         "--hardware",
@@ -58,12 +48,6 @@ def _hardware_option(function: Function) -> Function:
         show_default=True,
         metavar="NAME",
         help="Machine to price on; `cmjax simulate hardware` lists them.",
-    )(function)
-
-
-def _plot_option(function: Function) -> Function:
-    return click.option(
-        "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the figures, as PNG or SVG."
     )(function)
 
 
@@ -84,7 +68,7 @@ def simulate() -> None:
 @simulate.command(
     "paper", epilog="\b\nExamples:\n  cmjax simulate paper\n  cmjax simulate paper --plot paper.png --json"
 )
-@_plot_option
+@plot_option
 @json_option
 def paper(plot: Path | None, as_json: bool) -> None:
     """Published figures of DeepSeek-R1 beside what is predicted for them, and why some miss."""
@@ -135,8 +119,8 @@ def _plain(value: float | None) -> str:
     of Ascend layouts (dies, ep, dp, batch, context, drafts, acceptance, balance; tpot_ms where it was measured).""",
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@_model_option
-@_plot_option
+@model_config_option
+@plot_option
 @json_option
 def points(file: Path, model: str, plot: Path | None, as_json: bool) -> None:
     """Time per output token of each line of FILE, beside what was measured."""
@@ -169,7 +153,7 @@ def points(file: Path, model: str, plot: Path | None, as_json: bool) -> None:
       cmjax simulate plan --hardware gb200 --devices 72 --tpot 20ms --price 3 --out serve.yaml --plot front.png
       cmjax serve --config serve.yaml --model DIR""",
 )
-@_model_option
+@model_config_option
 @_hardware_option
 @click.option("--tpot", type=Duration(), default=0.05, show_default="50ms", help="Target of the time per output token.")
 @click.option("--ttft", type=Duration(), default=2.0, show_default="2s", help="Target of the time to the first token.")
@@ -177,7 +161,7 @@ def points(file: Path, model: str, plot: Path | None, as_json: bool) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write a YAML file for cmjax serve --config."
 )
-@_plot_option
+@plot_option
 @json_option
 def plan(
     model: str,
@@ -269,7 +253,7 @@ def _write_yaml(config: dict[str, Any], path: Path) -> None:
       cmjax simulate step --ep 320 --batch 48 --context 4096 --drafts 1 --microbatches 2
       cmjax simulate step --phase prefill --ep 32 --batch 8192 --context 4096 --hardware gb200 --json""",
 )
-@_model_option
+@model_config_option
 @_hardware_option
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), default="decode", show_default=True, help="Which.")
 @count_option("--ep", 320, "Devices of the instance.", most=8192)
@@ -300,7 +284,8 @@ def step(
         config=find_config(model).config, phase=cast(Phase, phase), ep_size=ep, batch=batch, context=context,
         drafts=drafts, microbatches=microbatches, balance=machine.balance,
     )  # fmt: skip
-    found, rows = price(layout, machine), stage_table(layout, machine)
+    found = price(layout, machine)
+    rows = stage_table(layout, machine, found)
     if as_json:
         whole = {"seconds": found.seconds, "streams": found.streams, "memory": dict(found.memory)}
         click.echo(json.dumps({**whole, "stages": rows}, indent=2))
@@ -326,7 +311,7 @@ def step(
 
 @simulate.command("whatif", epilog="\b\nExamples:\n  cmjax simulate whatif afd\n  cmjax simulate whatif all --plot DIR")
 @click.argument("name", default="all")
-@_model_option
+@model_config_option
 @_hardware_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it to this file, or several into this folder.")
 @json_option
@@ -341,6 +326,8 @@ def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bo
         wanted = "a folder: it takes one picture of each" if name == "all" else "a file"
         raise UserError(f"--plot {plot}: is there and is not {wanted}")
     config, machine = find_config(model).config, find_hardware(hardware)
+    if plot is not None and name == "all":
+        _make_folder(plot)
     results = {}
     with shown_progress("what-ifs") as tell:
         for index, one in enumerate(names):
@@ -348,8 +335,6 @@ def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bo
             results[one] = whatif.run(one, config, machine)
     for one, result in results.items():
         if plot is not None:
-            if name == "all":
-                _make_folder(plot)
             plots.what_if(result, plot / f"{one}.png" if name == "all" else plot)
     if as_json:
         click.echo(json.dumps(results, indent=2))

@@ -6,8 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from cmjax.kernels.primitive import Form, make_primitive, run_kernel
-from cmjax.kernels.products import FLOATS
+from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
 
 Array = jax.Array
 State = tuple[Array, Array, Array]  # of a running softmax: largest score, sum, values summed

@@ -2,14 +2,14 @@
 
 import dataclasses
 import logging
-import os
 import threading
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import jax
 
 from cmjax.errors import UserError
 from cmjax.kernels.native import build
+from cmjax.options import choice_from_environment
 
 KernelsMode = Literal["auto", "native", "xla"]
 _logger = logging.getLogger("cmjax.kernels")
@@ -23,19 +23,12 @@ class KernelStatus:
     reason: str
 
 
-def _from_environment() -> KernelsMode:
-    mode = os.environ.get("CMJAX_KERNELS", "auto")
-    if mode not in get_args(KernelsMode):
-        raise UserError(f"CMJAX_KERNELS must be one of {', '.join(get_args(KernelsMode))}, got {mode!r}")
-    return cast(KernelsMode, mode)
-
-
 class _Settings:
     """What the kernels are set to, for the whole process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.mode = _from_environment()
+        self.mode: KernelsMode = choice_from_environment("CMJAX_KERNELS", get_args(KernelsMode))
         self.has_warned = False
 
 

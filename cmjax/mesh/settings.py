@@ -14,6 +14,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh.native import build as native_build
 from cmjax.native import Loaded
+from cmjax.options import choice_from_environment
 
 # XLA:CPU runs collectives on at most this many threads, and each rank of a lax collective blocks one.
 MAX_LAX_DEVICES = 256
@@ -80,7 +81,7 @@ class Settings:
         self._native_ragged_failure = native_ragged_failure
         self._lock = threading.Lock()
         self._warned = False
-        self.forms = Forms(ragged=_ragged_from_environment())
+        self.forms = Forms(ragged=choice_from_environment("CMJAX_FABRIC_RAGGED", get_args(RaggedMode)))
         self.delay: DelayModel | None = None
         self.timeout_s = _timeout_from_environment()
 
@@ -213,14 +214,6 @@ def _too_many(num_devices: int, reason: str) -> str:
         f"fabric: {num_devices} devices need the C++ fabric (lax collectives on CPU stop at {MAX_LAX_DEVICES}), "
         f"but {reason}"
     )
-
-
-def _ragged_from_environment() -> RaggedMode:
-    text = os.environ.get("CMJAX_FABRIC_RAGGED", "auto")
-    for mode in get_args(RaggedMode):
-        if text == mode:
-            return mode
-    raise UserError(f"CMJAX_FABRIC_RAGGED must be one of {', '.join(get_args(RaggedMode))}, got {text!r}")
 
 
 def _timeout_from_environment() -> float:

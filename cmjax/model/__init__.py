@@ -1,6 +1,6 @@
 """The DeepSeek architecture (V2, V3, R1): config, parameters, MLA, layers, the MTP module, prefill and decode."""
 
-from cmjax.model.cache import as_stored, write_rows
+from cmjax.model.cache import as_stored, token_bytes, write_rows
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
 from cmjax.model.decode import DecodeBatch, decode_pass, draft_pass
 from cmjax.model.mla import mla_prolog, rms_norm
@@ -108,6 +108,7 @@ __all__ = [
     "rms_norm",
     "split_experts",
     "stack_loads",
+    "token_bytes",
     "token_id_array",
     "token_order",
     "write_rows",

@@ -8,7 +8,16 @@ followed by the rotated `k_pe`, all that MLA needs to keep of a token, and where
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+
+from cmjax.model.config import ModelConfig
+
+
+def token_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of a token's latents, of all layers of the cache, without padding."""
+    return config.num_cache_layers * config.latent_width * np.dtype(dtype).itemsize
 
 
 @flax.struct.dataclass

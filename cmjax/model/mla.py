@@ -338,10 +338,8 @@ def _attend_form(
 
 def absorbed_end(params: AttentionParams, config: ModelConfig, core: CoreAttention) -> jax.Array:
     """Absorbed attention after all keys: `[tokens, heads * v_head_dim]`."""
-    kv_b, spec = (
-        in_stack(params.kv_b),
-        AttentionSpec(core.query.shape[0], config.qk_nope_head_dim, config.softmax_scale),
-    )
+    kv_b = in_stack(params.kv_b)
+    spec = AttentionSpec(core.query.shape[0], config.qk_nope_head_dim, config.softmax_scale)
     out = release(_release_form, core.state.total, core.state.mixed, kv_b.stack, kv_b.layer, spec)
     return out.astype(core.query.dtype)
 

@@ -34,7 +34,7 @@ class RouterConfig:
 
 def router_scores(x: jax.Array, weight: Matrix, config: RouterConfig) -> jax.Array:
     """Return `float32[tokens, experts]`, the scores of `x[tokens, hidden]` under `weight float32[experts, hidden]`."""
-    # On its own: libtpu 0.0.50 to 0.0.52 crash where they fuse a tall product with the reshape into groups after it.
+    # On its own: libtpu 0.0.50 crashes where it fuses a tall product with the reshape into groups after it.
     logits = lax.optimization_barrier(linear(x.astype(jnp.float32), weight))
     return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 

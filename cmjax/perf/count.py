@@ -18,7 +18,6 @@ equation belongs, the scopes "a" and "b" which microbatch. Rules, the same for e
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,11 +146,7 @@ class _Walk:
             work = Work(activation_bytes=_TWICE * _bytes(eqn.outvars[0], _stored(eqn.outvars[0]).itemsize))
         if work is not None:
             self._add(scope, section, calls, work)
-        if name in _VIEWS:
-            return [given[0]] * len(eqn.outvars)
-        if name in ("select_n", "concatenate", "pad") and any(value.is_rounded for value in given):
-            return [_Value("", _ACTIVATION_BYTES, True)]
-        return [_stored(var) for var in eqn.outvars]
+        return _results(eqn, given)
 
     def _at(self, scope: str, section: int, calls: int) -> _Found:
         words, stage = scope.split("/"), _stage_of(scope)
@@ -199,17 +194,13 @@ class _Body:
         """Go through a jaxpr; returns where its results come from."""
         for eqn in jaxpr.eqns:
             name, given = eqn.primitive.name, [_value_of(var, values) for var in eqn.invars]
-            results = [_stored(var) for var in eqn.outvars]
+            results = _results(eqn, given)
             if name == "while":
                 self.inner.append((eqn, given))
             elif nested := list(_inner_jaxprs(eqn)):
                 results = self.collect(nested[0], dict(zip(nested[0].invars, given, strict=True)))
             else:
                 self._equation(eqn, given)
-                if name in _VIEWS:
-                    results = [given[0]] * len(results)
-                elif name in ("select_n", "concatenate") and any(value.is_rounded for value in given):
-                    results = [_Value("", _ACTIVATION_BYTES, True)]
             values.update(zip(eqn.outvars, results, strict=False))
         return [_value_of(var, values) for var in jaxpr.outvars]
 
@@ -247,6 +238,16 @@ def _stage_of(scope: str) -> str:
 
 def _value_of(var: Any, values: dict[Var, _Value]) -> _Value:
     return _stored(var) if isinstance(var, Literal) else values.get(var, _Value())
+
+
+def _results(eqn: JaxprEqn, given: list[_Value]) -> list[_Value]:
+    """Where the results of an equation without a jaxpr of its own come from."""
+    name = eqn.primitive.name
+    if name in _VIEWS:
+        return [given[0]] * len(eqn.outvars)
+    if name in ("select_n", "concatenate", "pad") and any(value.is_rounded for value in given):
+        return [_Value("", _ACTIVATION_BYTES, True)]
+    return [_stored(var) for var in eqn.outvars]
 
 
 def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
@@ -306,11 +307,3 @@ def _exchange(eqn: JaxprEqn, name: str) -> Work:
         messages = float(rows)
         sent = messages * data.shape[1] * np.dtype(data.dtype).itemsize
     return Work(operators=1, exchanges=(ExchangeWork(name, eqn.params["plane"], ranks, sent, messages),))
-
-
-def by_stage(stages: list[StageWork]) -> dict[str, list[StageWork]]:
-    """The same, grouped by stage."""
-    groups: dict[str, list[StageWork]] = defaultdict(list)
-    for one in stages:
-        groups[one.stage].append(one)
-    return dict(groups)

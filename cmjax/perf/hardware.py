@@ -148,15 +148,17 @@ def _read(name: str, entries: Mapping[str, Any]) -> Hardware:
         seconds = [[us * 1e-6 for us in published[f"{what}_us"]] for what in ("dispatch", "combine")]
         table = ExchangeTable(published["tokens"], published["degrees"], *seconds)
     if "bulk_degrees" in entries:
-        rates = [[rate * 1e9 for rate in entries[f"bulk_{what}_gb_per_s"]] for what in ("dispatch", "combine")]
-        bulk = (entries["bulk_degrees"], *rates)
+        dispatch, combine = (
+            [rate * 1e9 for rate in entries[f"bulk_{what}_gb_per_s"]] for what in ("dispatch", "combine")
+        )
+        bulk = entries["bulk_degrees"], dispatch, combine
     plain = ("title", "devices_per_package", "devices_per_node", "domain", "cores", "decode_overlap", "prefill_overlap")
     return Hardware(
         name=name,
         figures=figures,
         fused=frozenset(entries["fused"]),
         table=table,
-        bulk=bulk,  # type: ignore[arg-type]  # three lists
+        bulk=bulk,
         bulk_once_per_node=entries.get("bulk_once_per_node", False),
         bulk_cores=entries.get("bulk_cores", 0),
         **{key: entries[key] for key in plain},

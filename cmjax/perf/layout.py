@@ -7,7 +7,7 @@ of no devices: any EP size, in less than a second.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS
-from cmjax.model import ModelConfig, MoeParams, Params, abstract_params, head_shards, num_bytes, plan_placement
+from cmjax.model import ModelConfig, abstract_params, head_shards, num_bytes, plan_placement, token_bytes
 from cmjax.moe import ExpertPlacement, buffer_bytes, message_bytes
 from cmjax.perf.count import count
 from cmjax.perf.work import ATTENTION_STREAM, Expected, StageWork, blend_stages
@@ -108,7 +108,7 @@ class Layout:
             max_num_seqs_per_rank=self.batch if self.phase == "decode" else 2,
             max_num_batched_tokens=tokens if self.phase == "prefill" else _BLOCK,
             num_speculative_tokens=self.drafts,
-            microbatches=self.microbatches,  # type: ignore[arg-type]  # checked
+            microbatches=self.microbatches,
             num_redundant_experts=self.num_redundant_experts,
             num_shared_replicas=self.num_shared_replicas,
             steps_per_call=1,
@@ -166,12 +166,9 @@ class Layout:
         Buffers are those of the paper: one for dispatch and one for combine, sized by a microbatch's tokens at worst.
         """
         config, placement = self.config, self.placement
-        params = _placed_params(self._form(2))
-        layers = [params.moe, None if params.mtp is None else params.mtp.layer]
-        sparse: list[Any] = [one.mlp for one in layers if one is not None and isinstance(one.mlp, MoeParams)]
-        of_experts = float(sum(num_bytes(one.experts) for one in sparse))
-        weights = num_bytes(params) - of_experts + of_experts / self.ep_size
-        latent = config.num_cache_layers * config.latent_width * jnp.dtype(_DTYPE).itemsize
+        instance = _instance(self._form(2))
+        weights = float(instance.local_bytes(instance.params))
+        latent = latent_bytes(config)
         if self.phase == "decode":
             cached = self.batch * (self.context + self.drafts) * latent
         else:  # every rank holds all the prompts' latents
@@ -180,9 +177,8 @@ class Layout:
         buffers = 0.0
         if placement is not None:
             tokens, choices = self.tokens // self.microbatches, config.num_topk + placement.num_dispatched_shared
-            wires = ("int8", "bfloat16") if self.quant else (None, None)
-            for wire in wires:
-                message = message_bytes(config.hidden_size, _DTYPE, wire)  # type: ignore[arg-type]  # wire dtypes
+            for wire in instance.wires:
+                message = message_bytes(config.hidden_size, jnp.dtype(_DTYPE), wire)
                 buffers += buffer_bytes(self.ep_size, tokens, choices, placement.num_local_experts, message)
         if self.phase == "prefill":
             # In prefill rows go by SDMA into buffers of what is expected: the worst case of all would not fit anywhere.
@@ -190,6 +186,11 @@ class Layout:
         logits = self.tokens * config.vocab_size * 4 if self.phase == "decode" else 0
         hidden = 8 * self.tokens * config.hidden_size * jnp.dtype(_DTYPE).itemsize
         return {"weights": weights, "cache": cached, "buffers": buffers, "activations": float(hidden + logits)}
+
+
+def latent_bytes(config: ModelConfig) -> int:
+    """Bytes that the cache has of a token."""
+    return token_bytes(config, _DTYPE)
 
 
 def abstract_bytes(config: ModelConfig, quant: Literal["int8"] | None = "int8") -> float:
@@ -220,5 +221,5 @@ def _counts(layout: Layout) -> list[StageWork]:
 
 
 @functools.lru_cache(maxsize=64)
-def _placed_params(layout: "Layout") -> Params:
-    return layout.instance().params
+def _instance(layout: Layout) -> AbstractInstance:
+    return layout.instance()

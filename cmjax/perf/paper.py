@@ -14,7 +14,7 @@ from typing import Any
 from cmjax.model import ModelConfig
 from cmjax.perf import points
 from cmjax.perf.hardware import Hardware, hardware, operators
-from cmjax.perf.layout import Layout, abstract_bytes
+from cmjax.perf.layout import Layout, abstract_bytes, latent_bytes
 from cmjax.perf.points import faster, tokens_a_step
 from cmjax.perf.price import Pricing, StepPrice, price
 
@@ -186,7 +186,7 @@ def _ttft_of(row: Row, config: ModelConfig, machine: Hardware, reuse: float, pla
     part, then spread over UB, since every rank attends to all."""
     batch = max(2, round(row["batch"] * (1 - reuse) / 2) * 2)
     step = _prefill_price(row, config, machine, batch=batch, cached=row["context"] * reuse).seconds
-    latents = row["batch"] * reuse * config.num_cache_layers * config.latent_width * 2
+    latents = row["batch"] * reuse * latent_bytes(config)
     rate = machine.host_bytes_per_s if plane == "ub" else machine.storage_bytes_per_s / machine.devices_per_node
     spread = latents * (row["ep"] - 1) / machine.bulk_bytes_per_s("dispatch", row["ep"])
     return step + latents / rate + spread

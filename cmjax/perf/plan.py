@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
 from cmjax.perf.hardware import Hardware
-from cmjax.perf.layout import Layout
+from cmjax.perf.layout import Layout, latent_bytes
 from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import StepPrice, price
 from cmjax.perf.workload import Workload
@@ -21,6 +21,7 @@ from cmjax.perf.workload import Workload
 _EP_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 288, 320)
 _PREFILL_EP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _BATCHES = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
+_QUANTS: tuple[Literal["int8"] | None, ...] = ("int8", None)
 _STEP_TOKENS = (1024, 2048, 4096, 8192, 16384)
 # Counts are traced at these two and affine in between and beyond.
 _DECODE_ENDS, _PREFILL_ENDS = (16, 64), (2048, 8192)
@@ -169,8 +170,8 @@ def _forms(
     for ep_size in sorted(size for size in sizes if 0 < size < workload.devices):
         for microbatches in (1, 2):
             for k in drafts:
-                for quant in ("int8", None):
-                    yield ep_size, microbatches, k, quant  # type: ignore[misc]  # the literal
+                for quant in _QUANTS:
+                    yield ep_size, microbatches, k, quant
 
 
 def _of_form(make: Callable[..., Layout], machine: Hardware, workload: Workload, phase: str) -> Iterator[Candidate]:
@@ -198,8 +199,7 @@ def _of_form(make: Callable[..., Layout], machine: Hardware, workload: Workload,
 
 def _ttft(layout: Layout, found: StepPrice, machine: Hardware) -> float:
     """Half a step of waiting on average, the step, and the hand-off of a prompt's latents over the slow plane."""
-    config = layout.config
-    latents = layout.context * config.num_cache_layers * config.latent_width * 2
+    latents = layout.context * latent_bytes(layout.config)
     return 1.5 * found.seconds + latents / machine.far_bytes_per_s
 
 
@@ -245,8 +245,7 @@ def _fastest(candidates: list[Candidate]) -> list[Candidate]:
 def _cache_nodes(layout: Layout, requests_per_s: float, workload: Workload) -> int:
     if not workload.reuse:
         return 0
-    config = layout.config
-    latents = workload.input_len * config.num_cache_layers * config.latent_width * 2
+    latents = workload.input_len * latent_bytes(layout.config)
     return math.ceil(requests_per_s * latents * _KEPT_S / _NODE_DRAM_BYTES)
 
 

@@ -276,15 +276,16 @@ def check_fits(layout: Layout, machine: Hardware, memory: Mapping[str, float]) -
     )
 
 
-def stage_table(layout: Layout, machine: Hardware, pricing: Pricing = NO_PRICING) -> list[dict[str, float | str]]:
-    """Counts and seconds of each stage, of a whole step: what a report shows."""
+def stage_table(
+    layout: Layout, machine: Hardware, step: StepPrice, pricing: Pricing = NO_PRICING
+) -> list[dict[str, float | str]]:
+    """Counts and seconds of each stage of a whole step, which has been priced: what a report shows."""
     rows: dict[str, dict[str, float | str]] = {}
-    kernel = price(layout, machine, dataclasses.replace(pricing, check_memory=False)).kernel
     for stage in layout.counts():
         tokens = layout.tokens // (2 if stage.lane else 1)
         data = layout.expected(tokens)
         work: Work = stage.expected(data).times(stage.calls)
-        seconds = stage.calls * stage_parts(stage, data, tokens, layout, machine, pricing, kernel).on(1)
+        seconds = stage.calls * stage_parts(stage, data, tokens, layout, machine, pricing, step.kernel).on(1)
         row = rows.setdefault(stage.stage, {"stage": stage.stage})
         for name, value in (
             ("int8_flops", work.int8),

@@ -11,7 +11,7 @@ from typing import Any
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
 from cmjax.perf.hardware import Hardware, hardware
-from cmjax.perf.layout import Layout
+from cmjax.perf.layout import Layout, latent_bytes
 from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import NO_PRICING, StepPrice, memory_of, price, stage_parts
 from cmjax.perf.work import ATTENTION_STREAM, MOE_STREAM
@@ -156,7 +156,7 @@ def supernode(config: ModelConfig, machine: Hardware) -> Result:
 
 def plane(config: ModelConfig, machine: Hardware) -> Result:
     """One UB plane in place of three."""
-    latents = _CONTEXT * config.num_cache_layers * config.latent_width * 2
+    latents = _CONTEXT * latent_bytes(config)
     prefill = Layout(
         config=config, phase="prefill", ep_size=32, batch=8192, context=_CONTEXT, microbatches=2,
         balance=machine.balance,
@@ -203,7 +203,7 @@ def pooling(config: ModelConfig, machine: Hardware) -> Result:
                 microbatches=2, balance=machine.balance,
             )  # fmt: skip
             step = price(layout, machine, dataclasses.replace(NO_PRICING, check_memory=False)).seconds
-            latents = 8192 * reuse * config.num_cache_layers * config.latent_width * 2
+            latents = 8192 * reuse * latent_bytes(config)
             row += [step, 1e3 * latents / rate]
         rows.append(row)
     return {

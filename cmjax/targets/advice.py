@@ -17,12 +17,17 @@ def advice(report: StepReport, request: StepRequest) -> list[str]:
     if request.quant is None:
         found.append("--quant int8 halves most of the weights")
     found.append(f"--{'ep' if request.role == 'decode' else 'prefill-ep'}: more devices hold fewer experts each")
-    left = report.memory - report.weights
-    growing = max(report.total - report.weights, 1)
-    share = left / growing
+    share = share_that_fits(report)
     if 0 < share < 1:
         found = [*_smaller(report, request, share), *found]
     return found
+
+
+def share_that_fits(report: StepReport) -> float:
+    """Of the batch, where memory and total are known; 0 or less where the weights alone fill the memory."""
+    assert report.memory is not None
+    assert report.total is not None
+    return (report.memory - report.weights) / max(report.total - report.weights, 1)
 
 
 def _smaller(report: StepReport, request: StepRequest, share: float) -> list[str]:

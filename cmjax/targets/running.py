@@ -60,14 +60,18 @@ def _draw(leaf: jax.ShapeDtypeStruct) -> Any:
     return draw
 
 
+def _zeros(tree: Any) -> Any:
+    """On their devices, for a tree of shapes."""
+    return jax.tree.map(lambda like: jax.device_put(np.zeros(like.shape, like.dtype), like.sharding), tree)
+
+
 def _filled(like: Any, **fields: np.ndarray) -> Any:
     """Zeros for a dataclass of shapes, on the devices, but for `fields`."""
-    arrays = {}
-    for field in dataclasses.fields(like):
-        shape = getattr(like, field.name)
-        arrays[field.name] = fields.get(field.name, np.zeros(shape.shape, shape.dtype))
-        arrays[field.name] = jax.device_put(arrays[field.name].astype(shape.dtype), shape.sharding)
-    return dataclasses.replace(like, **arrays)
+    given = {}
+    for name, values in fields.items():
+        shape = getattr(like, name)
+        given[name] = jax.device_put(values.astype(shape.dtype), shape.sharding)
+    return dataclasses.replace(_zeros(like), **given)
 
 
 def _decode(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
@@ -91,10 +95,8 @@ def _decode(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
     if settled is not None:
         places_of = np.tile(np.arange(places), instance.ep_size)
         settled = _filled(settled, places=places_of, counts=np.ones(size))
-    others = jax.tree.map(
-        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (state.sampling, state.history)
-    )
-    return [dataclasses.replace(state, batch=filled, settled=settled, sampling=others[0], history=others[1])]
+    sampling, history = _zeros((state.sampling, state.history))
+    return [dataclasses.replace(state, batch=filled, settled=settled, sampling=sampling, history=history)]
 
 
 def _prefill(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
@@ -119,5 +121,4 @@ def _prefill(instance: AbstractInstance, batch: list[Any]) -> list[Any]:
         query_start=np.minimum(np.arange(num_places + 1) * length, num_tokens),
         block_table=table,
     )
-    others = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), (sampling, scored))
-    return [filled, *others]
+    return [filled, *_zeros((sampling, scored))]

@@ -180,7 +180,7 @@ def test_a_step_is_the_sum_of_its_stages():
     layout = decode(batch=8)
     found = price(layout, DIE)
     assert found.seconds == pytest.approx(sum(found.stages.values()) + DIE.step_overhead_s)
-    table = {row["stage"]: row["seconds"] for row in stage_table(layout, DIE)}
+    table = {row["stage"]: row["seconds"] for row in stage_table(layout, DIE, found)}
     assert table == pytest.approx(dict(found.stages))
 
 

@@ -11,114 +11,40 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmjax import kernels
+from cmjax.checkpoint.configs import find_config
 from cmjax.mesh import fabric
-from cmjax.model import (
-    DecodeBatch,
-    ModelConfig,
-    PrefillBatch,
-    RankSpec,
-    abstract_params,
-    num_params,
-    param_specs,
-    place_params,
-    plan_placement,
-    reference,
-)
+from cmjax.model import PrefillBatch, abstract_params, num_params, place_params, reference
 from cmjax.moe import FabricExchange
 from cmjax.schedule import CompilePlan
-from cmjax.serve import DecodeState, Extras, SamplingParams, StepSpec, decode, prefill
+from cmjax.serve import EngineSettings, Extras, SamplingParams, decode, prefill
+from cmjax.serve.instances import AbstractInstance
 from tests.helpers import max_error, tiny_model
 from tests.serve.driving import Drive, fill_cache, make_engine, make_requests
 
-V3 = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-    "max_position_embeddings": 163840,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "num_nextn_predict_layers": 1,
-}
+V3 = find_config("deepseek-v3").config
 
 
-def abstract_step(config, mesh, places=8, blocks=64):
-    """`(spec, params, maps, cache, decode batch)` of an instance, as shapes with shardings."""
-    placement = plan_placement(config, mesh.size)
-    exchange = FabricExchange(
-        axis_name="ep", num_local_experts=placement.num_local_experts, dispatch_dtype="int8", combine_dtype="bfloat16"
-    )
-    rank = RankSpec(
-        config=config,
-        axis_name="ep",
+def abstract_step(mesh):
+    """An instance with V3's shapes."""
+    settings = EngineSettings(
+        max_model_len=4096,
         block_size=128,
-        exchange=exchange,
-        num_dispatched_shared=placement.num_dispatched_shared,
+        num_kv_blocks=64,
+        steps_per_call=4,
+        dispatch_dtype="int8",
+        combine_dtype="bfloat16",
     )
-
-    def place(layers):
-        slots = placement.num_physical_experts
-        experts = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((a.shape[0], slots, *a.shape[2:]), a.dtype), layers.mlp.experts
-        )
-        shared = None if placement.num_shared_replicas else layers.mlp.shared
-        return layers.replace(mlp=layers.mlp.replace(experts=experts, shared=shared))
-
-    def array(shape, dtype, spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    params = abstract_params(config, jnp.bfloat16)
-    params = params.replace(moe=place(params.moe), mtp=params.mtp.replace(layer=place(params.mtp.layer)))
-    params = jax.tree.map(lambda a, spec: array(a.shape, a.dtype, spec), params, param_specs(params, "ep"))
-    maps = array(placement.expert_to_slot.shape, jnp.int32, P(None, "ep"))
-    cache_shape = (mesh.size, config.num_cache_layers, blocks * 128, config.latent_width)
-    cache = array(cache_shape, jnp.bfloat16, P("ep"))
-    size = mesh.size * places
-    batch = DecodeBatch(
-        *(array((size,), jnp.int32, P("ep")) for _ in range(3)), block_table=array((size, 32), jnp.int32, P("ep"))
-    )
-    return StepSpec(rank, mesh), params, maps, cache, DecodeState(batch)
+    return AbstractInstance("decode", V3, settings, mesh)
 
 
 def test_deepseek_v3_traces_on_320_devices_without_memory(make_mesh):
-    config = ModelConfig.from_hf(V3)
-    assert 6.7e11 < num_params(abstract_params(config)) < 6.9e11
+    assert 6.7e11 < num_params(abstract_params(V3)) < 6.9e11
     live = len(jax.live_arrays())
-    spec, params, maps, cache, batch = abstract_step(config, make_mesh(320))
-    lowered = decode.lower(params, maps, cache, batch, spec=spec, num_steps=4)
+    instance = abstract_step(make_mesh(320))
+    lowered = instance.trace().lower()
     output = lowered.out_info
     assert output.token_ids.shape == (4, 2560)
-    assert output.cache.shape == cache.shape
+    assert output.cache.shape == instance.cache.shape
     assert output.slot_load.shape == (58, 320)
     text = lowered.as_text()
     assert "cmjax_fabric_start" in text
@@ -126,11 +52,12 @@ def test_deepseek_v3_traces_on_320_devices_without_memory(make_mesh):
 
 
 def test_deepseek_v3_prefill_traces_on_32_devices(make_mesh):
-    spec, params, maps, cache, _ = abstract_step(ModelConfig.from_hf(V3), make_mesh(32))
+    instance = abstract_step(make_mesh(32))
+    (params, maps, cache, _), static = instance.arguments()
     tokens = [jax.ShapeDtypeStruct((4096,), jnp.int32) for _ in range(4)]
     batch = PrefillBatch(*tokens, jax.ShapeDtypeStruct((33,), jnp.int32), jax.ShapeDtypeStruct((32, 64), jnp.int32))
     output = jax.eval_shape(
-        lambda *args: prefill(*args, spec=spec, extras=Extras(logits=True)), params, maps, cache, batch
+        lambda *args: prefill(*args, spec=static["spec"], extras=Extras(logits=True)), params, maps, cache, batch
     )
     assert output.all_logits.shape == (4096, 129280)
     assert output.last_hidden.shape == (32, 7168)

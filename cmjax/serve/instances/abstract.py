@@ -11,13 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from cmjax.errors import UserError
 from cmjax.model import ModelConfig, Params, abstract_params, abstract_placed_params, plan_placement
 from cmjax.moe import ExpertPlacement, WireDtype
 from cmjax.quant import QuantMode
 from cmjax.schedule import SamplingShape
 from cmjax.serve.instances.decode_rows import DecodeRows
-from cmjax.serve.instances.forms import empty_batch, prefill_places, prefill_step_tokens, step_spec, wires
+from cmjax.serve.instances.forms import (
+    check_drafts,
+    check_length,
+    empty_batch,
+    prefill_places,
+    prefill_step_tokens,
+    step_spec,
+    wires,
+)
 from cmjax.serve.instances.memory import cache_bytes, exchange_bytes
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import (
@@ -57,13 +64,8 @@ class AbstractInstance:
     shape: SamplingShape = GREEDY
 
     def __post_init__(self) -> None:
-        if self.settings.num_speculative_tokens and not self.config.num_mtp_layers:
-            raise UserError("the model has no MTP module (num_nextn_predict_layers): num_speculative_tokens must be 0")
-        if self.settings.max_model_len > self.config.max_position_embeddings:
-            raise UserError(
-                f"max_model_len {self.settings.max_model_len} exceeds the model's max_position_embeddings "
-                f"{self.config.max_position_embeddings}"
-            )
+        check_drafts(self.settings, has_module=self.config.num_mtp_layers > 0)
+        check_length(self.config, self.settings)
 
     @property
     def ep_size(self) -> int:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from cmjax.errors import UserError
 from cmjax.kernels import is_native
 from cmjax.mesh import Instance
 from cmjax.model import Model
@@ -36,6 +35,7 @@ from cmjax.serve import transfer
 from cmjax.serve.caching.context import ContextCache
 from cmjax.serve.instances.decode_rows import DecodeRows, StateKey
 from cmjax.serve.instances.executor import JaxExecutor, host_load, host_logprobs
+from cmjax.serve.instances.forms import check_drafts
 from cmjax.serve.instances.prefix_caching import GeneratedCaching
 from cmjax.serve.settings import EngineSettings
 from cmjax.serve.steps import DecodeOutput, DecodeState, Extras, PackedSampling, decode
@@ -63,8 +63,7 @@ class DecodeExecutor(JaxExecutor):
         context: ContextCache | None = None,
         **expert_counts: int | None,
     ) -> None:
-        if settings.num_speculative_tokens and model.params.mtp is None:
-            raise UserError("the model has no MTP module (num_nextn_predict_layers): num_speculative_tokens must be 0")
+        check_drafts(settings, has_module=model.params.mtp is not None)
         # A rank's products have few rows; in bfloat16 XLA takes as long by either form, and the kernels always do.
         is_repacked = instance.is_virtual and model.dtype == np.float32 and not is_native()
         super().__init__(

@@ -60,6 +60,19 @@ def step_spec(
     return StepSpec(rank, mesh)
 
 
+def check_length(config: ModelConfig, settings: EngineSettings) -> None:
+    """Refuse requests that are longer than the model's positions reach."""
+    longest = config.max_position_embeddings
+    if settings.max_model_len > longest:
+        raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
+
+
+def check_drafts(settings: EngineSettings, *, has_module: bool) -> None:
+    """Refuse drafts that nobody makes."""
+    if settings.num_speculative_tokens and not has_module:
+        raise UserError("the model has no MTP module (num_nextn_predict_layers): num_speculative_tokens must be 0")
+
+
 def prefill_places(settings: EngineSettings, ep_size: int) -> int:
     """Prompts that can share a prefill step."""
     most = max(settings.max_num_seqs_per_rank, settings.max_num_batched_tokens // LEAST_PROMPT_TOKENS)

@@ -10,6 +10,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import Instance, Memory, stored_width
 from cmjax.model import ModelConfig
 from cmjax.moe import ExpertPlacement, WireDtype, buffer_bytes, message_bytes
+from cmjax.serve.instances.forms import check_length
 from cmjax.serve.settings import EngineSettings
 
 GIB = 2**30
@@ -45,9 +46,7 @@ def check_caches_fit(
     config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[Instance, int]], dtype: Any
 ) -> None:
     """Refuse caches that cannot fit, before anything is allocated; `sizes`: instances and the blocks of a rank."""
-    longest = config.max_position_embeddings
-    if settings.max_model_len > longest:
-        raise UserError(f"max_model_len {settings.max_model_len} exceeds the model's max_position_embeddings {longest}")
+    check_length(config, settings)
     each = [cache_bytes(config, blocks * settings.block_size, dtype, one.mesh) for one, blocks in sizes]
     memory = Memory.of([device for one, _ in sizes for device in one.devices])
     needed = max(each)

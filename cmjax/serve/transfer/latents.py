@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cmjax.mesh import fabric
-from cmjax.model import as_stored
+from cmjax.model import as_stored, token_bytes
 from cmjax.schedule import Segments, make_segments
 from cmjax.serve.steps import BY_RANK, EVERYWHERE, StepSpec
 from cmjax.serve.transfer.rounds import prefill_tp_rank, round_tokens, segment_slots
@@ -179,8 +179,8 @@ def _idle_parts(target: Receiver) -> IdleParts:
 def _record(
     source: jax.Device, destination: jax.Device, num_tokens: int, target: Receiver, *, has_hidden: bool
 ) -> None:
-    config, itemsize = target.model.config, target.model.dtype.itemsize
-    num_bytes = config.num_cache_layers * num_tokens * config.latent_width * itemsize
+    config, dtype = target.model.config, target.model.dtype
+    num_bytes = num_tokens * token_bytes(config, dtype)
     if target.hidden is not None and has_hidden:
-        num_bytes += config.hidden_size * itemsize
+        num_bytes += config.hidden_size * dtype.itemsize
     fabric.record("rdma", "kv_handoff", source.id, destination.id, num_bytes)
