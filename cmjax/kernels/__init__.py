@@ -8,19 +8,27 @@ form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS
 
 from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
 from cmjax.kernels.products import Weights, expert_mlp, product
+from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
 from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, mode, status
 
 __all__ = [
     "AttentionSpec",
     "KernelStatus",
     "KernelsMode",
+    "RouterConfig",
+    "Scoring",
+    "TopkMethod",
     "Weights",
     "absorb",
     "attend",
+    "choose",
     "configure",
     "expert_mlp",
     "is_native",
+    "lay_out",
     "mode",
+    "norm",
+    "pack",
     "product",
     "release",
     "status",

@@ -13,6 +13,7 @@ from jax.interpreters import ad, batching, mlir
 from cmjax.kernels import settings
 
 FLOATS = ("float32", "bfloat16")
+_RESULTS = (*FLOATS, "int8", "int32")
 # A function of the operator's arguments, and of its keyword `spec`, what it has to know beside; its results are a tuple
 # where there are several.
 Form = Callable[..., Any]
@@ -67,12 +68,18 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: ClosedJaxpr, 
     return results, [0] * len(results)
 
 
+class _KernelPrimitive(Primitive):
+    def is_high(self, *_: object, **__: object) -> bool:
+        """A form may hold calls that JAX has yet to lower within itself; it is traced anew wherever it is used."""
+        return False
+
+
 def make_primitive(name: str, aliases: dict[int, int] | None = None) -> Primitive:
     """`kernels_{name}`: the handler `cmjax_kernels_{name}` on CPU, its parameter `jaxpr` everywhere else.
 
     `aliases`: operands whose memory results take.
     """
-    primitive = Primitive(f"kernels_{name}")
+    primitive = _KernelPrimitive(f"kernels_{name}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(_abstract)
     primitive.def_impl(lambda *operands, **params: jax.jit(functools.partial(primitive.bind, **params))(*operands))
@@ -96,7 +103,7 @@ def run_kernel(
     jaxpr, results = jax.make_jaxpr(lambda *values: form(*jax.tree.unflatten(tree, values)), return_shape=True)(
         *operands
     )
-    if any(out.dtype.name not in FLOATS for out in jaxpr.out_avals):
+    if any(out.dtype.name not in _RESULTS for out in jaxpr.out_avals):
         return form(*arguments)
     typed = {key: (np.float32 if isinstance(value, float) else np.int32)(value) for key, value in attributes.items()}
     outputs = primitive.bind(*operands, jaxpr=jaxpr, attributes=tuple(typed.items()))

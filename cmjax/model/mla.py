@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.kernels import AttentionSpec, absorb, attend, release
+from cmjax.kernels import AttentionSpec, absorb, attend, norm, release
 from cmjax.loops import dynamic_loop
 from cmjax.model.cache import PagedKeys
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
@@ -29,8 +29,13 @@ _DECODE_CHUNK = 256
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalize `x[..., width]` by its root mean square, in float32; same dtype out."""
+    return norm(_norm_form, x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
+
+
+def _norm_form(x: jax.Array, weight: jax.Array, spec: float) -> jax.Array:
+    """The XLA form of `kernels.norm`."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + spec)
     return (x32 * weight).astype(x.dtype)
 
 

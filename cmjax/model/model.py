@@ -94,9 +94,7 @@ class Model:
             dispatch_dtype=dispatch_dtype,
             combine_dtype=combine_dtype,
         )
-        spec = RankSpec(
-            config=self.config, axis_name=EP_AXIS, block_size=_BLOCK_SIZE, exchange=exchange, num_dispatched_shared=0
-        )
+        spec = RankSpec(config=self.config, axis_name=EP_AXIS, block_size=_BLOCK_SIZE, exchange=exchange)
         return place_params(self.params, placement, mesh), expert_maps(placement, 1), mesh, spec
 
     def _logits(self, input_ids: ArrayLike, *, with_mtp: bool) -> jax.Array:

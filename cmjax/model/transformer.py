@@ -80,7 +80,6 @@ class RankSpec:
         axis_name: the mesh axis of the instance.
         block_size: tokens a cache block.
         exchange: how MoE rows travel.
-        num_dispatched_shared: shared experts reached through dispatch (see `ExpertPlacement`).
         microbatches: 1, or 2 that take turns in decode (see `cmjax.model.pipeline`).
     """
 
@@ -88,12 +87,11 @@ class RankSpec:
     axis_name: str
     block_size: int
     exchange: Exchange
-    num_dispatched_shared: int
     microbatches: int = 1
 
     def router(self, mlp: MoeParams, expert_to_slot: jax.Array) -> LayerRouter:
         """A layer's router, for this rank's row of its placement."""
-        return LayerRouter(mlp.router, mlp.router_bias, expert_to_slot, self.config.router, self.num_dispatched_shared)
+        return LayerRouter(mlp.router, mlp.router_bias, expert_to_slot, self.config.router)
 
 
 @flax.struct.dataclass

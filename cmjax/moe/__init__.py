@@ -1,5 +1,6 @@
 """Mixture of experts: router, placement, dispatch, expert FFN, combine. Usable alone inside `jax.shard_map`."""
 
+from cmjax.kernels import RouterConfig, Scoring, TopkMethod
 from cmjax.moe.dispatch import (
     DispatchHandle,
     DispatchInFlight,
@@ -7,14 +8,16 @@ from cmjax.moe.dispatch import (
     buffer_bytes,
     combine,
     dispatch,
+    laid_out,
     max_tokens,
     pack_choices,
+    packed_rows,
 )
 from cmjax.moe.exchange import Exchange, InFlight, ReceivedRows, SplitExchange
 from cmjax.moe.experts import Experts, Leaf, MlpParams, block_rows, expert_ffn, swiglu
-from cmjax.moe.layer import LayerRouter, moe_ffn, routed_choices, run_experts
+from cmjax.moe.layer import LayerRouter, moe_ffn, run_experts
 from cmjax.moe.placement import ExpertPlacement
-from cmjax.moe.router import RouterConfig, Scoring, TopkMethod, route
+from cmjax.moe.router import route, route_to_slots
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_int8, unpack_rows
 
 __all__ = [
@@ -39,13 +42,15 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_ffn",
+    "laid_out",
     "max_tokens",
     "message_bytes",
     "moe_ffn",
     "pack_choices",
     "pack_rows",
+    "packed_rows",
     "route",
-    "routed_choices",
+    "route_to_slots",
     "run_experts",
     "swiglu",
     "unpack_int8",

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.kernels import lay_out, pack
 from cmjax.mesh import fabric
 from cmjax.moe.exchange import ReceivedRows, SplitExchange
-from cmjax.moe.wire import WireDtype, check_wire_dtype, pack_rows
+from cmjax.moe.wire import WireDtype, check_wire_dtype, pack_rows, padded_row
 
 
 def max_tokens(local_batch: int, num_topk: int, num_local_experts: int) -> int:
@@ -61,19 +62,19 @@ class DispatchInFlight:
     packed: jax.Array
     token: fabric.Token | None
     handle: DispatchHandle
+    num_tokens_per_expert: jax.Array
     wire: WireDtype | None = flax.struct.field(pytree_node=False, default=None)
 
     def done(self, hide_behind: Any = None) -> tuple[ReceivedRows, DispatchHandle]:
         """Receive the rows, once the tree of arrays `hide_behind` is there."""
         messages, handle = self.packed, self.handle
-        num_tokens_per_expert = handle.recv_counts.sum(0)
         if self.token is not None:
             tokens, num_topk = handle.choice_pos.shape
             ep_size, num_local = handle.recv_counts.shape
             capacity = ep_size * max_tokens(tokens, num_topk, num_local)
             buffer = fabric.empty((capacity, messages.shape[1]), messages.dtype)
             messages = fabric.ragged_all_to_all_done(messages, buffer, self.token, hide_behind)
-        return ReceivedRows(messages, num_tokens_per_expert, self.wire), handle
+        return ReceivedRows(messages, self.num_tokens_per_expert, self.wire), handle
 
 
 @flax.struct.dataclass
@@ -117,6 +118,48 @@ def pack_choices(slot_idx: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Ar
     return order // num_topk, choice_pos, bounds[:-1], bounds[1:] - bounds[:-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class _PackSpec:
+    """What the XLA form of `kernels.pack` has to know: ranks, slots a rank, and what rows become."""
+
+    num_ranks: int
+    num_local: int
+    wire: WireDtype | None
+
+
+def packed_rows(
+    x: jax.Array, slot_idx: jax.Array, num_ranks: int, num_local: int, wire: WireDtype | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The messages of `x[tokens, hidden]` for the slots `slot_idx[tokens, topk]`, and where they are: see
+    `kernels.pack`."""
+    is_int8 = wire == "int8"
+    spec = _PackSpec(num_ranks, num_local, "int8" if is_int8 else None)
+    x = x if is_int8 else pack_rows(x, wire)
+    return pack(_pack_form, x, slot_idx, spec, scale_at=padded_row(x.shape[1]) if is_int8 else -1)
+
+
+def laid_out(announced: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Where the rows that ranks have announced will lie: see `kernels.lay_out`."""
+    return lay_out(_lay_out_form, announced)
+
+
+def _pack_form(
+    x: jax.Array, slot_idx: jax.Array, spec: _PackSpec
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, spec.num_ranks * spec.num_local)
+    packed = jnp.take(pack_rows(x, spec.wire), token_of_row, axis=0)
+    shape = (spec.num_ranks, spec.num_local)
+    offsets, counts = offsets.reshape(shape), counts.reshape(shape)
+    return packed, choice_pos, offsets, counts, jnp.stack([counts, offsets], axis=1)
+
+
+def _lay_out_form(announced: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The XLA form of `kernels.lay_out`."""
+    counts, source_offsets = announced[:, 0], announced[:, 1]
+    totals = counts.sum(0)
+    return counts, source_offsets, _exclusive_cumsum(totals) + _exclusive_cumsum(counts), totals
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FabricExchange(SplitExchange):
     """The default exchange: counts, then only the rows that exist, over the fabric.
@@ -141,24 +184,20 @@ class FabricExchange(SplitExchange):
     def dispatch_start(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> DispatchInFlight:
         """Exchange the counts and publish the rows; see `dispatch`."""
         ep_size = lax.axis_size(self.axis_name)
-        shape = (ep_size, self.num_local_experts)
-        token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, ep_size * self.num_local_experts)
-        packed = jnp.take(pack_rows(x, self.dispatch_dtype), token_of_row, axis=0)
-        send_offsets, send_counts = offsets.reshape(shape), counts.reshape(shape)
+        packed, choice_pos, offsets, counts, announced = packed_rows(
+            x, slot_idx, ep_size, self.num_local_experts, self.dispatch_dtype
+        )
         if ep_size == 1:
             # Packed rows are already grouped by expert on the only rank: there is nothing to exchange.
-            handle = DispatchHandle(choice_pos, send_offsets, send_counts, send_offsets, send_counts, send_offsets)
-            return DispatchInFlight(packed, None, handle, self.dispatch_dtype)
+            handle = DispatchHandle(choice_pos, offsets, counts, offsets, counts, offsets)
+            return DispatchInFlight(packed, None, handle, counts[0], self.dispatch_dtype)
 
-        announced = jnp.stack([send_counts, send_offsets], axis=1)
         received = fabric.all_to_all(announced, self.axis_name, 0, 0, channel=f"{channel}/counts")
-        recv_counts, source_offsets = received[:, 0], received[:, 1]
-        group_start = _exclusive_cumsum(recv_counts.sum(0))
-        recv_offsets = group_start + _exclusive_cumsum(recv_counts)
+        recv_counts, source_offsets, recv_offsets, num_tokens_per_expert = laid_out(received)
         target_offsets = fabric.all_to_all(recv_offsets, self.axis_name, 0, 0, channel=f"{channel}/offsets")
-        handle = DispatchHandle(choice_pos, send_offsets, send_counts, recv_offsets, recv_counts, source_offsets)
-        token = self._send(packed, (send_offsets, send_counts, target_offsets, recv_counts), channel)
-        return DispatchInFlight(packed, token, handle, self.dispatch_dtype)
+        handle = DispatchHandle(choice_pos, offsets, counts, recv_offsets, recv_counts, source_offsets)
+        token = self._send(packed, (offsets, counts, target_offsets, recv_counts), channel)
+        return DispatchInFlight(packed, token, handle, num_tokens_per_expert, self.dispatch_dtype)
 
     def combine_start(
         self, rows: jax.Array, topk_weights: jax.Array, handle: DispatchHandle, *, channel: str

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cmjax.moe.exchange import Exchange, ReceivedRows
 from cmjax.moe.experts import Experts, block_rows, expert_ffn
-from cmjax.moe.router import RouterConfig, route
+from cmjax.moe.router import RouterConfig, route_to_slots
 from cmjax.quant import Matrix
 
 
@@ -18,47 +18,21 @@ class LayerRouter:
 
     Attributes:
         weight, bias: see `route`.
-        expert_to_slot: `int32[logical]`, this source rank's row of the placement.
+        expert_to_slot: `int32[logical]`, this source rank's row of the placement: routed experts, then the shared ones
+            that have ranks of their own.
         config: how scores become choices.
-        num_dispatched_shared: shared experts with ranks of their own; each gets every token, with weight 1.
     """
 
     weight: Matrix
     bias: jax.Array | None
     expert_to_slot: jax.Array
     config: RouterConfig = flax.struct.field(pytree_node=False)
-    num_dispatched_shared: int = flax.struct.field(pytree_node=False, default=0)
 
     def slots(self, x: jax.Array, is_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the rows of `x[tokens, hidden]` go, and how much they count: `(slot_idx, weights)` of `routed_choices`;
-        tokens that are not `is_valid`, `bool[tokens]`, go nowhere."""
+        """Where the rows of `x[tokens, hidden]` go, and how much they count, see `route_to_slots`; tokens that are not
+        `is_valid`, `bool[tokens]`, go nowhere."""
         with jax.named_scope("gate"):
-            topk_idx, topk_weights = route(x, self.weight, self.bias, self.config)
-            return routed_choices(topk_idx, topk_weights, self.expert_to_slot, is_valid, self.num_dispatched_shared)
-
-
-def routed_choices(
-    topk_idx: jax.Array, topk_weights: jax.Array, expert_to_slot: jax.Array, is_valid: jax.Array, num_shared: int
-) -> tuple[jax.Array, jax.Array]:
-    """Turn logical choices into slots and add the shared experts that are reached through dispatch.
-
-    Args:
-        topk_idx, topk_weights: `[tokens, topk]` from the router.
-        expert_to_slot: `int32[logical]`, this source rank's row of the placement.
-        is_valid: `bool[tokens]`; a padding token goes nowhere.
-        num_shared: shared experts with ranks of their own; each gets every token, with weight 1.
-
-    Returns:
-        `(slot_idx int32[tokens, topk + num_shared], weights float32 of the same shape)`.
-    """
-    tokens = topk_idx.shape[0]
-    num_routed = expert_to_slot.shape[0] - num_shared
-    slots = jnp.take(expert_to_slot, topk_idx, axis=0)
-    if num_shared:
-        shared = jnp.broadcast_to(expert_to_slot[num_routed:], (tokens, num_shared))
-        slots = jnp.concatenate([slots, shared], axis=1)
-        topk_weights = jnp.concatenate([topk_weights, jnp.ones((tokens, num_shared), jnp.float32)], axis=1)
-    return jnp.where(is_valid[:, None], slots, -1), topk_weights
+            return route_to_slots(x, self.weight, self.bias, self.config, self.expert_to_slot, is_valid)
 
 
 def run_experts(

@@ -1,42 +1,18 @@
 """The router (gate): which experts a token goes to, and with what weights."""
 
-import dataclasses
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cmjax.kernels import RouterConfig, choose
 from cmjax.quant import Matrix, linear
 
-Scoring = Literal["sigmoid", "softmax"]
-TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How scores become choices.
-
-    `noaux_tc` (V3): experts are ranked by score plus correction bias, a group by the sum of its two largest; the
-    weights are the unbiased scores. `group_limited_greedy` (V2): a group is ranked by its largest score. `greedy` (V2):
-    groups are ignored.
-    """
-
-    num_experts: int
-    num_topk: int
-    num_expert_groups: int = 1
-    num_topk_groups: int = 1
-    scoring: Scoring = "sigmoid"
-    topk_method: TopkMethod = "noaux_tc"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-
-
-def router_scores(x: jax.Array, weight: Matrix, config: RouterConfig) -> jax.Array:
-    """Return `float32[tokens, experts]`, the scores of `x[tokens, hidden]` under `weight float32[experts, hidden]`."""
+def router_logits(x: jax.Array, weight: Matrix) -> jax.Array:
+    """Return `float32[tokens, experts]`, what scores are made of, for `x[tokens, hidden]`, any float dtype, and
+    `weight float32[experts, hidden]`."""
     # On its own: libtpu 0.0.50 crashes where it fuses a tall product with the reshape into groups after it.
-    logits = lax.optimization_barrier(linear(x.astype(jnp.float32), weight))
-    return jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    return lax.optimization_barrier(linear(x.astype(jnp.float32), weight))
 
 
 def _sum_of_best_two(scores: jax.Array) -> jax.Array:
@@ -68,9 +44,48 @@ def route(x: jax.Array, weight: Matrix, bias: jax.Array | None, config: RouterCo
         weight: `float32[experts, hidden]`.
         bias: `float32[experts]`, the correction bias of the loss-free balancing, or None.
     """
-    scores = router_scores(x, weight, config)
+    return _choices(router_logits(x, weight), bias, config)
+
+
+def route_to_slots(
+    x: jax.Array,
+    weight: Matrix,
+    bias: jax.Array | None,
+    config: RouterConfig,
+    expert_to_slot: jax.Array,
+    is_valid: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As `route`, in slots, and with the shared experts that are reached through dispatch.
+
+    Args:
+        expert_to_slot: `int32[routed + shared experts]`, this source rank's row of the placement.
+        is_valid: `bool[tokens]`; a padding token goes nowhere.
+
+    Returns:
+        `(slot_idx int32[tokens, topk + shared], weights float32 of the same shape)`. Shared experts get every token,
+        with weight 1; -1 is nowhere, and its weight says nothing.
+    """
+    return choose(_choose_form, router_logits(x, weight), is_valid, expert_to_slot, bias, config)
+
+
+def _choose_form(
+    logits: jax.Array, is_valid: jax.Array, expert_to_slot: jax.Array, bias: jax.Array | None, spec: RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The XLA form of `kernels.choose`."""
+    topk_idx, weights = _choices(logits, bias, spec)
+    slots = jnp.take(expert_to_slot, topk_idx, axis=0)
+    shared = expert_to_slot[spec.num_experts :]
+    if shared.size:
+        shape = (slots.shape[0], shared.size)
+        slots = jnp.concatenate([slots, jnp.broadcast_to(shared, shape)], axis=1)
+        weights = jnp.concatenate([weights, jnp.ones(shape, jnp.float32)], axis=1)
+    return jnp.where(is_valid[:, None], slots, -1), weights
+
+
+def _choices(logits: jax.Array, bias: jax.Array | None, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = scores if bias is None else scores + bias
-    if config.topk_method != "greedy" and config.num_expert_groups > 1:
+    if config.has_groups:
         choice = _keep_best_groups(choice, config)
     _, topk_idx = lax.top_k(choice, config.num_topk)
     topk_weights = jnp.take_along_axis(scores, topk_idx, axis=-1)

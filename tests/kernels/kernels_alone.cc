@@ -146,6 +146,73 @@ void TestAttention(Type type, int64_t tokens, int64_t block_size, int32_t length
   }
 }
 
+void TestNorm(Type type, int64_t rows, int64_t width) {
+  Array x(type, rows * width), weight(type, width);
+  std::vector<float> y(rows * width, NAN);
+  RunNorm({x.data(), width * ItemBytes(type), width, type, nullptr, 0}, rows, weight.data(), type, 1e-6f,
+          {reinterpret_cast<char*>(y.data()), width, Type::kF32}, kThreads);
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += double(x.values[r * width + i]) * x.values[r * width + i];
+    for (int64_t i = 0; i < width; ++i) {
+      const double wanted = x.values[r * width + i] / std::sqrt(sum / width + 1e-6) * weight.values[i];
+      Check(std::fabs(y[r * width + i] - wanted) <= 1e-5 * (1 + std::fabs(wanted)), "norm", rows, 1, width);
+    }
+  }
+}
+
+void TestChoose(int64_t tokens, int64_t experts, int64_t topk, int64_t groups, int64_t topk_groups) {
+  Array logits(Type::kF32, tokens * experts), bias(Type::kF32, experts);
+  std::vector<float> given = logits.values;
+  given[0] = NAN;
+  std::vector<int32_t> map(experts + 1);
+  for (int64_t e = 0; e <= experts; ++e) map[e] = static_cast<int32_t>(experts - e);
+  std::vector<uint8_t> is_valid(tokens, 1);
+  is_valid[tokens - 1] = tokens == 1;
+  std::vector<int32_t> slots(tokens * (topk + 1), -7);
+  std::vector<float> weights(tokens * (topk + 1));
+  for (bool is_softmax : {false, true}) {
+    const Router router{bias.values.data(), map.data(), experts, 1, topk, groups, topk_groups, is_softmax, !is_softmax,
+                        true, 1.0f};
+    RunChoose(router, given.data(), is_valid.data(), tokens, slots.data(), weights.data(), kThreads);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::vector<int> times(experts + 1);
+      for (int64_t k = 0; k <= topk; ++k) {
+        const int32_t slot = slots[t * (topk + 1) + k];
+        const bool ok = is_valid[t] ? slot >= 0 && slot <= experts && ++times[slot] == 1 : slot == -1;
+        Check(ok, "choose", tokens, experts, topk);
+      }
+    }
+  }
+}
+
+void TestPack(Type type, int64_t tokens, int64_t topk, int64_t ranks, int64_t local, int64_t width, bool is_int8) {
+  const int64_t num_slots = ranks * local, stride = is_int8 ? width + 9 : width * ItemBytes(type);
+  Array x(type, tokens * width);
+  std::vector<int32_t> slots(tokens * topk), position(slots.size()), offsets(num_slots), counts(num_slots);
+  std::vector<int32_t> announced(2 * num_slots), received(4 * num_slots);
+  for (int32_t& slot : slots) slot = static_cast<int32_t>(random_bits() % (num_slots + 2)) - 1;  // one too high, too
+  std::vector<char> packed(slots.size() * stride);
+  RunPack({x.data(), width * ItemBytes(type), width, type, nullptr, 0}, slots.data(), tokens, topk, ranks, local,
+          {packed.data(), stride, is_int8 ? width + 3 : -1, position.data(), offsets.data(), counts.data(),
+           announced.data()},
+          kThreads);
+  std::vector<int32_t> seen(num_slots);
+  for (int64_t c = 0; c < tokens * topk; ++c) {
+    const bool is_slot = slots[c] >= 0 && slots[c] < num_slots;
+    const int32_t wanted = is_slot ? offsets[slots[c]] + seen[slots[c]]++ : -1;
+    Check(position[c] == wanted, "place of a packed row", tokens, topk, num_slots);
+    if (is_slot && !is_int8) {
+      Check(std::memcmp(packed.data() + wanted * stride, x.data() + c / topk * stride, stride) == 0, "packed row", tokens,
+            topk, num_slots);
+    }
+  }
+  Check(seen == counts, "packed rows", tokens, topk, num_slots);
+  int32_t* at = received.data();
+  RunLayOut(announced.data(), ranks, local, at, at + num_slots, at + 2 * num_slots, at + 3 * num_slots);
+  Check(std::memcmp(at, counts.data(), num_slots * 4) == 0, "counts", tokens, topk, num_slots);
+}
+
 }  // namespace
 
 int main() {
@@ -163,7 +230,11 @@ int main() {
       TestExperts(type, {0}, 5, 3);
       TestExperts(type, {1, 0, 49, 7, 0, 97}, 37, 29);
       TestExperts(type, {0, 0, 130}, 64, 66);
+      for (int64_t tokens : {1, 5, 400}) TestPack(type, tokens, 3, 4, 3, 31, false);
       if (type == Type::kS8) continue;
+      for (int64_t tokens : {1, 5, 400}) TestPack(type, tokens, 8, 1, 7, 33, true);
+      for (int64_t width : {1, 16, 31, 97}) TestNorm(type, 5, width);
+      TestNorm(type, 300, 512);
       for (int64_t tokens : {1, 2, 9}) {
         for (int64_t block_size : {1, 3, 16}) {
           for (int64_t length : {0, 1, 6, 17, 96}) {
@@ -174,5 +245,11 @@ int main() {
     }
   }
   UseForm("");
+  for (int64_t tokens : {1, 5, 700}) {
+    TestChoose(tokens, 1, 1, 1, 1);
+    TestChoose(tokens, 24, 3, 6, 2);
+    TestChoose(tokens, 24, 24, 24, 1);
+    TestChoose(tokens, 96, 8, 8, 4);
+  }
   std::puts("ok");
 }

@@ -91,7 +91,7 @@ def test_nothing_in_an_uninitialized_cache_is_read(make_mesh):
     model = tiny_model(num_nextn_predict_layers=1, num_hidden_layers=2)
     mesh, placement = make_mesh(1), plan_placement(model.config, 1)
     exchange = FabricExchange(axis_name="ep", num_local_experts=placement.num_local_experts)
-    spec = RankSpec(config=model.config, axis_name="ep", block_size=16, exchange=exchange, num_dispatched_shared=0)
+    spec = RankSpec(config=model.config, axis_name="ep", block_size=16, exchange=exchange)
     params, maps = place_params(model.params, placement, mesh), expert_maps(placement, 1)
     ids = np.arange(40, dtype=np.int32)
     ends = np.array([0, 17, 33, 34, 34])  # one sequence of a single token, an unused one, and padding after them

@@ -17,8 +17,9 @@ from cmjax.moe import (
     LayerRouter,
     MlpParams,
     ReceivedRows,
+    RouterConfig,
     moe_ffn,
-    routed_choices,
+    route_to_slots,
 )
 from tests.helpers import assert_close, tiny_config
 
@@ -34,7 +35,7 @@ def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **co
         num_layers=2,
         **counts,
     )
-    n, hidden, ffn = p.num_dispatched_shared, config.hidden_size, config.moe_intermediate_size
+    hidden, ffn = config.hidden_size, config.moe_intermediate_size
     shared13 = np.asarray(moe.shared.w13).reshape(2, 2, -1, ffn, hidden).transpose(0, 2, 1, 3, 4)
     shared2 = np.asarray(moe.shared.w2).reshape(2, hidden, -1, ffn).transpose(0, 2, 1, 3)
     w13 = np.concatenate([moe.experts.w13, shared13.reshape(2, -1, 2 * ffn, hidden)], axis=1)
@@ -43,7 +44,7 @@ def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **co
     exchange = make_exchange(axis_name="ep", num_local_experts=p.num_local_experts)
 
     def rank(x, is_valid, experts, maps):
-        router = LayerRouter(moe.router[1], moe.router_bias[1], maps[1, 0], config.router, n)
+        router = LayerRouter(moe.router[1], moe.router_bias[1], maps[1, 0], config.router)
         y, load = moe_ffn(x[0], is_valid[0], router, experts, 1, exchange=exchange, channel="test")
         return y[None], load[None]
 
@@ -121,14 +122,15 @@ def test_a_dispatch_of_ones_own_takes_the_place(make_mesh, rng, layer):
     np.testing.assert_array_equal(own_load, load)
 
 
-def test_routed_choices_adds_the_shared_experts():
-    """Experts 0 to 3 in slots 5, 3, 1, 0, the two shared ones in slots 7 and 9."""
+def test_choices_in_slots_have_the_shared_experts():
+    """Experts 0 to 3 in slots 5, 3, 1, 0, the two shared ones in slots 7 and 9; the second token is padding."""
     expert_to_slot = np.array([5, 3, 1, 0, 7, 9], np.int32)
-    topk_idx = np.array([[2, 0], [3, 1]], np.int32)
-    weights = np.array([[0.5, 0.25], [2.0, 1.0]], np.float32)
-    slot_idx, all_weights = routed_choices(topk_idx, weights, expert_to_slot, np.array([True, False]), 2)
+    config = RouterConfig(num_experts=4, num_topk=2, scoring="softmax", topk_method="greedy", norm_topk_prob=False)
+    x = np.log(np.array([[0.25, 0.125, 0.5, 0.125], [0.1, 0.3, 0.1, 0.5]], np.float32))
+    router = (x, np.eye(4, dtype=np.float32), None, config)
+    slot_idx, weights = route_to_slots(*router, expert_to_slot, np.array([True, False]))
     np.testing.assert_array_equal(slot_idx, [[1, 5, 7, 9], [-1, -1, -1, -1]])
-    np.testing.assert_array_equal(all_weights, [[0.5, 0.25, 1, 1], [2, 1, 1, 1]])
-    slot_idx, all_weights = routed_choices(topk_idx, weights, expert_to_slot[:4], np.array([True, True]), 0)
+    np.testing.assert_allclose(weights[0], [0.5, 0.25, 1, 1], rtol=1e-6)
+    slot_idx, weights = route_to_slots(*router, expert_to_slot[:4], np.array([True, True]))
     np.testing.assert_array_equal(slot_idx, [[1, 5], [0, 3]])
-    np.testing.assert_array_equal(all_weights, weights)
+    np.testing.assert_allclose(weights, [[0.5, 0.25], [0.5, 0.3]], rtol=1e-6)

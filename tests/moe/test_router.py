@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmjax.model import ModelConfig, reference
-from cmjax.moe import route
+from cmjax.moe import route, route_to_slots
 from tests.helpers import assert_close, tiny_config
 
 NUM_TOKENS, NUM_EXPERTS = 40, 24
@@ -34,6 +34,13 @@ def config_of(kind: str) -> ModelConfig:
 jitted_route = jax.jit(route, static_argnames="config")
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def jitted_slots(x, weight, bias, config):
+    """Every expert in the slot of its number: `route`, by the kernel."""
+    slots, is_valid = jnp.arange(NUM_EXPERTS, dtype=jnp.int32), jnp.ones(len(x), bool)
+    return route_to_slots(x, weight, bias, config, slots, is_valid)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_equals_the_reference(kind, data):
@@ -48,13 +55,14 @@ def test_equals_the_reference(kind, data):
         bias = (shift + np.round(rng.normal(0, 0.3, NUM_EXPERTS) * 16) / 16).astype(np.float32)
     identity = np.eye(NUM_EXPERTS, dtype=np.float32)
     expected_idx, expected_weights = reference.route(config, x, identity, bias)
-    topk_idx, topk_weights = jitted_route(x, identity, bias, config=config.router)
-    assert topk_weights.dtype == jnp.float32
     # Where rounding decides between two experts (grids added to a sigmoid rarely meet), both orders are right.
     clear = _is_clear(config, x, bias)
     assert clear.mean() > 0.5
-    np.testing.assert_array_equal(np.asarray(topk_idx)[clear], expected_idx[clear])
-    assert_close(topk_weights[clear], expected_weights[clear])
+    for function in (jitted_route, jitted_slots):
+        topk_idx, topk_weights = function(x, identity, bias, config=config.router)
+        assert topk_weights.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(topk_idx)[clear], expected_idx[clear])
+        assert_close(topk_weights[clear], expected_weights[clear])
 
 
 def _is_clear(config: ModelConfig, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

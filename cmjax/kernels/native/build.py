@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from cmjax.native import Loaded, Unit, find_compiler, load_library
 
 FOLDER = pathlib.Path(__file__).parent
-HANDLERS = ("product", "experts", "absorb", "attend", "release")
+HANDLERS = ("product", "experts", "absorb", "attend", "release", "norm", "choose", "pack", "lay_out")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
 # form.cc is compiled once for each kind of CPU, under the name it has in the library.
 _FORMS: dict[str, tuple[str, ...]] = {"Portable": ()}
@@ -26,6 +26,7 @@ def units(forms: Iterable[str] = FORMS) -> tuple[Unit, ...]:
     return (
         kernels,
         Unit("ffi.cc"),
+        Unit("ffi_routing.cc"),
         *(Unit("form.cc", (f"-DCMJAX_FORM={name}", *_FORMS[name])) for name in forms),
     )
 

@@ -1,107 +1,11 @@
 // XLA FFI handlers and the plain C functions Python calls: check, decode, hand to the kernels, nothing else.
-#include <optional>
+#include "ffi_operands.h"
 
-#include "kernels.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using cmjax::ItemBytes;
-using cmjax::Matrix;
-using cmjax::Type;
-
+namespace cmjax {
 namespace {
 
-std::optional<Type> TypeOf(const ffi::AnyBuffer& buffer) {
-  switch (buffer.element_type()) {
-    case ffi::DataType::F32: return Type::kF32;
-    case ffi::DataType::BF16: return Type::kBF16;
-    case ffi::DataType::S8: return Type::kS8;
-    default: return std::nullopt;
-  }
-}
-
-cmjax::Helpers HelpersOf(ffi::ThreadPool pool, bool is_parallel) {
-  // The calling thread is one of the pool's.
-  const int count = is_parallel ? static_cast<int>(pool.num_threads()) - 1 : 0;
-  return {count, [pool](std::function<void()> run) mutable { pool.Schedule(std::move(run)); }};
-}
-
-// Operands of every handler in turn; a missing or unknown one is remembered.
-class Operands {
- public:
-  explicit Operands(const ffi::RemainingArgs& args) : args_(args) {}
-
-  ffi::AnyBuffer Next() {
-    auto buffer = args_.get<ffi::AnyBuffer>(at_++);
-    if (!buffer) {
-      bad_ = true;
-      return *args_.get<ffi::AnyBuffer>(0);  // there is a first one: the handlers ask
-    }
-    return *buffer;
-  }
-
-  // Scales, `count` of them.
-  const float* NextScales(int64_t count) {
-    ffi::AnyBuffer scales = Next();
-    if (TypeOf(scales) != Type::kF32 || static_cast<int64_t>(scales.element_count()) != count) bad_ = true;
-    return static_cast<const float*>(scales.untyped_data());
-  }
-
-  int64_t NextIndex() {
-    ffi::AnyBuffer index = Next();
-    if (index.element_type() != ffi::DataType::S32 || index.element_count() != 1) {
-      bad_ = true;
-      return -1;
-    }
-    return *static_cast<const int32_t*>(index.untyped_data());
-  }
-
-  // Matrix `index` of a stack `[..., out, in]`, and of its scales where it is of int8.
-  Matrix NextMatrix(int64_t index, int64_t count) {
-    ffi::AnyBuffer values = Next();
-    const auto dims = values.dimensions();
-    Matrix matrix{};
-    const auto type = TypeOf(values);
-    if (!type || dims.size() < 2) {
-      bad_ = true;
-      return matrix;
-    }
-    matrix.type = *type;
-    matrix.out = dims[dims.size() - 2];
-    matrix.in = dims[dims.size() - 1];
-    const int64_t size = matrix.out * matrix.in, all = static_cast<int64_t>(values.element_count());
-    if (index < 0 || (index + count) * size > all) {
-      bad_ = true;
-      return matrix;
-    }
-    matrix.data = static_cast<const char*>(values.untyped_data()) + index * size * ItemBytes(matrix.type);
-    if (matrix.type == Type::kS8 && matrix.in > 0) matrix.scale = NextScales(all / matrix.in) + index * matrix.out;
-    return matrix;
-  }
-
-  bool ok() const { return !bad_; }
-
- private:
-  const ffi::RemainingArgs& args_;
-  size_t at_ = 0;
-  bool bad_ = false;
-};
-
-bool HasValues(const ffi::AnyBuffer& buffer, int64_t count, std::optional<Type> type) {
-  return static_cast<int64_t>(buffer.element_count()) == count && TypeOf(buffer) == type;
-}
-
-int64_t Scalar(const ffi::AnyBuffer& buffer) { return *static_cast<const int32_t*>(buffer.untyped_data()); }
-
-ffi::Error Wrong(const char* message) { return ffi::Error::InvalidArgument(message); }
-
-cmjax::Rows RowsOf(const ffi::AnyBuffer& x, Type type, int64_t width, int64_t scale_at) {
-  return {static_cast<const char*>(x.untyped_data()), x.dimensions()[1] * ItemBytes(type), width, type, nullptr,
-          scale_at};
-}
-
 // x [rows, in], layer, w [..., out, in], [scales of w], [scales of x] -> [rows, out]
-ffi::Error Product(ffi::ThreadPool pool, bool is_parallel, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Error HandleProduct(ffi::ThreadPool pool, bool is_parallel, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   if (args.size() == 0) return Wrong("cmjax_kernels: operands");
   Operands operands(args);
   ffi::AnyBuffer x = operands.Next();
@@ -115,25 +19,25 @@ ffi::Error Product(ffi::ThreadPool pool, bool is_parallel, ffi::RemainingArgs ar
   if (x.dimensions()[1] != w.in || !HasValues(**result, num_rows * w.out, target_type)) {
     return Wrong("cmjax_kernels: widths differ");
   }
-  cmjax::Rows rows = RowsOf(x, *type, w.in, 0);
+  Rows rows = RowsOf(x, *type, w.in, 0);
   if (*type == Type::kS8) {
     rows.scales = operands.NextScales(num_rows);
     if (!operands.ok()) return Wrong("cmjax_kernels: operands");
   }
-  const cmjax::Target target{static_cast<char*>((*result)->untyped_data()), w.out, *target_type};
-  cmjax::RunProduct(rows, num_rows, w, *target_type, target, HelpersOf(pool, is_parallel));
+  const Target target{static_cast<char*>((*result)->untyped_data()), w.out, *target_type};
+  RunProduct(rows, num_rows, w, *target_type, target, HelpersOf(pool, is_parallel));
   return ffi::Error::Success();
 }
 
 // messages [rows, width], counts [experts], layer, w13 [layers, experts, 2f, hidden], [its scales],
 // w2 [layers, experts, hidden, f], [its scales] -> [rows, hidden]
-ffi::Error Experts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi::RemainingArgs args,
+ffi::Error HandleExperts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi::RemainingArgs args,
                    ffi::RemainingRets rets) {
   if (args.size() == 0) return Wrong("cmjax_kernels: operands");
   Operands operands(args);
   ffi::AnyBuffer messages = operands.Next(), counts = operands.Next();
   const int64_t layer = operands.NextIndex(), count = counts.element_count();
-  cmjax::Experts experts{operands.NextMatrix(layer * count, count), operands.NextMatrix(layer * count, count), count};
+  Experts experts{operands.NextMatrix(layer * count, count), operands.NextMatrix(layer * count, count), count};
   auto result = rets.get<ffi::AnyBuffer>(0);
   const auto type = TypeOf(messages);
   if (!operands.ok() || !result || !type || messages.dimensions().size() != 2 ||
@@ -155,24 +59,24 @@ ffi::Error Experts(ffi::ThreadPool pool, bool is_parallel, int32_t scale_at, ffi
     total += sizes[e];
   }
   if (total > messages.dimensions()[0]) return Wrong("cmjax_kernels: more rows than the buffer has");
-  const cmjax::Target target{static_cast<char*>((*result)->untyped_data()), hidden, *target_type};
-  cmjax::RunExperts(RowsOf(messages, *type, hidden, scale_at), sizes, experts, target, HelpersOf(pool, is_parallel));
+  const Target target{static_cast<char*>((*result)->untyped_data()), hidden, *target_type};
+  RunExperts(RowsOf(messages, *type, hidden, scale_at), sizes, experts, target, HelpersOf(pool, is_parallel));
   return ffi::Error::Success();
 }
 
 // kv_b [layers, heads, nope + value, latent], where `layer` is the one.
-std::optional<cmjax::Mla> MlaOf(const ffi::AnyBuffer& kv_b, int64_t layer, int64_t nope, int64_t rope, float scale) {
+std::optional<Mla> MlaOf(const ffi::AnyBuffer& kv_b, int64_t layer, int64_t nope, int64_t rope, float scale) {
   const auto dims = kv_b.dimensions();
   const auto type = TypeOf(kv_b);
   if (!type || *type == Type::kS8 || dims.size() != 4 || layer < 0 || layer >= dims[0] || nope < 0 || dims[2] < nope) {
     return std::nullopt;
   }
   const char* data = static_cast<const char*>(kv_b.untyped_data()) + layer * dims[1] * dims[2] * dims[3] * ItemBytes(*type);
-  return cmjax::Mla{data, dims[1], nope, rope, dims[2] - nope, dims[3], scale, *type};
+  return Mla{data, dims[1], nope, rope, dims[2] - nope, dims[3], scale, *type};
 }
 
 // q_nope [tokens, heads, nope], q_pe [tokens, heads, rope], kv_b, layer -> [requests, rows, latent + rope]
-ffi::Error Absorb(ffi::ThreadPool pool, bool is_parallel, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_pe,
+ffi::Error HandleAbsorb(ffi::ThreadPool pool, bool is_parallel, ffi::AnyBuffer q_nope, ffi::AnyBuffer q_pe,
                   ffi::AnyBuffer kv_b, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> query) {
   if (q_nope.dimensions().size() != 3 || q_pe.dimensions().size() != 3) return Wrong("cmjax_kernels: queries");
   const int64_t tokens = q_nope.dimensions()[0], nope = q_nope.dimensions()[2], rope = q_pe.dimensions()[2];
@@ -182,14 +86,14 @@ ffi::Error Absorb(ffi::ThreadPool pool, bool is_parallel, ffi::AnyBuffer q_nope,
       !HasValues(*query, tokens * mla->heads * (mla->latent + rope), mla->type)) {
     return Wrong("cmjax_kernels: queries and kv_b");
   }
-  cmjax::RunAbsorb(*mla, static_cast<const char*>(q_nope.untyped_data()), static_cast<const char*>(q_pe.untyped_data()),
+  RunAbsorb(*mla, static_cast<const char*>(q_nope.untyped_data()), static_cast<const char*>(q_pe.untyped_data()),
                    tokens, static_cast<char*>(query->untyped_data()), HelpersOf(pool, is_parallel));
   return ffi::Error::Success();
 }
 
 // query [requests, rows, width], peak, total [requests, rows], mixed [requests, rows, width], cache [layers, slots,
 // width], layer, block table [requests, blocks], lengths [tokens] -> peak, total, mixed, which are the operands' memory
-ffi::Error Attend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, int32_t part, int32_t num_parts,
+ffi::Error HandleAttend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, int32_t part, int32_t num_parts,
                   float scale, ffi::AnyBuffer query, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
                   ffi::AnyBuffer cache, ffi::AnyBuffer layer, ffi::Buffer<ffi::S32> table,
                   ffi::Buffer<ffi::S32> lengths, ffi::ResultBuffer<ffi::F32> peak, ffi::ResultBuffer<ffi::F32> total,
@@ -210,9 +114,9 @@ ffi::Error Attend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, in
     return Wrong("cmjax_kernels: layer and state");
   }
   const int64_t heads = rows / tokens;
-  const cmjax::Mla mla{nullptr, heads, 0, 0, 0, shape[2], scale, *type};
+  const Mla mla{nullptr, heads, 0, 0, 0, shape[2], scale, *type};
   const char* data = static_cast<const char*>(cache.untyped_data()) + at * cached[1] * cached[2] * ItemBytes(*type);
-  cmjax::RunAttend(mla, {data, cached[1], block_size},
+  RunAttend(mla, {data, cached[1], block_size},
                    {table.typed_data(), lengths.typed_data(), shape[0], blocks[1], tokens}, part, num_parts,
                    static_cast<const char*>(query.untyped_data()),
                    {peak->typed_data(), total->typed_data(), mixed->typed_data()}, HelpersOf(pool, is_parallel));
@@ -220,7 +124,7 @@ ffi::Error Attend(ffi::ThreadPool pool, bool is_parallel, int32_t block_size, in
 }
 
 // total [requests, rows], mixed [requests, rows, latent + rope], kv_b, layer -> [tokens, heads * value]
-ffi::Error Release(ffi::ThreadPool pool, bool is_parallel, int32_t nope, ffi::Buffer<ffi::F32> total,
+ffi::Error HandleRelease(ffi::ThreadPool pool, bool is_parallel, int32_t nope, ffi::Buffer<ffi::F32> total,
                    ffi::Buffer<ffi::F32> mixed, ffi::AnyBuffer kv_b, ffi::AnyBuffer layer,
                    ffi::Result<ffi::AnyBuffer> out) {
   if (mixed.dimensions().size() != 3 || kv_b.dimensions().size() != 4) return Wrong("cmjax_kernels: state");
@@ -230,20 +134,23 @@ ffi::Error Release(ffi::ThreadPool pool, bool is_parallel, int32_t nope, ffi::Bu
       !HasValues(*out, rows * mla->value, mla->type)) {
     return Wrong("cmjax_kernels: state and kv_b");
   }
-  cmjax::RunRelease(*mla, {nullptr, total.typed_data(), mixed.typed_data()}, rows / mla->heads,
+  RunRelease(*mla, {nullptr, total.typed_data(), mixed.typed_data()}, rows / mla->heads,
                     static_cast<char*>(out->untyped_data()), HelpersOf(pool, is_parallel));
   return ffi::Error::Success();
 }
 
 }  // namespace
+}  // namespace cmjax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_product, Product,
+namespace ffi = xla::ffi;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_product, cmjax::HandleProduct,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("is_parallel")
                                   .RemainingArgs()
                                   .RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_experts, Experts,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_experts, cmjax::HandleExperts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("is_parallel")
@@ -253,7 +160,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_experts, Experts,
 
 using AnyBuffer = ffi::AnyBuffer;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_absorb, Absorb,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_absorb, cmjax::HandleAbsorb,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("is_parallel")
@@ -262,7 +169,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_absorb, Absorb,
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend, cmjax::HandleAttend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("is_parallel")
@@ -281,7 +188,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend, Attend,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_release, Release,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_release, cmjax::HandleRelease,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("is_parallel")

@@ -56,16 +56,22 @@ inline void PutFloats(const float* from, int64_t width, uint16_t* to) {
   for (int64_t i = 0; i < width; ++i) to[i] = Narrow(from[i]);
 }
 
-// Quantizes one row: its scale, and the values as products read them.
-inline float PutInts(const float* from, int64_t width, DotS8::X* to) {
+// Quantizes one row: its scale, and the values as `put` makes them.
+template <class T, class Put>
+inline float PutInts(const float* from, int64_t width, T* to, Put put) {
   uint32_t most = 0;  // sizes of floats compare as their bits do, NaN above all
   for (int64_t i = 0; i < width; ++i) {
     const uint32_t bits = BitsOf(from[i]) & 0x7fffffff;
     most = bits > most ? bits : most;
   }
   const float scale = FloatOf(most) * (1.0f / 127.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int64_t i = 0; i < width; ++i) to[i] = DotS8::Stage(static_cast<int32_t>(Round(from[i] * inverse)));
+  for (int64_t i = 0; i < width; ++i) to[i] = put(static_cast<int32_t>(Round(from[i] * inverse)));
   return scale;
+}
+
+float Quantize(const Rows& rows, int64_t row, int8_t* to, float* floats) {
+  ReadRow(rows, row, Type::kF32, floats);
+  return PutInts(floats, rows.width, to, [](int32_t value) { return static_cast<int8_t>(value); });
 }
 
 void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, char* staged, float* scales,
@@ -85,7 +91,7 @@ void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dt
     std::memset(floats + width, 0, (padded - width) * sizeof(float));
     if (weights == Type::kF32) DotF32::Put(floats, padded, reinterpret_cast<DotF32::X*>(to));
     if (weights == Type::kBF16) DotBF16::Put(floats, padded, reinterpret_cast<DotBF16::X*>(to));
-    if (weights == Type::kS8) scales[r] = PutInts(floats, padded, reinterpret_cast<DotS8::X*>(to));
+    if (weights == Type::kS8) scales[r] = PutInts(floats, padded, reinterpret_cast<DotS8::X*>(to), DotS8::Stage);
   }
 }
 
@@ -245,11 +251,12 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
 }
 
 #include "attention.h"
+#include "routing.h"
 
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
-const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, Stage, Product, Expert,
+const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, Stage, Product, Expert, Quantize, Norm, Choose,
                                              Absorb, Attend, Release};
 
 }  // namespace cmjax

@@ -111,6 +111,17 @@ bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
   return values * item_bytes / 12 + num_rows * values / 40 > 15000;
 }
 
+// task(row) for all rows, each of which takes about `values` cheap operations.
+template <class Task>
+void InBlocks(const Helpers& helpers, int64_t num_rows, int64_t values, const Task& task) {
+  const Helpers alone{0, nullptr};
+  const bool is_large = num_rows * values > 100000;
+  const int64_t blocks = is_large ? std::min<int64_t>(num_rows, 4 * (helpers.count + 1)) : 1;
+  Parallel(is_large ? helpers : alone, blocks, [&](int64_t i) {
+    for (int64_t row = num_rows * i / blocks; row < num_rows * (i + 1) / blocks; ++row) task(row);
+  });
+}
+
 }  // namespace
 
 const Form& CurrentForm() { return *Current().load(std::memory_order_relaxed); }
@@ -192,6 +203,87 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
     form.expert(rows, part.first, part.num_rows, own(experts.w13), own(experts.w2), to,
                 Scratch(1, ExpertScratch(hidden, ffn)));
   });
+}
+
+void RunNorm(const Rows& rows, int64_t num_rows, const char* weight, Type weight_type, float eps, const Target& target,
+             const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  InBlocks(helpers, num_rows, rows.width, [&](int64_t row) {
+    form.norm(rows, row, weight, weight_type, eps, target, reinterpret_cast<float*>(Scratch(1, Padded(rows.width) * 4)));
+  });
+}
+
+void RunChoose(const Router& router, const float* logits, const uint8_t* is_valid, int64_t tokens, int32_t* slots,
+               float* weights, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  const int64_t width = router.topk + router.shared;
+  InBlocks(helpers, tokens, router.experts * router.topk, [&](int64_t t) {
+    if (is_valid[t]) {
+      form.choose(router, logits + t * router.experts, slots + t * width, weights + t * width,
+                  Scratch(1, ChooseScratch(router)));
+    } else {
+      std::fill_n(slots + t * width, width, -1);
+      std::fill_n(weights + t * width, width, 0.0f);
+    }
+  });
+}
+
+void RunPack(const Rows& rows, const int32_t* slots, int64_t tokens, int64_t topk, int64_t num_ranks, int64_t num_local,
+             const Packed& packed, const Helpers& helpers) {
+  const int64_t num_slots = num_ranks * num_local, choices = tokens * topk;
+  const auto is_slot = [num_slots](int32_t slot) { return slot >= 0 && slot < num_slots; };
+  std::fill_n(packed.counts, num_slots, 0);
+  for (int64_t c = 0; c < choices; ++c) {
+    if (is_slot(slots[c])) ++packed.counts[slots[c]];
+  }
+  int32_t next = 0;
+  for (int64_t s = 0; s < num_slots; ++s) {
+    packed.offsets[s] = next;
+    next += packed.counts[s];
+    int32_t* told = packed.announced + s / num_local * 2 * num_local + s % num_local;
+    told[0] = packed.counts[s];
+    told[num_local] = packed.offsets[s];
+  }
+  // `offsets` count up while rows are placed, and are put back.
+  for (int64_t c = 0; c < choices; ++c) packed.position[c] = is_slot(slots[c]) ? packed.offsets[slots[c]]++ : -1;
+  for (int64_t s = 0; s < num_slots; ++s) packed.offsets[s] -= packed.counts[s];
+
+  const Form& form = CurrentForm();
+  const int64_t row_bytes = rows.width * ItemBytes(rows.type);
+  InBlocks(helpers, tokens, topk * packed.stride, [&](int64_t t) {
+    const char* from = rows.data + t * rows.stride;
+    int64_t size = row_bytes;
+    const int32_t* position = packed.position + t * topk;
+    if (packed.scale_at >= 0 && std::any_of(position, position + topk, [](int32_t at) { return at >= 0; })) {
+      size = packed.stride;
+      char* message = Scratch(1, packed.stride + Padded(rows.width) * 4);
+      auto* floats = reinterpret_cast<float*>(message + packed.stride);
+      std::memset(message + rows.width, 0, packed.stride - rows.width);
+      const float scale = form.quantize(rows, t, reinterpret_cast<int8_t*>(message), floats);
+      std::memcpy(message + packed.scale_at, &scale, sizeof(scale));
+      from = message;
+    }
+    for (int64_t k = 0; k < topk; ++k) {
+      if (position[k] >= 0) std::memcpy(packed.data + position[k] * packed.stride, from, size);
+    }
+  });
+}
+
+void RunLayOut(const int32_t* announced, int64_t num_ranks, int64_t num_local, int32_t* counts, int32_t* source_offsets,
+               int32_t* offsets, int32_t* totals) {
+  for (int64_t r = 0; r < num_ranks; ++r) {
+    std::copy_n(announced + 2 * r * num_local, num_local, counts + r * num_local);
+    std::copy_n(announced + (2 * r + 1) * num_local, num_local, source_offsets + r * num_local);
+  }
+  int32_t next = 0;
+  for (int64_t e = 0; e < num_local; ++e) {
+    const int32_t first = next;
+    for (int64_t r = 0; r < num_ranks; ++r) {
+      offsets[r * num_local + e] = next;
+      next += counts[r * num_local + e];
+    }
+    totals[e] = next - first;
+  }
 }
 
 void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,

@@ -84,6 +84,16 @@ inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
   return (tokens + 2) * StagedStride(mla.latent) + kProductScratch;
 }
 
+// How scores become choices of `topk` of the `experts`, and those slots; then come `shared` experts that get every token.
+struct Router {
+  const float* bias;              // [experts], or null
+  const int32_t* expert_to_slot;  // [experts + shared]
+  int64_t experts, shared, topk, groups, topk_groups;
+  bool is_softmax, by_best_two, is_normalized;
+  float scale;
+};
+inline int64_t ChooseScratch(const Router& router) { return (2 * Padded(router.experts) + Padded(router.groups)) * 4; }
+
 // One form of the inner loops. Results of a row never depend on the rows beside it.
 struct Form {
   const char* name;
@@ -100,6 +110,13 @@ struct Form {
   // between the two products are rounded to the target's type.
   void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
                  const Target& target, char* scratch);
+  // to = the row in int8; its scale is returned. `floats` is scratch memory for one padded row.
+  float (*quantize)(const Rows& rows, int64_t row, int8_t* to, float* floats);
+  // target[row] = the row by its root mean square, times `weight` of `weight_type`.
+  void (*norm)(const Rows& rows, int64_t row, const char* weight, Type weight_type, float eps, const Target& target,
+               float* floats);
+  // slots[topk + shared] and weights[topk + shared] of the token with these logits.
+  void (*choose)(const Router& router, const float* logits, int32_t* slots, float* weights, char* scratch);
   // query[tokens, head] = (q_nope of the head through the key part of kv_b, q_pe), all heads being side by side.
   void (*absorb)(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, int64_t head, char* query,
                  float* scratch);
@@ -140,6 +157,30 @@ struct Experts {
 // Expert e takes the counts[e] rows behind those of the experts before it; `counts` must not exceed the buffers.
 void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
                 const Helpers& helpers);
+
+// See Form::norm.
+void RunNorm(const Rows& rows, int64_t num_rows, const char* weight, Type weight_type, float eps, const Target& target,
+             const Helpers& helpers);
+
+// See Form::choose; tokens that are not valid go nowhere (-1), with weight 0.
+void RunChoose(const Router& router, const float* logits, const uint8_t* is_valid, int64_t tokens, int32_t* slots,
+               float* weights, const Helpers& helpers);
+
+// Rows sorted by the slots that they go to, of each rank `num_local`; those of a slot stay in order.
+struct Packed {
+  char* data;        // [tokens * topk, stride]: a row for each choice
+  int64_t stride;    // bytes of a row
+  int64_t scale_at;  // -1: rows as they are; else they become int8, with the scale at this byte
+  int32_t *position, *offsets, *counts;  // [tokens, topk], -1 for none; [slots]; [slots]
+  int32_t* announced;                    // [ranks, 2, num_local]: what each rank is told, counts and offsets
+};
+void RunPack(const Rows& rows, const int32_t* slots, int64_t tokens, int64_t topk, int64_t num_ranks, int64_t num_local,
+             const Packed& packed, const Helpers& helpers);
+
+// Where received rows lie, grouped by local expert: of announced [ranks, 2, num_local] the counts and offsets apart,
+// where each rank's rows for each expert begin here, and the rows of each expert.
+void RunLayOut(const int32_t* announced, int64_t num_ranks, int64_t num_local, int32_t* counts, int32_t* source_offsets,
+               int32_t* offsets, int32_t* totals);
 
 // The queries of all heads, see Form::absorb; their meeting with share `index` of `count` of the keys of each request,
 // which has tokens / requests of them and `max_blocks` entries of `table`; and what comes of them, [tokens, heads * value].

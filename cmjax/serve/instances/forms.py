@@ -54,7 +54,6 @@ def step_spec(
         axis_name=EP_AXIS,
         block_size=settings.block_size,
         exchange=exchange,
-        num_dispatched_shared=placement.num_dispatched_shared if placement else 0,
         microbatches=2 if settings.microbatches == 2 else 1,
     )
     return StepSpec(rank, mesh)
