@@ -1,6 +1,6 @@
 """cmjax: a CloudMatrix384-class serving system in JAX."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Lazy, so that `import cmjax` and `cmjax --help` do not pay for JAX.
     if name in ("Model", "load"):
         from cmjax import checkpoint, model

@@ -1,17 +1,20 @@
 """Loops whose scope says how often they run, `loop_N`: whoever prices a step, traced or compiled, reads it there."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax import lax
 
-State = TypeVar("State")  # a tree of arrays
+# Trees of arrays: what is carried, what a step takes one of, what it gives one of.
+State = TypeVar("State")
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 def scan(
-    body: Callable[[State, Any], tuple[State, Any]], init: State, xs: Any, *, length: int, unroll: bool = False
-) -> tuple[State, Any]:
+    body: Callable[[State, X], tuple[State, Y]], init: State, xs: X, *, length: int, unroll: bool = False
+) -> tuple[State, Y]:
     """`lax.scan` over `length` steps; a compiler does not always keep their number."""
     with jax.named_scope(f"loop_{length}"):
         return lax.scan(body, init, xs, length=length, unroll=unroll)

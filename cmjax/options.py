@@ -44,7 +44,7 @@ class Option:
     maximum: float | None = None
     is_open: bool = False
     must_be: str = ""
-    choices: tuple[Any, ...] = ()
+    choices: tuple[object, ...] = ()
     unset: str = ""
     scale: float | None = None
     metavar: str | None = None
@@ -81,7 +81,7 @@ class Option:
         return f"is out of range: it must be {self.bounds}"
 
 
-def option(default: Any, help: str, **details: Any) -> Any:
+def option(default: object, help: str, **details: Any) -> Any:
     """A dataclass field; the details are those of `Option`."""
     return dataclasses.field(default=default, metadata={_KEY: Option(help=help, default=default, **details)})
 

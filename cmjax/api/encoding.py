@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Iterator
-from typing import Any
 
 _LIST_AT_ONCE = 256  # numbers or short texts
 _LISTS_AT_ONCE = 8  # items that hold others, as the log probabilities of a place do: some 10 KB
@@ -11,7 +10,7 @@ _TEXT_AT_ONCE = 1 << 20  # characters
 _dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def json_pieces(value: Any) -> Iterator[bytes]:
+def json_pieces(value: object) -> Iterator[bytes]:
     """A value as compact JSON, in pieces of which each takes about a millisecond at most: lists of many
     things are cut, and texts."""
     if isinstance(value, dict) and any(isinstance(one, dict | list | str) for one in value.values()):

@@ -1,6 +1,6 @@
 """What a client is told instead of a result, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
-from typing import Any
+from cmjax.text import JsonObject
 
 _TYPES = {
     401: "authentication_error",
@@ -27,10 +27,10 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
-    def __reduce__(self) -> tuple[type["ApiError"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type["ApiError"], tuple[object, ...]]:
         return ApiError, (self.status, self.message, self.param, self.code)
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JsonObject:
         """The JSON of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

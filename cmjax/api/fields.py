@@ -3,7 +3,6 @@ answer are refused where they ask for something, and those that nobody knows are
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from cmjax.api.errors import ApiError
 
@@ -19,7 +18,7 @@ IGNORED = frozenset(
     }
 )  # fmt: skip
 # Field -> values that ask for nothing, beside null, false and what is empty.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
+REFUSED: Mapping[str, tuple[object, ...]] = {
     # The form of the answer.
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_json_object": (),
     "structured_outputs": (), "structural_tag": (), "response_format": ({"type": "text"},), "grammar": (), "regex": (),
@@ -48,7 +47,7 @@ _MOST_NAMED = 100
 _named: set[str] = set()
 
 
-def check_fields(more: Mapping[str, Any] | None, num_choices: int = 1) -> None:
+def check_fields(more: Mapping[str, object] | None, num_choices: int = 1) -> None:
     """400 for the first of the fields in `more` that asks for what cannot be had."""
     for name, value in (more or {}).items():
         if name in REFUSED:
@@ -66,7 +65,7 @@ def check_fields(more: Mapping[str, Any] | None, num_choices: int = 1) -> None:
             logger.warning("requests have a field %r, which is unknown and ignored", name[:80])
 
 
-def check_template_arguments(variables: Mapping[str, Any] | None) -> None:
+def check_template_arguments(variables: Mapping[str, object] | None) -> None:
     """400 for arguments that no template gets."""
     for name in variables or {}:
         if name in _NO_ARGUMENTS:
@@ -74,7 +73,7 @@ def check_template_arguments(variables: Mapping[str, Any] | None) -> None:
             raise ApiError(400, message, param="chat_template_kwargs")
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_nothing(value: object) -> bool:
     return (
         value is None
         or value is False

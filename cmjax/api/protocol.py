@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cmjax.options import options_of
 from cmjax.schedule import MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS, MOST_LOGIT_BIAS, SamplingParams
+from cmjax.text import JsonObject
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -19,14 +20,14 @@ Bias = Annotated[float, Field(ge=-MOST_LOGIT_BIAS, le=MOST_LOGIT_BIAS)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 
 
-def _sampled(name: str, **more: Any) -> Any:
+def _sampled(name: str, **more: int) -> Any:
     """A field that need not be given, with the bounds that `SamplingParams` has for it."""
     option, kind = options_of(SamplingParams)[name]
     bounds: dict[str, Any] = option.limits | more | ({"allow_inf_nan": False} if kind is float else {})
     return Field(None, **bounds)
 
 
-def _with_nulls(schema: dict[str, Any]) -> None:
+def _with_nulls(schema: JsonObject) -> None:
     """Say in a schema that a field with a default may be null."""
     for name, field in schema.get("properties", {}).items():
         if name in schema.get("required", ()) or {"type": "null"} in field.get("anyOf", ()):
@@ -42,7 +43,7 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
+    def _without_nulls(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None}
@@ -123,13 +124,13 @@ class ChatRequest(Sampled):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = _sampled("logprobs")
-    tools: list[dict[str, Any]] | None = None
+    tools: list[JsonObject] | None = None
     tool_choice: Any = None
     add_special_tokens: bool = False
     echo: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
 
 
 class TokenizeRequest(_Body):
@@ -141,8 +142,8 @@ class TokenizeRequest(_Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[JsonObject] | None = None
+    chat_template_kwargs: JsonObject | None = None
     return_token_strs: bool = False
 
 

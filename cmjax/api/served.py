@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from cmjax.api.errors import ApiError, clipped
 from cmjax.api.template import ChatTemplate
@@ -32,7 +31,7 @@ class Served:
     max_requests: int
     min_priority: int = 0
     default_max_tokens: int
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, float]
     eos_ids: tuple[int, ...]
     tokenizer: Tokenizer | None
     template: ChatTemplate | None

@@ -16,6 +16,7 @@ from cmjax.api.sampling import refuse_unsupported, sampling_of
 from cmjax.api.served import Served
 from cmjax.errors import UserError
 from cmjax.schedule import SamplingParams
+from cmjax.text import JsonObject
 
 
 @dataclasses.dataclass
@@ -54,7 +55,7 @@ def take(served: Served, kind: Kind, content_type: str, raw: bytes) -> Taken:
         raise ApiError(400, str(error)) from error
 
 
-def _parsed(raw: bytes, content_type: str) -> Any:
+def _parsed(raw: bytes, content_type: str) -> object:
     if not raw:
         raise ApiError(400, "there is no body; it must be a JSON object")
     kind = content_type.partition(";")[0].strip().lower()
@@ -77,7 +78,7 @@ def _parsed(raw: bytes, content_type: str) -> Any:
     return found
 
 
-def _check_text(raw: bytes, found: Any) -> None:
+def _check_text(raw: bytes, found: object) -> None:
     """400 for half of a surrogate pair, which JSON can write and no text can have."""
     # Zeros: `json` takes them for another encoding.
     if not any(mark in raw for mark in (b"\\ud", b"\\uD", b"\0")):
@@ -90,7 +91,7 @@ def _check_text(raw: bytes, found: Any) -> None:
         raise ApiError(400, message) from error
 
 
-def _validated(model: type[BaseModel], found: Any) -> BaseModel:
+def _validated(model: type[BaseModel], found: object) -> BaseModel:
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
@@ -121,7 +122,7 @@ def _asked(served: Served, body: CompletionRequest | ChatRequest) -> Asked:
     return Asked(body, prompts, samplings)
 
 
-def _tokenized(served: Served, body: TokenizeRequest) -> dict[str, Any]:
+def _tokenized(served: Served, body: TokenizeRequest) -> JsonObject:
     check_fields(body.model_extra)
     tokenizer = served.text_tokenizer()
     if (body.prompt is None) == (body.messages is None):

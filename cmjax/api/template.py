@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cmjax.api.errors import ApiError
 from cmjax.errors import UserError
-from cmjax.text import Tokenizer
+from cmjax.text import JsonObject, Tokenizer
 
 # What a template is given under names of its own; template arguments cannot replace it.
 _FIELDS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -45,7 +45,7 @@ class ChatTemplate:
         self._with_tools = self._plain if tool_source is None else _compile(environment, tool_source, where)
         self.takes_parts = _looks_into_content(environment.parse(source))
 
-    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[object, ...]]:
         return ChatTemplate, self._made_of  # a compiled template cannot be pickled
 
     @classmethod
@@ -78,12 +78,12 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[JsonObject],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
-        tools: Sequence[Any] | None = None,
-        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -151,14 +151,14 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
     return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
 
 
-def _with_plain_text(message: Mapping[str, Any]) -> dict[str, Any]:
+def _with_plain_text(message: JsonObject) -> JsonObject:
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
     return {**message, "content": "".join(part.get("text") or "" for part in content)}
 
 
-def _mark_end(messages: list[dict[str, Any]]) -> str:
+def _mark_end(messages: list[JsonObject]) -> str:
     """Put a mark behind the text of the last message, which is returned."""
     last = messages[-1]
     content = last.get("content")
@@ -214,7 +214,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,

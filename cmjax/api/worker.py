@@ -25,7 +25,7 @@ LENGTH = struct.Struct("<Q")
 _PROMPTS_AT_ONCE = 256
 
 
-def parts_of(taken: Taken) -> Iterator[Any]:
+def parts_of(taken: Taken) -> Iterator[object]:
     """What was taken, in parts; `whole` puts them together again."""
     if not isinstance(taken, Asked):
         yield from taken

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 from rich.table import Table
 
 from cmjax.bench.outliers import FACTORS, plant_outliers
@@ -14,6 +14,7 @@ from cmjax.checkpoint import CalibrationSettings, Techniques, load, quantize_fol
 from cmjax.errors import UserError
 from cmjax.model import Model
 from cmjax.options import check_bounds, option
+from cmjax.text import JsonObject
 
 TECHNIQUES = ("scales", "rotations", "clipping", "compensation")
 REFERENCE, ROUNDED = "floats", "int8"
@@ -56,7 +57,7 @@ def make_models(
     work: Path,
     input_ids: np.ndarray,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     kinds: tuple[str, ...] = (),
     alone: bool = False,
     names: Sequence[str] = TECHNIQUES,
@@ -95,7 +96,7 @@ def make_models(
     return models
 
 
-def compare(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(reports: dict[str, JsonObject]) -> list[JsonObject]:
     """One row a model, means of the areas: its figures, and how far they are off the first model's.
 
     `top1_change` and `worst_area_change` are in points, `bits_per_byte_change` is a share.
@@ -119,7 +120,7 @@ def compare(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """A row for each model, and its top-1 by area."""
     columns = ("model", "bits/byte", "change %", "top-1 %", "points", "worst area", "points", "KL", "MTP %")
     table = new_table(f"Means of {len(report['areas'])} areas, context {report['context']}", *columns, numbers_from=1)

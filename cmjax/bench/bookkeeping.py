@@ -2,7 +2,6 @@
 
 import pickle
 import time
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from cmjax.schedule import (
     SendPlan,
 )
 from cmjax.serve import RequestHandle
+from cmjax.text import JsonObject
 
 BOUND_MS = 10.0
 PARTS = ("plan", "pickle", "unpickle", "commit", "deliver")
@@ -33,7 +33,7 @@ _PROMPT = 128
 _NO_LOAD = np.zeros((0, 0), np.int64)
 
 
-def run(*, ep_size: int = 320, seqs_per_rank: int = 8, num_steps: int = 8, rounds: int = 30) -> dict[str, Any]:
+def run(*, ep_size: int = 320, seqs_per_rank: int = 8, num_steps: int = 8, rounds: int = 30) -> JsonObject:
     """Time calls in which every place of every rank goes on; the tokens are made up.
 
     Args:
@@ -55,7 +55,7 @@ def run(*, ep_size: int = 320, seqs_per_rank: int = 8, num_steps: int = 8, round
         assert isinstance(plan, DecodePlan)
         assert len(plan.places) == ep_size * seqs_per_rank
         token_ids = rng.integers(0, 32_000, (num_steps, len(plan.places)), dtype=np.int32)
-        result: Any = DecodeResult(token_ids, np.zeros((58, ep_size), np.int64), 0.1)
+        result = DecodeResult(token_ids, np.zeros((58, ep_size), np.int64), 0.1)
         begin = time.perf_counter()
         packed = pickle.dumps(plan), pickle.dumps(result)
         middle = time.perf_counter()

@@ -4,7 +4,6 @@ prompts that are sent to them."""
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import ml_dtypes
 from jax.typing import DTypeLike
@@ -56,5 +55,5 @@ def ttft_s(handle: RequestHandle) -> float:
     return handle.times.first_token - handle.times.arrival
 
 
-def silent(*_: Any) -> None:
+def silent(*_: object) -> None:
     """A `Tell` that says nothing."""

@@ -4,7 +4,6 @@ without, in turn in one run: what each turn hits, and how soon its first token c
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -17,6 +16,7 @@ from cmjax.model import Model, num_params
 from cmjax.options import check_bounds, option
 from cmjax.serve import Engine, EngineSettings
 from cmjax.serve.caching import CacheSettings
+from cmjax.text import JsonObject
 
 VARIANTS = ("off", "on")
 _ROWS_SHOWN = 10
@@ -71,7 +71,7 @@ Turns = Mapping[tuple[int, int, str], Turn]
 
 def run(
     settings: AgentSettings, model: Model | None = None, *, cache: CacheSettings | None = None, tell: Tell = silent
-) -> dict[str, Any]:
+) -> JsonObject:
     """Have the same agents talk to an engine without a cache and to one with it.
 
     Args:
@@ -125,7 +125,7 @@ def _talk(settings: AgentSettings, engines: Mapping[str, Engine], vocab_size: in
     return turns
 
 
-def summarize(settings: AgentSettings, turns: Turns, cache_block: int) -> list[dict[str, Any]]:
+def summarize(settings: AgentSettings, turns: Turns, cache_block: int) -> list[JsonObject]:
     """A row for each turn."""
     possible = {name: _possible(turns, cache_block, with_answers) for name, with_answers in _POSSIBLE.items()}
     rows = []
@@ -167,7 +167,7 @@ def _contents(token_ids: Sequence[int], cache_block: int) -> list[tuple[int, ...
     return [tuple(token_ids[start : start + cache_block]) for start in range(0, len(token_ids), cache_block)]
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Some of the turns, from the first to the last."""
     settings, rows = report["settings"], report["results"]
     title = (
@@ -185,7 +185,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return [define(table, report["definitions"])]
 
 
-def plot(report: dict[str, Any], path: str) -> None:
+def plot(report: JsonObject, path: str) -> None:
     """Hit rate and TTFT by turn."""
     from matplotlib.figure import Figure
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -21,6 +20,7 @@ from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 from cmjax.serve import Engine, EngineSettings
 from cmjax.serve.caching import CacheSettings
+from cmjax.text import JsonObject
 
 MOST_ASKED = 90.0  # percent of reuse that the summary is about
 BOUNDS = {"speedup": 2.28, "share_of_own": 0.8, "cost": 0.03}
@@ -194,7 +194,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]]) -> Sample:
 
 def run(
     settings: ReuseSettings, model: Model | None = None, *, cache_block: int = 128, tell: Tell = silent
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time every share in every variant, on one device.
 
     A round sends a share's prompts without a cache; with one, where their beginnings are in the pool, and the instance
@@ -273,7 +273,7 @@ def _measure_all(
         yield (index, reuse, "vpc", is_burst), vpc.measure(prompts.make(reuse, places))
 
 
-def summarize(settings: ReuseSettings, samples: Mapping[Key, Sample], shared: Mapping[float, int]) -> dict[str, Any]:
+def summarize(settings: ReuseSettings, samples: Mapping[Key, Sample], shared: Mapping[float, int]) -> JsonObject:
     """`results`, a row for each share and variant; `summary`, what is asked of them where they have it; `as_meant`,
     whether every sample found its prompts' beginnings where its variant has them, and nothing elsewhere.
 
@@ -311,7 +311,7 @@ def _is_as_meant(variant: str, sample: Sample, num_shared: int) -> bool:
     return (sample.num_own, sample.num_pool) == (own, pool)
 
 
-def _row(reuse: float, variant: str, samples: Mapping[Key, Sample], rounds: int) -> dict[str, Any]:
+def _row(reuse: float, variant: str, samples: Mapping[Key, Sample], rounds: int) -> JsonObject:
     """Medians over the rounds, and the quartiles of what off takes over what this takes in the same round."""
     (alone, off_alone), (bursts, off_bursts) = (
         [[samples[index, reuse, name, is_burst] for index in range(rounds)] for name in (variant, "off")]
@@ -337,7 +337,7 @@ def _quartiles(base: Sequence[float], other: Sequence[float]) -> list[float]:
     return np.percentile(np.divide(base, other), (25, 50, 75)).tolist()
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """All shares and variants, and what is asked of them."""
     settings = report["settings"]
     title = (
@@ -372,7 +372,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return [table, define(summary, report["definitions"] | {"delay": delay})]
 
 
-def plot(report: dict[str, Any], path: str) -> None:
+def plot(report: JsonObject, path: str) -> None:
     """TTFT and throughput over the share that is reused, a line for each variant."""
     from matplotlib.figure import Figure
 

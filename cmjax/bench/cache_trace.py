@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -22,6 +21,7 @@ from cmjax.options import check_bounds, option
 from cmjax.schedule import blocks_for
 from cmjax.serve import EngineSettings
 from cmjax.serve.caching import CacheSettings
+from cmjax.text import JsonObject
 
 # How often something is found does not depend on what the model makes of it.
 CONFIG = dataclasses.replace(
@@ -128,7 +128,7 @@ def read_hashed_trace(path: Path, hash_tokens: int, most: int | None = None) -> 
     return sorted(requests, key=lambda one: one.arrival_s)[:most]
 
 
-def _parse(line: Any, hash_tokens: int) -> HashedRequest:
+def _parse(line: object, hash_tokens: int) -> HashedRequest:
     if not isinstance(line, dict):
         raise ValueError("it is no object")
     arrival, length, hashes = line["timestamp"], line["input_length"], line["hash_ids"]
@@ -167,7 +167,7 @@ def _draw(what: tuple[int, int], count: int, seed: int, vocab_size: int) -> np.n
     return np.random.default_rng((seed, *what)).integers(0, vocab_size, count)
 
 
-def run(file: Path, settings: TraceCacheSettings, model: Model | None = None, *, tell: Tell = silent) -> dict[str, Any]:
+def run(file: Path, settings: TraceCacheSettings, model: Model | None = None, *, tell: Tell = silent) -> JsonObject:
     """Send a trace to an engine for each size of the pool, and say beside what it hits what could be expected.
 
     Args:
@@ -207,7 +207,7 @@ def run(file: Path, settings: TraceCacheSettings, model: Model | None = None, *,
 
 def _deliver(
     model: Model, prompts: Sequence[Sequence[int]], wanted: int, settings: TraceCacheSettings, tell: Tell
-) -> dict[str, Any]:
+) -> JsonObject:
     """Send the prompts, one after another, to an engine whose pool has room for about so many blocks; how many it is is
     told by what it holds in the end, with what it keeps beside the latents."""
     block, config = settings.block_tokens, model.config
@@ -249,7 +249,7 @@ def _deliver(
     }
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """What was predicted, delivered and possible, for each size of the pool."""
     settings, trace = report["settings"], report["trace"]
     title = (
@@ -282,7 +282,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return [define(table, report["definitions"] | notes)]
 
 
-def plot(report: dict[str, Any], path: str) -> None:
+def plot(report: JsonObject, path: str) -> None:
     """Hit rates over the size of the cache."""
     from matplotlib.figure import Figure
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from cmjax.schedule import SlotLoad, blocks_for
 from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, StepSpec, decode
 from cmjax.serve.instances.direct import Prefilled, fill, prefill_prompts, rows_in_order
 from cmjax.serve.instances.executor import host_load
+from cmjax.text import JsonObject
 
 BOUND = 3.0  # times one device
 WIRES: dict[str, WireDtype | None] = {"float": None, "int8": "int8"}
@@ -48,7 +48,7 @@ def run(
     num_steps: int = 4,
     rounds: int = 5,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time decode over `ep_size` devices, with float and int8 dispatch, and the same sequences on one device.
 
     Args:
@@ -98,7 +98,7 @@ def run(
     }
 
 
-def _result(wire: str, seconds: dict[str, list[float]], num_steps: int, num_tokens: int) -> dict[str, Any]:
+def _result(wire: str, seconds: dict[str, list[float]], num_steps: int, num_tokens: int) -> JsonObject:
     one_step, all_steps, twice = (np.array(seconds[f"{wire} {form}"]) for form in (1, num_steps, "twice"))
     step_s = float(np.median(all_steps)) / num_steps
     launch_s = float(np.median(one_step - (all_steps - one_step) / (num_steps - 1))) / num_steps
@@ -219,7 +219,7 @@ def _zero_after(x: jax.Array) -> jax.Array:
     return jnp.minimum(bit.astype(jnp.int32), 0)
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Step times and shares of `cmjax bench decode`."""
     settings, one = report["settings"], report["one_device"]
     title = (

@@ -1,7 +1,6 @@
 """The engine under requests: a full decode step beside one with a single request, and decode during a long prefill."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -13,6 +12,7 @@ from cmjax.mesh import Supernode, carve
 from cmjax.model import Model
 from cmjax.schedule import Call
 from cmjax.serve import Engine, EngineSettings, SamplingParams
+from cmjax.text import JsonObject
 
 _BLOCK_SIZE = 16
 _SHORT = 12  # prompt tokens of the requests that fill the places
@@ -26,7 +26,7 @@ DEFINITIONS = {
 }
 
 
-def run(model: Model, *, ep_size: int, seqs_per_rank: int, prompt_tokens: int, num_steps: int) -> dict[str, Any]:
+def run(model: Model, *, ep_size: int, seqs_per_rank: int, prompt_tokens: int, num_steps: int) -> JsonObject:
     """Measure on the preset machine; every call is one of the engine's own, between its own threads.
 
     Args:
@@ -131,7 +131,7 @@ def _gaps(engine: Engine, ep_size: int, prompt_tokens: int, num_steps: int) -> t
     return np.diff(ends).tolist(), during
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """The report as a table."""
     settings, results, bounds = report["settings"], report["results"], report["bounds"]
     title = (

@@ -6,7 +6,6 @@ import dataclasses
 import lzma
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -18,6 +17,7 @@ from cmjax.mesh import Instance
 from cmjax.model import Model, ModelConfig, placed_layer_names
 from cmjax.options import check_bounds, option
 from cmjax.serve import EngineSettings, Scorer, TextScores, score_together
+from cmjax.text import JsonObject
 
 # The comparison with the compressor: files of at least so many bytes, and the first so many of each.
 MIN_COMPARED_BYTES = 4096
@@ -164,7 +164,7 @@ def evaluate_together(
     stride: int,
     settings: EngineSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Score held-out files on an instance, teacher-forced, at every token of every file, with each model.
 
     Args:
@@ -219,7 +219,7 @@ def _report(
     ends: Sequence[Sequence[int]],
     scores: Sequence[TextScores],
     load: np.ndarray,
-) -> dict[str, Any]:
+) -> JsonObject:
     has_mtp = model.params.mtp is not None
     areas: dict[str, Tally] = {}
     for file, own_ends, one in zip(files, ends, scores, strict=True):
@@ -254,7 +254,7 @@ def _balance(load: np.ndarray, model: Model) -> dict[str, float]:
     return {name: float(rows.max() / max(rows.mean(), 1e-9)) for name, rows in zip(names, load, strict=True)}
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """The figures of one model by area; `report` also says `context` and `ep_size`."""
     columns = ("area", "KB", "bits/byte", "top-1 %", "MTP %", "compared", "LZMA", "ratio")
     table = new_table(f"Held-out text, context {report['context']}, EP{report['ep_size']}", *columns, numbers_from=1)

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from rich.table import Table
 from cmjax.bench.report import machine
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, fabric, virtual_devices
+from cmjax.text import JsonObject
 
 NUM_EXCHANGES = 20
 SIDE_BY_SIDE = ((64, 300_000), (64, 34_000_000), (256, 300_000), (256, 34_000_000))
@@ -67,7 +68,7 @@ def run(
     *,
     repeats: int = 7,
     on_result: Callable[[FabricResult], None] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measures: `benchmark`, `machine`, `exchanges` and `overlap`, ready for JSON (NaN as None).
 
     Args:
@@ -139,7 +140,7 @@ def measure_overlap(num_ranks: int = 8, num_steps: int = 10) -> OverlapResult:
     return OverlapResult(work_s, modelled_s, whole_s, halves_s, exposed_whole_s, exposed_halves_s)
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """The report as tables for people."""
     host = report["machine"]
     title = f"all_to_all on {host['cpu']}, {host['cores']} cores, jax {host['jax']}, jaxlib {host['jaxlib']}"
@@ -171,7 +172,7 @@ def _measure(num_ranks: int, num_bytes: int, with_lax: bool, repeats: int) -> Fa
     width = max(1, round(num_bytes / (4 * num_ranks**2)))
     x = _payload(num_ranks, width)
 
-    def chain(x: jax.Array, module: Any) -> jax.Array:
+    def chain(x: jax.Array, module: ModuleType) -> jax.Array:
         return lax.fori_loop(0, NUM_EXCHANGES, lambda _, x: module.all_to_all(x, EP_AXIS, 0, 0), x, unroll=2)
 
     loops = {"fabric": _loop(num_ranks, functools.partial(chain, module=fabric))}
@@ -203,12 +204,12 @@ def _loop(num_ranks: int, fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax
     return jax.jit(jax.shard_map(fn, mesh=_mesh(num_ranks), in_specs=spec, out_specs=spec, check_vma=False))
 
 
-def _time(fn: Callable[[], Any]) -> float:
+def _time(fn: Callable[[], object]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(fn())
     return time.perf_counter() - start
 
 
-def _as_json(result: FabricResult) -> dict[str, Any]:
+def _as_json(result: FabricResult) -> JsonObject:
     values = dataclasses.asdict(result) | {"speedup": result.speedup, "memcpy_share": result.memcpy_share}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from cmjax.bench.load import Record
 from cmjax.errors import UserError
 from cmjax.options import option
+from cmjax.text import JsonObject
 
 TIMES = ("ttft", "tpot", "itl", "icl", "e2el")
 
@@ -84,7 +84,7 @@ def summarize(
     *,
     percentiles: Sequence[float] = (50, 90, 99),
     slo_ms: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The report of a load; failures are counted by reason, and are in no mean.
 
     Args:
@@ -100,7 +100,7 @@ def summarize(
     samples["itl"] = [gap for _, itl in both for gap in itl]
     samples["icl"] = [gap for icl, _ in both for gap in icl]
     num_input, num_output = (sum(getattr(r, name) for r in complete) for name in ("num_input", "num_output"))
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "duration": duration_s,
         "completed": len(complete),
         "failed": len(records) - len(complete),

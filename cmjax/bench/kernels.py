@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from cmjax.kernels import KernelsMode
 from cmjax.mesh import bring_up
 from cmjax.model import Model, ModelConfig, convert_params, init_params, num_bytes, num_params, params_digest
 from cmjax.quant import QuantMode
+from cmjax.text import JsonObject
 
 FORMATS = ("bfloat16", "float32", "int8")
 MODES: tuple[KernelsMode, ...] = ("xla", "native")
@@ -33,8 +33,8 @@ def run(
     sizes: Sizes | None = None,
     rounds: int = 5,
     seed: int = 0,
-    on_result: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+    on_result: Callable[[JsonObject], None] | None = None,
+) -> JsonObject:
     """Time decode and prefill of a random model with the kernels and with the XLA forms, in turn.
 
     Args:
@@ -70,7 +70,7 @@ def run(
     }
 
 
-def _measure(model: Model, job: str, batch: int, sizes: Sizes, rounds: int, seed: int) -> dict[str, Any]:
+def _measure(model: Model, job: str, batch: int, sizes: Sizes, rounds: int, seed: int) -> JsonObject:
     prompts = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, sizes.length))
     steps = sizes.num_steps if job == "decode" else 1
     calls: dict[str, Callable[[], object]] = {}
@@ -82,7 +82,7 @@ def _measure(model: Model, job: str, batch: int, sizes: Sizes, rounds: int, seed
     return medians | {"speedup": float(np.median(seconds["xla"] / seconds["native"]))}
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Both forms of each step, and their ratio."""
     settings = report["settings"]
     title = (

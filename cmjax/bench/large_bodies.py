@@ -9,13 +9,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from cmjax.bench.load import UrlTarget
 from cmjax.bench.tables import new_table
+from cmjax.text import JsonObject
 
 PATIENCE_S = 600  # for one of them
 
@@ -36,26 +36,26 @@ def _words(size: int, rng: np.random.Generator) -> str:
     return letters.tobytes().decode()
 
 
-def _text(size: int, rng: np.random.Generator) -> dict[str, Any]:
+def _text(size: int, rng: np.random.Generator) -> JsonObject:
     return {"prompt": _words(size, rng)}
 
 
-def _ids(size: int, rng: np.random.Generator) -> dict[str, Any]:
+def _ids(size: int, rng: np.random.Generator) -> JsonObject:
     """Ids of two digits, which every vocabulary has: four bytes each."""
     return {"prompt": rng.integers(10, 100, size // 4).tolist()}
 
 
-def _one_message(size: int, rng: np.random.Generator) -> dict[str, Any]:
+def _one_message(size: int, rng: np.random.Generator) -> JsonObject:
     return {"messages": [{"role": "user", "content": _words(size, rng)}]}
 
 
-def _many_messages(size: int, rng: np.random.Generator) -> dict[str, Any]:
+def _many_messages(size: int, rng: np.random.Generator) -> JsonObject:
     message = _one_message(20, rng)["messages"][0]
     return {"messages": [message] * (size // (len(json.dumps(message)) + 2))}
 
 
 # Kind -> where it goes, and its fields for a number of bytes.
-_KINDS: Mapping[str, tuple[str, Callable[[int, np.random.Generator], dict[str, Any]]]] = {
+_KINDS: Mapping[str, tuple[str, Callable[[int, np.random.Generator], JsonObject]]] = {
     "text": ("/v1/completions", _text),
     "token ids": ("/v1/completions", _ids),
     "chat of one message": ("/v1/chat/completions", _one_message),
@@ -72,7 +72,7 @@ def make_bodies(count: int, num_bytes: int, model: str | None, rng: np.random.Ge
     return [made[index % len(made)] for index in range(count)]
 
 
-async def send_bodies(bodies: Sequence[LargeBody], target: UrlTarget) -> list[dict[str, Any]]:
+async def send_bodies(bodies: Sequence[LargeBody], target: UrlTarget) -> list[JsonObject]:
     """Send one after another, each when the last has been answered, from a thread, so that this loop goes on."""
     answers = []
     for body in bodies:
@@ -104,7 +104,7 @@ def _code(answer: bytes) -> str:
         return ""
 
 
-def bodies_table(answers: Sequence[Mapping[str, Any]]) -> Table:
+def bodies_table(answers: Sequence[JsonObject]) -> Table:
     """How those of each kind were answered, and how soon."""
     title = "Large bodies, one after another beside the load"
     table = new_table(title, "kind", "MB", "sent", "answered", "mean, s", "longest, s", numbers_from=1)

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cmjax.bench.trace import TraceRequest
 from cmjax.errors import UserError
 from cmjax.options import check_bounds, option
 from cmjax.serve import Engine
+from cmjax.text import JsonObject
 
 if TYPE_CHECKING:
     import aiohttp
@@ -191,7 +192,7 @@ class UrlTarget:
         except aiohttp.ClientError:
             return None
 
-    def body(self, request: TraceRequest) -> dict[str, Any]:
+    def body(self, request: TraceRequest) -> JsonObject:
         """What is sent: of the sampling only what the request says, so that the server's own defaults hold."""
         body = {
             "model": self.model,

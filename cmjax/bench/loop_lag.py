@@ -4,13 +4,13 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from cmjax.bench.load import UrlTarget
 from cmjax.bench.tables import new_table
+from cmjax.text import JsonObject
 
 _NAME = "event_loop_lag_seconds"
 _QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
@@ -71,7 +71,7 @@ async def read_lag(target: UrlTarget) -> LoopLag | None:
         return None
 
 
-async def watch_idle(target: UrlTarget, seconds: float) -> dict[str, Any] | None:
+async def watch_idle(target: UrlTarget, seconds: float) -> JsonObject | None:
     """The figures of so many seconds without a load; None where there are none."""
     before = await read_lag(target)
     if before is None or seconds == 0:
@@ -81,7 +81,7 @@ async def watch_idle(target: UrlTarget, seconds: float) -> dict[str, Any] | None
     return None if after is None else (after - before).figures()
 
 
-def lag_table(lags: Mapping[str, Mapping[str, Any]]) -> Table:
+def lag_table(lags: Mapping[str, JsonObject]) -> Table:
     """A row for each stretch of time."""
     table = new_table("Lag of the server's event loop, at most, ms", "", *_QUANTILES, "samples", numbers_from=1)
     for name, found in lags.items():

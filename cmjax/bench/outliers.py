@@ -7,7 +7,6 @@ technique of the calibration (`cmjax.model.Techniques`) undoes or softens alone.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ def plant_outliers(
         seed: of the choice of channels.
     """
     rng = np.random.default_rng(seed)
-    params: Any = model.params
+    params = model.params
     for kind in kinds:
         size = np.float32(factor or FACTORS[kind])
         params = _map_layers(params, functools.partial(_plant, kind=kind, factor=size, rng=rng))
@@ -52,14 +51,14 @@ def _map_layers(params: Params, function: Callable[[LayerParams], LayerParams]) 
     )
 
 
-def _plant(layer: LayerParams, kind: str, factor: Any, rng: np.random.Generator) -> LayerParams:
+def _plant(layer: LayerParams, kind: str, factor: np.float32, rng: np.random.Generator) -> LayerParams:
     if kind in ("inputs", "weights"):
         # In blocks: the two norms of a layer have outliers in channels of their own.
         return _scale_inputs(layer, factor if kind == "inputs" else 1 / factor, rng)
     return dataclasses.replace(layer, attn=_scale_values(layer.attn, factor, kind == "idle weights", rng))
 
 
-def _scale_inputs(layer: LayerParams, factor: Any, rng: np.random.Generator) -> LayerParams:
+def _scale_inputs(layer: LayerParams, factor: np.float32, rng: np.random.Generator) -> LayerParams:
     """Scale channels of both norms' outputs, and the columns behind them by the inverse."""
     hidden = layer.input_norm.shape[-1]
     scale = np.ones((2, hidden), np.float32)
@@ -83,7 +82,9 @@ def _scale_inputs(layer: LayerParams, factor: Any, rng: np.random.Generator) -> 
     )
 
 
-def _scale_values(attn: AttentionParams, factor: Any, is_idle: bool, rng: np.random.Generator) -> AttentionParams:
+def _scale_values(
+    attn: AttentionParams, factor: np.float32, is_idle: bool, rng: np.random.Generator
+) -> AttentionParams:
     """Scale one value channel of each head, or (`is_idle`) the column of o that reads the least of it."""
     layers, out, _ = attn.o.shape
     heads = attn.kv_b.shape[1]

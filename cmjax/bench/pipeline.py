@@ -7,7 +7,6 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import bring_up, fabric
 from cmjax.model import Model, ModelConfig, init_params, params_digest
 from cmjax.serve import StepSpec, decode
+from cmjax.text import JsonObject
 
 # As in the paper's figures, a long cache: core attention is most of a step, and half of the rows take half of its time.
 # Where reading weights is most of it, as in a small model with a short cache, each microbatch reads them again.
@@ -85,7 +85,7 @@ def run(
     num_steps: int = 4,
     rounds: int = 7,
     seed: int = 0,
-) -> tuple[dict[str, Any], list[Span]]:
+) -> tuple[JsonObject, list[Span]]:
     """Time the two forms with and without a modelled delay; also what one device did in a step of two microbatches.
 
     Args:
@@ -256,7 +256,7 @@ def draw(path: Path, spans: list[Span], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Step times of `cmjax bench pipeline`."""
     settings, step_s = report["settings"], report["step_s"]
     title = (

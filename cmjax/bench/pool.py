@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -20,6 +19,7 @@ import cmjax
 from cmjax.bench.report import in_turn, machine
 from cmjax.bench.tables import define, new_table
 from cmjax.serve.caching import FileStore, LocalNode, MemoryPool, RedisNode
+from cmjax.text import JsonObject
 
 BLOCK_BYTES, SMALL_BYTES = 1 << 20, 1 << 12
 BATCH = 64  # small values in one call
@@ -160,7 +160,9 @@ def _start_server(folder: Path) -> subprocess.Popen[bytes] | None:
     raise RuntimeError(f"redis-server ended with status {process.wait()} at its start")
 
 
-def _in_turn(contenders: dict[str, Callable[[], object]], pools: Sequence[MemoryPool], rounds: int) -> dict[str, Any]:
+def _in_turn(
+    contenders: dict[str, Callable[[], object]], pools: Sequence[MemoryPool], rounds: int
+) -> dict[str, list[float]]:
     try:
         return in_turn(contenders, rounds)
     finally:
@@ -260,7 +262,7 @@ def measure_index(num_keys: int = INDEX_KEYS) -> IndexResult:
     return IndexResult(num_keys, bytes_a_key, seconds, touch_us)
 
 
-def report(result: PoolResult) -> dict[str, Any]:
+def report(result: PoolResult) -> JsonObject:
     """The result, ready for JSON, with the machine and the bounds."""
     shares = {way: result.share(way) for way in result.blocks}
     return {

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from cmjax.bench.tables import define, new_table
 from cmjax.mesh import bring_up
 from cmjax.model import Model, ModelConfig, Params, convert_params, init_params, num_bytes, num_params, params_digest
 from cmjax.quant import linear, quantize
+from cmjax.text import JsonObject
 
 # Layers wide enough for the products to be most of the work, about 190 million parameters.
 CONFIG = ModelConfig(
@@ -65,7 +65,7 @@ def run(
     length: int = LENGTH,
     rounds: int = 5,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time products and a prefill of a random model, the formats in turn.
 
     Args:
@@ -85,7 +85,7 @@ def run(
     models = _models(config, seed)
     prompts = rng.integers(0, config.vocab_size, (tokens // length, length))
     prefill = _times({name: prefill_call(model, prompts) for name, model in models.items()}, rounds)
-    own = [
+    own: list[JsonObject] = [
         {"out": out, "in": width, "rows": count, "times": times}
         | _times(_product_calls(rng, out, width, count), rounds)
         for (out, width, count), times in prefill_products(config, tokens).items()
@@ -128,7 +128,7 @@ def _product_calls(rng: np.random.Generator, out: int, width: int, rows: int) ->
     weight = rng.standard_normal((out, width), np.float32)
     x = rng.standard_normal((rows, width), np.float32)
     product = jax.jit(linear)
-    operands: dict[str, tuple[Any, Any]] = {
+    operands: dict[str, tuple[object, object]] = {
         "int8": (jnp.asarray(x, jnp.bfloat16), jax.device_put(quantize(weight))),
         "bfloat16": (jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16)),
         "float32": (jnp.asarray(x), jnp.asarray(weight)),
@@ -139,7 +139,7 @@ def _product_calls(rng: np.random.Generator, out: int, width: int, rows: int) ->
     }
 
 
-def _times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+def _times(calls: dict[str, Callable[[], object]], rounds: int) -> JsonObject:
     seconds = {name: float(np.median(taken)) for name, taken in in_turn(calls, rounds).items()}
     return {"seconds": seconds, "speedup": _speedup(seconds)}
 
@@ -181,11 +181,11 @@ def prefill_products(config: ModelConfig, tokens: int) -> dict[tuple[int, int, i
     return found
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Products by shape and rows, the prefill, and the bounds."""
     columns = ("out x in", "rows", *(f"{name} ms" for name in FORMATS), "int8 speedup", "faster")
 
-    def cells(row: dict[str, Any]) -> list[str]:
+    def cells(row: JsonObject) -> list[str]:
         times = [f"{row['seconds'][name] * 1e3:.3f}" for name in FORMATS]
         fastest = min(row["seconds"], key=lambda name: row["seconds"][name])
         return [*times, f"{row['speedup']:.2f}", fastest]

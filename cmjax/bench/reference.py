@@ -138,7 +138,7 @@ class Reference:
         return [Completion(one.prompt_ids, one.token_ids[:max_tokens], one.margins[:max_tokens]) for one in chosen]
 
 
-def _completion(entry: Any, where: str) -> Completion:
+def _completion(entry: object, where: str) -> Completion:
     """An entry of the file, checked."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be a JSON object")
@@ -153,7 +153,7 @@ def _completion(entry: Any, where: str) -> Completion:
     return Completion(entry["prompt_ids"], entry["token_ids"], entry["margins"])
 
 
-def _is_token_id(value: Any) -> bool:
+def _is_token_id(value: object) -> bool:
     return type(value) is int and value >= 0
 
 

@@ -6,18 +6,18 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jaxlib
 import psutil
 
 import cmjax
+from cmjax.text import JsonObject
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> JsonObject:
     """The machine and the software, as JSON-ready values; `commit` is None outside a clone."""
     return {
         "cpu": _cpu_name(),

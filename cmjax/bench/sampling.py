@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -16,6 +15,7 @@ from cmjax.bench.tables import new_table, number
 from cmjax.bench.trace import Prompts, TraceRequest
 from cmjax.errors import UserError
 from cmjax.options import check_bounds, option
+from cmjax.text import JsonObject
 
 GREEDY = "greedy"
 _PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
@@ -93,7 +93,7 @@ async def measure(
     return samples
 
 
-def make_report(settings: SamplingBenchSettings, samples: Sequence[Sample]) -> dict[str, Any]:
+def make_report(settings: SamplingBenchSettings, samples: Sequence[Sample]) -> JsonObject:
     """Medians over the rounds, and those of the ratios to greedy in the same round, with their quartiles."""
     counted = [one for one in samples if one.round > 0]
     results = [_row(counted, kind, concurrency) for concurrency in settings.each_concurrency for kind in KINDS]
@@ -108,8 +108,8 @@ def make_report(settings: SamplingBenchSettings, samples: Sequence[Sample]) -> d
     }
 
 
-def _row(samples: Sequence[Sample], kind: str, concurrency: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": kind, "concurrency": concurrency}
+def _row(samples: Sequence[Sample], kind: str, concurrency: int) -> JsonObject:
+    found: JsonObject = {"kind": kind, "concurrency": concurrency}
     by_round = {(one.kind, one.round): one for one in samples if one.concurrency == concurrency}
     for name in TIMES:
         pairs = []
@@ -124,7 +124,7 @@ def _row(samples: Sequence[Sample], kind: str, concurrency: int) -> dict[str, An
     return found
 
 
-def tables(report: Mapping[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """A table for each concurrency."""
     settings, found = report["settings"], []
     for concurrency, rows in itertools.groupby(report["results"], key=lambda row: row["concurrency"]):

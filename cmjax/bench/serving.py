@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -27,6 +26,7 @@ from cmjax.bench.trace import TraceRequest
 from cmjax.checkpoint import Tokenizer
 from cmjax.serve import Engine
 from cmjax.serve.settings import API_DEFAULTS, ServerSettings
+from cmjax.text import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,28 +41,28 @@ class Load:
         """What became of each request, and the seconds in all."""
         return await run_load(self.trace, target, max_concurrency=self.client.max_concurrency, on_progress=on_progress)
 
-    def figures(self, records: Sequence[Record], duration_s: float) -> dict[str, Any]:
+    def figures(self, records: Sequence[Record], duration_s: float) -> JsonObject:
         """See `summarize`."""
         return summarize(records, duration_s, percentiles=self.wanted.each_percentile, slo_ms=self.wanted.slo_ms)
 
-    def sent(self) -> list[dict[str, Any]]:
+    def sent(self) -> list[JsonObject]:
         """What requests say of their sampling, and how many say it, the most frequent first."""
         kinds = collections.Counter(json.dumps(one.sampling, sort_keys=True) for one in self.trace)
         return [{"sampling": json.loads(kind), "num_requests": count} for kind, count in kinds.most_common()]
 
 
-def run_on_engine(engine: Engine, load: Load, on_progress: Callable[[], None]) -> tuple[dict[str, Any], list[Record]]:
+def run_on_engine(engine: Engine, load: Load, on_progress: Callable[[], None]) -> tuple[JsonObject, list[Record]]:
     """The load on an engine that has been started: its figures by name, and what became of each request."""
     records, duration_s = asyncio.run(load.send(EngineTarget(engine), on_progress))
     return {"engine": load.figures(records, duration_s)}, records
 
 
-def run_on_url(load: Load, on_progress: Callable[[], None]) -> tuple[dict[str, Any], list[Record]]:
+def run_on_url(load: Load, on_progress: Callable[[], None]) -> tuple[JsonObject, list[Record]]:
     """As `run_on_engine`, on the server that the client's settings name; with what it says of its event loop, and what
     became of large bodies."""
     client = load.client
 
-    async def send() -> tuple[dict[str, Any], list[Record]]:
+    async def send() -> tuple[JsonObject, list[Record]]:
         async with UrlTarget.of(client) as target:
             bodies = make_bodies(client.large_bodies, client.large_body_bytes, target.model, np.random.default_rng(0))
             idle = await watch_idle(target, client.idle_s)
@@ -81,20 +81,20 @@ def run_on_url(load: Load, on_progress: Callable[[], None]) -> tuple[dict[str, A
     return {"url": found}, records
 
 
-def run_over_http(engine: Engine, path: Path, tokenizer: Tokenizer | None, load: Load) -> dict[str, Any]:
+def run_over_http(engine: Engine, path: Path, tokenizer: Tokenizer | None, load: Load) -> JsonObject:
     """The figures of the load over HTTP, asked for whole and in streams; `path` is the model's folder."""
     return {
         name: _served(engine, path, tokenizer, load, more) for name, more in (("whole", ["--whole"]), ("stream", []))
     }
 
 
-def make_report(results: dict[str, Any], load: Load) -> dict[str, Any]:
+def make_report(results: JsonObject, load: Load) -> JsonObject:
     """The figures of one load or several, with all that goes with them."""
     report = {"benchmark": "serve", "machine": machine(), "num_requests": len(load.trace), "sent": load.sent()}
     return report | {"results": results, "ratios": _ratios(results), "definitions": DEFINITIONS}
 
 
-def _served(engine: Engine, path: Path, tokenizer: Tokenizer | None, load: Load, more: Sequence[str]) -> dict[str, Any]:
+def _served(engine: Engine, path: Path, tokenizer: Tokenizer | None, load: Load, more: Sequence[str]) -> JsonObject:
     """The server in a thread of this process, the clients in another process, with `more` options."""
     with tempfile.TemporaryDirectory() as folder, _server(engine, path, tokenizer) as (url, cpu_s):
         file = Path(folder) / "trace.jsonl"
@@ -106,7 +106,7 @@ def _served(engine: Engine, path: Path, tokenizer: Tokenizer | None, load: Load,
         before = cpu_s()
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         used = cpu_s() - before
-    report: dict[str, Any] = json.loads(done.stdout)["results"]["url"]
+    report: JsonObject = json.loads(done.stdout)["results"]["url"]
     return report | {"server_cpu_us_per_token": used * 1e6 / max(report["total_output_tokens"], 1)}
 
 
@@ -139,7 +139,7 @@ def _server(engine: Engine, path: Path, tokenizer: Tokenizer | None) -> Iterator
         thread.join()
 
 
-def _ratios(reports: dict[str, Any]) -> dict[str, float]:
+def _ratios(reports: JsonObject) -> dict[str, float]:
     """Throughput over HTTP, over that of the engine by itself."""
     if "stream" not in reports:
         return {}
@@ -186,7 +186,7 @@ def rate_bins(complete: Sequence[Record]) -> int:
     return int(min(max(fitting, 1), _MAX_BINS))
 
 
-def tables(report: dict[str, Any], percentiles: Sequence[float]) -> list[Table]:
+def tables(report: JsonObject, percentiles: Sequence[float]) -> list[Table]:
     """Each load in a column."""
     reports = report["results"]
     table = new_table(f"{report['num_requests']:,} requests", "", *reports, numbers_from=1)
@@ -222,7 +222,7 @@ def tables(report: dict[str, Any], percentiles: Sequence[float]) -> list[Table]:
     return [table, *([lag_table(lags)] if lags else []), *([bodies_table(bodies)] if bodies else []), words]
 
 
-def _in_words(sampling: dict[str, Any]) -> str:
+def _in_words(sampling: JsonObject) -> str:
     if not sampling:
         return (
             f"nothing of their sampling: the API's defaults hold, such as temperature {API_DEFAULTS['temperature']:g}"

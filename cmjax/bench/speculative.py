@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -16,6 +15,7 @@ from cmjax.mesh import Pools, Supernode, carve
 from cmjax.model import Model
 from cmjax.schedule import DecodePlan, Request
 from cmjax.serve import Engine, EngineSettings, SamplingParams
+from cmjax.text import JsonObject
 
 BOUNDS = {"one device, one sequence": 1.2, "320 devices, a sequence a rank": 1.0}
 DEFINITIONS = {
@@ -40,7 +40,7 @@ def run(
     num_steps: int = 16,
     num_calls: int = 4,
     rounds: int = 5,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time decode with and without drafts, from the same prompts, at several batch sizes.
 
     Args:
@@ -154,7 +154,7 @@ class _Run:
             scheduler.cancel(request)
 
 
-def _result(model: Model, prompts: list[list[int]], batch: int, plain: _Run, drafting: _Run) -> dict[str, Any]:
+def _result(model: Model, prompts: list[list[int]], batch: int, plain: _Run, drafting: _Run) -> JsonObject:
     per_step = np.arange(1, len(drafting.kept) + 1)
     tokens_a_step = float(drafting.kept @ per_step / drafting.kept.sum())
     step_s = {"plain": float(np.median(plain.step_s)), "drafting": float(np.median(drafting.step_s))}
@@ -186,7 +186,7 @@ def _agreement(model: Model, prompts: list[list[int]], token_ids: list[list[int]
     return same / total
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Both forms of `cmjax bench decode --mtp`."""
     settings = report["settings"]
     title = (

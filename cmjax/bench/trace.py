@@ -14,6 +14,7 @@ from cmjax.errors import UserError
 from cmjax.options import check_bounds, option, options_of
 from cmjax.serve import SamplingParams
 from cmjax.serve.settings import API_DEFAULTS
+from cmjax.text import JsonObject
 
 # What a request may say of its sampling; how many tokens it asks for is the trace's own.
 SAMPLED = tuple(name for name, (one, _) in options_of(SamplingParams).items() if one.flag and name != "max_tokens")
@@ -232,7 +233,7 @@ def read_trace(
 
 
 def _parse(
-    line: dict[str, Any], prompts: Prompts, tokenizer: Tokenizer | None, max_model_len: int, speed: float
+    line: JsonObject, prompts: Prompts, tokenizer: Tokenizer | None, max_model_len: int, speed: float
 ) -> TraceRequest:
     arrival = float(line["arrival_s"]) if "arrival_s" in line else float(line["timestamp"]) / 1e3
     given = line.get("prompt")

@@ -4,7 +4,6 @@ All of them give the same values and gradients, which is checked before they are
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from rich.table import Table
 from cmjax.bench.report import in_turn, machine
 from cmjax.bench.tables import new_table
 from cmjax.moe import MlpParams, RouterConfig, route
+from cmjax.text import JsonObject
 from cmjax.training import block_layout, expert_ffn_blocks
 
 _ROWS_PER_BLOCK = (16, 32, 64, 128)
@@ -63,7 +63,7 @@ def run(
     num_topk: int = 8,
     rounds: int = 5,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time value and gradient of one MoE layer's routed experts, in float32, each form in turn.
 
     Args:
@@ -117,7 +117,7 @@ def run(
     }
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """The forms with their times."""
     shape = report["shape"]
     title = (

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from cmjax.errors import UserError
 
@@ -38,7 +38,7 @@ class ModuleNames:
     parts: bool
 
     @classmethod
-    def read(cls, where: str, stated: Any, *, parts: bool = False) -> "ModuleNames":
+    def read(cls, where: str, stated: object, *, parts: bool = False) -> "ModuleNames":
         """From what `config.json` has at `where`; UserError unless it is a list of names, or null."""
         entries = [] if stated is None else stated
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):

@@ -7,7 +7,7 @@ activations that are quantized per token at run time. A tensor has the form that
 
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, final
+from typing import Protocol, TypeAlias, final
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from cmjax.checkpoint.declared import CompressedModules, Declared, Fp8Modules, ModuleNames
 from cmjax.errors import UserError
 from cmjax.quant import QuantArray, quantize
+from cmjax.text import JsonObject
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -211,7 +212,7 @@ def is_finite(values: np.ndarray) -> bool:
     return not values.size or bool(values.view(signed).max() < most and values.view(unsigned).max() < least)
 
 
-def stored_format(hf: Mapping[str, Any]) -> StoredFormat:
+def stored_format(hf: Mapping[str, object]) -> StoredFormat:
     """How a parsed `config.json` says that its checkpoint stores matrices; UserError on what is not supported."""
     quantization = hf.get("quantization_config")
     if quantization is None:
@@ -243,7 +244,7 @@ _ABSENT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"
 _UNSUPPORTED = ("transform_config", "kv_cache_scheme")
 
 
-def _compressed_modules(quantization: Mapping[str, Any]) -> CompressedModules:
+def _compressed_modules(quantization: JsonObject) -> CompressedModules:
     kind = _format(quantization, "quantization_config", "int-quantized")
     for field in _UNSUPPORTED:
         if quantization.get(field):
@@ -273,7 +274,7 @@ def _compressed_modules(quantization: Mapping[str, Any]) -> CompressedModules:
 _MIXED = "mixed-precision"
 
 
-def _format(stated: Mapping[str, Any], where: str, default: str | None) -> str:
+def _format(stated: JsonObject, where: str, default: str | None) -> str:
     """The format of a config, or of one group of it; null is `default`."""
     kind = default if stated.get("format") is None else stated["format"]
     is_known = kind == "int-quantized" or (kind == _MIXED and where == "quantization_config")
@@ -282,7 +283,7 @@ def _format(stated: Mapping[str, Any], where: str, default: str | None) -> str:
     return str(kind)
 
 
-def _check_group(group: Mapping[str, Any], where: str) -> None:
+def _check_group(group: JsonObject, where: str) -> None:
     for part, wanted in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
         stated = group.get(part)
         if not isinstance(stated, dict):
@@ -305,7 +306,7 @@ def stored_tensors(name: str, values: Stored) -> dict[str, np.ndarray]:
     return {name: values}
 
 
-def compressed_config(names: Collection[str]) -> dict[str, Any]:
+def compressed_config(names: Collection[str]) -> JsonObject:
     """The `quantization_config` of a W8A8 checkpoint with these tensors; modules with float weights are listed."""
     modules = {
         name.removesuffix(".weight")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cmjax.errors import UserError
 from cmjax.text import read_json
@@ -68,7 +67,7 @@ class GenerationConfig:
             raise UserError(f"{path}: eos_token_id must be a token id or a list of them, found {eos!r}")
         defaults: dict[str, float] = {}
         for name, kind in _DEFAULTS.items():
-            value: Any = config.get(name)
+            value = config.get(name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1 != 0):
@@ -86,5 +85,5 @@ class GenerationConfig:
             )
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

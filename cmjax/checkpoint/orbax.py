@@ -173,7 +173,7 @@ def _verified(folder: Path) -> tuple[str, QuantMode | None]:
 
 def _restore_args(
     ocp: ModuleType, abstract: Params[jax.ShapeDtypeStruct], sharding: Shardings | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     names = named_leaves(abstract)
     if sharding is None:
         return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cmjax.errors import UserError
-from cmjax.text import read_json
+from cmjax.text import JsonObject, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -168,7 +168,7 @@ def tensor_names(file: Path) -> list[str]:
 
 def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` to one file, in their order and dtypes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, values in tensors.items():
         begin, end = end, end + values.nbytes

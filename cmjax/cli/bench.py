@@ -1,7 +1,6 @@
 """`cmjax bench`: how fast the fabric, a decode step and one device are, with the machine and the commit beside them."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -18,6 +17,7 @@ from cmjax.cli.options import count_option, find_model, json_option, model_optio
 from cmjax.cli.tables import print_report
 from cmjax.errors import UserError
 from cmjax.mesh import bring_up
+from cmjax.text import JsonObject
 
 ALL = ("fabric", "decode", "pipeline", "engine", "peer", "kernels", "training", "quant", "cache")
 EXIT_DIFFERENT = 1
@@ -171,7 +171,7 @@ def bench_peer(context: click.Context, dtype: str | None, peer_python: str | Non
     """
     console = Console(stderr=True)
 
-    def on_result(row: dict[str, Any]) -> None:
+    def on_result(row: JsonObject) -> None:
         console.print(f"{row['job']} {row['batch']} {row['dtype']}: {row['cmjax_s'] * 1e3:.1f} ms", highlight=False)
 
     dtypes = (dtype,) if dtype else peer.DTYPES
@@ -189,7 +189,7 @@ def bench_kernels(name: str | None, rounds: int, as_json: bool) -> None:
     """Decode and prefill on one device with the C++ kernels and with XLA's products, in turn."""
     console = Console(stderr=True)
 
-    def on_result(row: dict[str, Any]) -> None:
+    def on_result(row: JsonObject) -> None:
         console.print(f"{row['format']} {row['job']} {row['batch']}: {row['speedup']:.2f} times", highlight=False)
 
     report = kernels.run(formats=(name,) if name else kernels.FORMATS, rounds=rounds, on_result=on_result)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 from rich.table import Table
@@ -18,10 +17,9 @@ from cmjax.cli.options import count_option, json_option, plot_option
 from cmjax.cli.progress import shown_progress
 from cmjax.cli.running import use_compilation_cache
 from cmjax.cli.tables import print_report
+from cmjax.text import JsonObject
 
 EXIT_NOT_AS_MEANT = 1
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @click.group(
@@ -150,9 +148,9 @@ def run_all(context: click.Context, file: str | None, plots: Path | None, rounds
 
 
 def _show(
-    report: dict[str, Any],
+    report: JsonObject,
     tables: Sequence[Table],
-    draw: Callable[[dict[str, Any], str], None],
+    draw: Callable[[JsonObject, str], None],
     picture: Path | None,
     as_json: bool,
 ) -> None:

@@ -21,6 +21,7 @@ from cmjax.mesh import InstanceLayout
 from cmjax.mesh.topology import DEFAULT_EP_SIZE, MAX_DEFAULT_PREFILL_EP_SIZE
 from cmjax.serve import EngineSettings
 from cmjax.targets import HERE, StepReport, StepRequest, Target, compile_apart, machines
+from cmjax.text import JsonObject
 
 # Those that shape a step.
 _SETTINGS = (
@@ -136,7 +137,7 @@ def compile_command(
     return 0 if all(report.status == "ok" for _, report in steps) else EXIT_NOT_COMPILED
 
 
-def _quant(formats: ModelFormats, found: FoundConfig) -> Any:
+def _quant(formats: ModelFormats, found: FoundConfig) -> str | None:
     if formats.quant == "auto":
         raise UserError("--quant auto measures this machine: give int8 or none")
     if formats.quant is None:
@@ -144,7 +145,7 @@ def _quant(formats: ModelFormats, found: FoundConfig) -> Any:
     return None if formats.quant == "none" else formats.quant
 
 
-def _settings(engine: EngineSettings) -> Iterator[dict[str, Any]]:
+def _settings(engine: EngineSettings) -> Iterator[JsonObject]:
     """Plain values, once for each number of microbatches."""
     values = {name: getattr(engine, name) for name in _SETTINGS}
     for microbatches in (1, 2) if engine.microbatches == "auto" else (engine.microbatches,):
@@ -164,7 +165,7 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _report(found: FoundConfig, steps: list[tuple[StepRequest, StepReport]]) -> dict[str, Any]:
+def _report(found: FoundConfig, steps: list[tuple[StepRequest, StepReport]]) -> JsonObject:
     each = []
     for request, report in steps:
         asked = {name: getattr(request, name) for name in ("target", "role", "ep_size", "settings", "dtype", "quant")}

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -33,6 +32,7 @@ from cmjax.mesh import InstanceLayout, fabric
 from cmjax.mesh.fabric import TrafficSnapshot
 from cmjax.moe import ExpertPlacement
 from cmjax.serve import Engine, EngineSettings, GenerateResult, SamplingParams
+from cmjax.text import JsonObject
 
 OUTPUTS_SHOWN = 3
 EXIT_DIFFERENT = 1
@@ -121,7 +121,7 @@ def _show_machine(engine: Engine, console: Console) -> None:
     print_tables(console, (*topology_tables(report), placement_table(report)))
 
 
-def _show_result(report: dict[str, Any], verdict: str, console: Console) -> None:
+def _show_result(report: JsonObject, verdict: str, console: Console) -> None:
     outputs = report["outputs"]
     if "text" in outputs[0]:
         for line in completion_lines(outputs):
@@ -136,7 +136,7 @@ def _show_result(report: dict[str, Any], verdict: str, console: Console) -> None
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def completion_lines(outputs: Sequence[dict[str, Any]]) -> Iterator[Text]:
+def completion_lines(outputs: Sequence[JsonObject]) -> Iterator[Text]:
     """The first completions as text: the prompt dimmed behind a bar, what was generated bright behind an angle."""
     shown = outputs[:OUTPUTS_SHOWN]
     yield Text(f"Generated: {len(shown)} of {len(outputs)} completions, | prompt, > continuation", style="italic")

@@ -5,7 +5,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -24,6 +23,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
 from cmjax.model import Model
 from cmjax.serve import EngineSettings
+from cmjax.text import JsonObject
 
 
 @click.command(
@@ -95,7 +95,7 @@ def evaluate_command(
             settings=engine,
             progress=lambda done, total: progress("evaluating", done, total),
         )
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "model": folder,
         "data": str(data),
         "ep_size": ep,

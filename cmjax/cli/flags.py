@@ -11,7 +11,7 @@ from cmjax.errors import UserError
 from cmjax.options import Option, options_of
 
 T = TypeVar("T")
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -34,7 +34,7 @@ class Given(Generic[T]):
         """What was given, or the default; None where it is open."""
         return self.values.get(field)
 
-    def make(self, **open_fields: Any) -> T:
+    def make(self, **open_fields: object) -> T:
         """The settings; `open_fields` says what holds for fields left open.
 
         Raises:
@@ -67,7 +67,7 @@ class TokenIds(click.ParamType):
 
     name = "ids"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         ids = []
@@ -127,13 +127,13 @@ def _options(
     only: Sequence[str],
     defaults: Mapping[str, Any],
     left_open: Mapping[str, str],
-    finish: Callable[[Given[T]], Any],
+    finish: Callable[[Given[T]], object],
 ) -> Callable[[Function], Function]:
     options = list(_make(name, kind, only, defaults, left_open))
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def command(*args: Any, **parsed: Any) -> Any:
+        def command(*args: object, **parsed: object) -> object:
             found = {option.field: parsed.pop(f"{name}__{option.field}") for option in options}
             values = {field: _value(kind, field, value) for field, value in found.items() if value is not None}
             return function(*args, **{name: finish(Given(kind, values, left_open.keys()))}, **parsed)
@@ -146,7 +146,7 @@ def _options(
     return decorate
 
 
-def _value(kind: type, field: str, value: Any) -> Any:
+def _value(kind: type, field: str, value: Any) -> object:
     option, hint = options_of(kind)[field]
     return hint(value * option.scale) if option.scale else value
 
@@ -176,7 +176,7 @@ def _make(
         yield SettingOption(kind, field, own_text, param_decls=[option.flag, f"{name}__{field}"], **attributes)
 
 
-def _type(option: Option, hint: Any) -> click.ParamType | type:
+def _type(option: Option, hint: type) -> click.ParamType | type:
     if option.choices:
         return click.Choice(option.choices)
     if hint == tuple[str, ...]:
@@ -188,5 +188,4 @@ def _type(option: Option, hint: Any) -> click.ParamType | type:
     if hint is int and option.minimum is not None and not option.must_be:
         most = option.maximum
         return click.IntRange(int(option.minimum), None if most is None else int(most))
-    kind: type = hint
-    return kind
+    return hint

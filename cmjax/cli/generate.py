@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import click
 from rich.console import Console
@@ -27,6 +26,7 @@ from cmjax.cli.tables import outputs_table, placement_table, print_tables, reada
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout, fabric
 from cmjax.serve import Engine, EngineSettings, SamplingParams
+from cmjax.text import JsonObject
 
 
 @click.command(
@@ -92,7 +92,7 @@ def generate(
         print_tables(console, tables)
 
 
-def _print_outputs(console: Console, outputs: Sequence[dict[str, Any]]) -> None:
+def _print_outputs(console: Console, outputs: Sequence[JsonObject]) -> None:
     """Each prompt and its continuation, to a terminal with the two told apart and nothing that would control it; of
     several, each has a heading, as `head` gives files."""
     for index, output in enumerate(outputs):
@@ -113,7 +113,7 @@ def _print_outputs(console: Console, outputs: Sequence[dict[str, Any]]) -> None:
             click.echo("".join(parts))
 
 
-def _summary(report: dict[str, Any]) -> str:
+def _summary(report: JsonObject) -> str:
     outputs, seconds = report["outputs"], report["timings"]
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
     reasons = ", ".join(sorted({output["finish_reason"] for output in outputs}))

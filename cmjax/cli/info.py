@@ -2,7 +2,6 @@
 
 import json
 import sys
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +12,7 @@ from cmjax.cli.report import machine_report
 from cmjax.cli.running import carve
 from cmjax.cli.tables import forms_table, print_tables, topology_tables
 from cmjax.mesh import InstanceLayout
+from cmjax.text import JsonObject
 
 
 @click.command(
@@ -34,7 +34,7 @@ def info(layout: InstanceLayout, as_json: bool) -> None:
         show(report)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: JsonObject) -> None:
     """Print the report as tables."""
     console = Console(file=sys.stdout)
     versions, devices = report["versions"], report["devices"]

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
+from cmjax.cli.flags import Function
 from cmjax.errors import UserError
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # In a clone, where the package is installed editable, the demonstration model and its held-out text lie beside it.
 _MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -100,7 +98,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
         for option in parameter.opts
         if option.startswith("--") and option not in ("--config", "--help")
     }
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, object] = {}
     for key, value in given.items():
         parameter = names.get(str(key).replace("_", "-"))
         if parameter is None or parameter.name is None:

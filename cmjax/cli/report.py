@@ -2,7 +2,6 @@
 
 import dataclasses
 import platform
-from typing import Any
 
 import jax
 import jaxlib
@@ -16,9 +15,10 @@ from cmjax.mesh.fabric import TrafficSnapshot
 from cmjax.model import ModelConfig, placed_layer_names
 from cmjax.moe import ExpertPlacement
 from cmjax.serve import Engine, GenerateResult
+from cmjax.text import JsonObject
 
 
-def machine_report(pools: Pools) -> dict[str, Any]:
+def machine_report(pools: Pools) -> JsonObject:
     """All that `cmjax info` says, as JSON-ready values."""
     machine = pools.supernode
     return {
@@ -41,13 +41,13 @@ def machine_report(pools: Pools) -> dict[str, Any]:
     }
 
 
-def _supernode(machine: Supernode) -> dict[str, Any]:
+def _supernode(machine: Supernode) -> JsonObject:
     counts = ("num_nodes", "num_npus", "num_dies", "num_cpus", "num_ranks", "ranks_per_npu", "ranks_per_node")
     chips = ("num_l1_chips", "num_l2_chips", "rank_memory_bytes")
     return {"name": machine.name, **{name: getattr(machine, name) for name in counts + chips}}
 
 
-def _instance(one: Instance, machine: Supernode) -> dict[str, Any]:
+def _instance(one: Instance, machine: Supernode) -> JsonObject:
     first, last = machine.location(one.ranks[0]), machine.location(one.ranks[-1])
     return {
         "name": one.name,
@@ -62,7 +62,7 @@ def _instance(one: Instance, machine: Supernode) -> dict[str, Any]:
 
 def run_report(
     engine: Engine, result: GenerateResult, traffic: TrafficSnapshot, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """All that `cmjax generate` says, as JSON-ready values; outputs have text where there is a tokenizer."""
     machine = machine_report(engine.pools)
     config = engine.model.config
@@ -110,7 +110,7 @@ def load_by_layer(config: ModelConfig, load: np.ndarray) -> dict[str, list[int]]
     return {name: row.tolist() for name, row in zip(names, load, strict=True)}
 
 
-def placed_instances(engine: Engine, machine: dict[str, Any]) -> list[dict[str, Any]]:
+def placed_instances(engine: Engine, machine: JsonObject) -> list[JsonObject]:
     """The machine's instances, each with the counts of its expert placement (None for a model without experts)."""
     executors = (*engine.prefill, *engine.fleet.decode.values())
     pairs = zip(machine["instances"], executors, strict=True)

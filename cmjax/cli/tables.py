@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmjax.bench.tables import new_table
+from cmjax.text import JsonObject
 
 GB = 1e9
 IDS_SHOWN = 12
@@ -37,7 +37,7 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
         console.out(text, end="", highlight=False)
 
 
-def topology_tables(report: dict[str, Any]) -> tuple[Table, ...]:
+def topology_tables(report: JsonObject) -> tuple[Table, ...]:
     """The supernode, its instances and its planes; `cmjax demo` opens with the same tables."""
     machine = report["supernode"]
     parts = new_table(f"Supernode {machine['name']}", "part", "number")
@@ -59,7 +59,7 @@ def topology_tables(report: dict[str, Any]) -> tuple[Table, ...]:
     return parts, instances, _planes_table(report["planes"])
 
 
-def _planes_table(planes: list[dict[str, Any]]) -> Table:
+def _planes_table(planes: list[JsonObject]) -> Table:
     table = new_table(
         "Planes: GB/s one way of a die (vpc: of a node), latency in us, between nodes and within one",
         *("plane", "path", "GB/s between", "within", "us between", "within"),
@@ -89,7 +89,7 @@ def forms_table(title: str, column: str, statuses: dict[str, dict[str, str]]) ->
     return table
 
 
-def result_tables(report: dict[str, Any]) -> tuple[Table, ...]:
+def result_tables(report: JsonObject) -> tuple[Table, ...]:
     """How fast it was, what travelled, and how evenly the experts were used."""
     return (
         timings_table(report["timings"], report["kept_drafts"]),
@@ -98,7 +98,7 @@ def result_tables(report: dict[str, Any]) -> tuple[Table, ...]:
     )
 
 
-def placement_table(report: dict[str, Any]) -> Table:
+def placement_table(report: JsonObject) -> Table:
     """How many copies of the experts each instance holds."""
     columns = ("instance", "EP", "routed", "redundant", "shared replicas", "experts a rank")
     table = new_table("Expert placement", *columns, numbers_from=1)
@@ -110,7 +110,7 @@ def placement_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def outputs_table(outputs: Sequence[dict[str, Any]], max_outputs: int | None = None) -> Table:
+def outputs_table(outputs: Sequence[JsonObject], max_outputs: int | None = None) -> Table:
     """The token ids of prompts and of what follows them, and what ended it; at most `max_outputs` of them."""
     table = new_table("Generated", "prompt", "tokens", "token ids", "ended by")
     for output in outputs[:max_outputs]:
@@ -181,7 +181,7 @@ def load_table(expert_load: dict[str, dict[str, list[int]]]) -> Table:
 # -- reports of benchmarks --------------------------------------------------------------------------------------------
 
 
-def print_report(report: dict[str, Any], tables: Sequence[Table], as_json: bool) -> None:
+def print_report(report: JsonObject, tables: Sequence[Table], as_json: bool) -> None:
     """Print a report as tables under its machine, or as one JSON object."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -191,7 +191,7 @@ def print_report(report: dict[str, Any], tables: Sequence[Table], as_json: bool)
     print_tables(console, tables)
 
 
-def machine_line(machine: dict[str, Any]) -> str:
+def machine_line(machine: JsonObject) -> str:
     """The machine, versions and commit in one line."""
     packages = ("jax", "torch", "transformers")
     versions = ", ".join(f"{name} {machine[name]}" for name in packages if name in machine)

@@ -16,7 +16,7 @@ Parameters: `axis_name` (tuple), `num_ranks` of a group, `channel` (None = one p
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import flax.struct
 import jax
@@ -31,6 +31,7 @@ from cmjax.mesh.layout import Layout, checked_perm
 from cmjax.mesh.settings import COLLECTIVES, Forms, Settings
 
 Array = jax.Array
+T = TypeVar("T")
 AxisName = str | tuple[str, ...]
 Half = Literal["plain", "start", "done"]
 Params = dict[str, Any]
@@ -84,7 +85,7 @@ def make_primitives(
     def make(half: Half) -> Primitive:
         primitive = Primitive(_primitive_name(name, half))
 
-        def lower_lax(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+        def lower_lax(ctx: mlir.LoweringRuleContext, *operands: object, **params: Any) -> Sequence[Any]:
             def call(*arguments: Array) -> Array:
                 if half == "start":
                     return jnp.zeros((_STAMP_LENGTH,), jnp.int32)
@@ -95,7 +96,7 @@ def make_primitives(
 
             return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 
-        def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+        def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: object, **params: Any) -> Sequence[Any]:
             mesh = getattr(ctx.module_context.axis_context, "mesh", None)
             num_devices = params["num_ranks"] if mesh is None else mesh.size
             if not settings.cpu_uses_native(params["forms"], num_devices):
@@ -139,7 +140,7 @@ def run_each(
     run: Callable[[Primitives, Layout, Params, Array], Any],
     primitives: Primitives,
     make_layout: Callable[[Array, int], Layout],
-    x: Any,
+    x: object,
     call: Call,
     forms: Forms,
 ) -> Any:
@@ -193,7 +194,7 @@ def run_start(primitives: Primitives, layout: Layout, params: Params, x: Array, 
     return Token(stamp, index, jax.ShapeDtypeStruct(x.shape, x.dtype), layout, tuple(sorted(params.items())))
 
 
-def run_done(primitives: Primitives, token: Token, hide_behind: Any, x: Array, *output: Array) -> Array:
+def run_done(primitives: Primitives, token: Token, hide_behind: object, x: Array, *output: Array) -> Array:
     """The second half; any array in `hide_behind` is waited for first."""
     started = token.started
     if (x.shape, x.dtype) != (started.shape, started.dtype):
@@ -251,7 +252,7 @@ def _name_and_half(primitive_name: str) -> tuple[str | None, Half]:
     return None, "plain"
 
 
-def _data_operands(name: str, half: Half, operands: Sequence[Any]) -> Sequence[Any]:
+def _data_operands(name: str, half: Half, operands: Sequence[T]) -> Sequence[T]:
     first = 2 if half == "done" else 1
     count = 1
     if name == "ragged_all_to_all":
@@ -270,7 +271,9 @@ def _aliases(name: str, half: Half) -> dict[int, int]:
     return {2 if half == "plain" else 3: 0}
 
 
-def _abstract(name: str, half: Half, *avals: Any, axis_name: tuple[str, ...], num_ranks: int, **_: object) -> Any:
+def _abstract(
+    name: str, half: Half, *avals: jax.core.ShapedArray, axis_name: tuple[str, ...], num_ranks: int, **_: object
+) -> jax.core.ShapedArray:
     x, *extras = _data_operands(name, half, avals)
     if half == "start":
         return x.update(shape=(_STAMP_LENGTH,), dtype=np.dtype(np.int32), weak_type=False)

@@ -131,7 +131,7 @@ def all_to_all(
 
 
 def all_to_all_start(
-    x: Any,
+    x: object,
     axis_name: AxisName,
     split_axis: int,
     concat_axis: int,
@@ -162,7 +162,7 @@ def all_gather(
 
 
 def all_gather_start(
-    x: Any,
+    x: object,
     axis_name: AxisName,
     *,
     axis: int = 0,
@@ -181,7 +181,7 @@ def psum(x: Tree, axis_name: AxisName, *, channel: str | None = None, plane: str
     return _each(run_plain, "psum", _whole("psum"), x, Call(axis_name, channel, plane))
 
 
-def psum_start(x: Any, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
+def psum_start(x: object, axis_name: AxisName, *, channel: str | None = None, plane: str = "ub") -> Any:
     """Starts `psum`: one `Token` per array in `x`."""
     return _each(run_start, "psum", _whole("psum"), x, Call(axis_name, channel, plane))
 
@@ -201,7 +201,7 @@ def psum_scatter(
 
 
 def psum_scatter_start(
-    x: Any,
+    x: object,
     axis_name: AxisName,
     *,
     scatter_dimension: int = 0,
@@ -222,13 +222,13 @@ def ppermute(
 
 
 def ppermute_start(
-    x: Any, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
+    x: object, axis_name: AxisName, perm: Sequence[tuple[int, int]], *, channel: str | None = None, plane: str = "ub"
 ) -> Any:
     """Starts `ppermute`: one `Token` per array in `x`."""
     return _each(run_start, "ppermute", _whole("ppermute"), x, Call(axis_name, channel, plane, perm=perm))
 
 
-def done(x: Tree, token: Any, hide_behind: Any = None) -> Tree:
+def done(x: Tree, token: object, hide_behind: object = None) -> Tree:
     """Ends any exchange but a ragged one: its result. Takes the `x` that was started and the token(s) it gave.
 
     Waits for the arrays in `hide_behind` first.
@@ -289,13 +289,13 @@ def ragged_all_to_all_start(
     return run_start(_PRIMITIVES[layout.name], layout, params, operand, *index)
 
 
-def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_behind: Any = None) -> Array:
+def ragged_all_to_all_done(operand: Array, output: Array, token: Token, hide_behind: object = None) -> Array:
     """Ends `ragged_all_to_all`: `output` with the received rows. Waits for the arrays in `hide_behind` first."""
     checked_ragged_index(operand, output.dtype, output.shape, token.index, token.layout.num_ranks)
     return run_done(_PRIMITIVES[token.layout.name], token, hide_behind, operand, output)
 
 
-def _each(run: Callable[..., Any], name: str, make_layout: Callable[[Array, int], Layout], x: Any, call: Call) -> Any:
+def _each(run: Callable, name: str, make_layout: Callable[[Array, int], Layout], x: object, call: Call) -> Any:
     return run_each(run, _PRIMITIVES[name], make_layout, x, call, _SETTINGS.forms)
 
 
@@ -315,7 +315,7 @@ def _lower_native(
     collective: int,
     aliases: dict[int, int],
     channel: str,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     params: Params,
 ) -> Sequence[Any]:
     handler = {"plain": "enter", "start": "start", "done": "done"}[half]
@@ -359,7 +359,7 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> Array:
     return _EMPTY.bind(shape=tuple(shape), dtype=jnp.dtype(dtype))
 
 
-def after(token: Any, x: Tree) -> Tree:
+def after(token: object, x: Tree) -> Tree:
     """`x`, to be had only once the exchange of `token` (or all of several) has been started; no copy, no work.
 
     Give it to the work that an exchange should hide behind: an executor with all its threads busy may otherwise run
@@ -371,14 +371,14 @@ def after(token: Any, x: Tree) -> Tree:
 
 
 def _in_memory(
-    name: str, abstract: Callable[..., Any], portable: Callable[..., Any], aliases: dict[int, int] | None
+    name: str, abstract: Callable[..., object], portable: Callable[..., object], aliases: dict[int, int] | None
 ) -> Primitive:
     """A primitive that is a handler without work on CPU, and `portable` elsewhere or where there is no library."""
 
-    def lower_portable(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    def lower_portable(ctx: mlir.LoweringRuleContext, *operands: object, **params: object) -> Sequence[Any]:
         return mlir.lower_fun(portable, multiple_results=False)(ctx, *operands, **params)
 
-    def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: object, **params: object) -> Sequence[Any]:
         if _SETTINGS.native().library is None:
             return lower_portable(ctx, *operands, **params)
         # The side effect keeps two empty arrays from becoming one, and one in a loop from leaving it.

@@ -16,6 +16,7 @@ from typing import Any
 from cmjax.errors import UserError
 from cmjax.model.yarn import YarnConfig
 from cmjax.moe import RouterConfig, Scoring, TopkMethod
+from cmjax.text import JsonObject
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ _TOPK_METHODS: dict[str, tuple[TopkMethod, ...]] = {
     "deepseek_v3": ("noaux_tc",),
 }
 # Values of fields that shape no tensor, where `config.json` leaves them out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, JsonObject] = {
     "deepseek_v2": {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "max_position_embeddings": 2048},
     "deepseek_v3": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096},
 }
-_REQUIRED: Any = object()
+_REQUIRED = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, hf: Mapping[str, object]) -> "ModelConfig":
         """Config from the parsed contents of a `config.json`, of either style; UserError on what is not supported."""
         return _from_hf(_Fields(hf))
 
@@ -91,7 +92,7 @@ class ModelConfig:
         if self.num_routed_experts:
             _check_experts(self)
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> JsonObject:
         """Contents of a `config.json` in the published style; `from_hf` gives an equal config back."""
         renamed = {ours: getattr(self, ours) for ours in _HF_NAMES if ours not in ("yarn", "eos_token_id")}
         hf = {_HF_NAMES[ours]: value for ours, value in renamed.items()}
@@ -177,7 +178,7 @@ _HF_NAMES = {name: name for name in ModelConfig.__dataclass_fields__} | {
 }
 
 
-def _stated(config: "ModelConfig | YarnConfig") -> dict[str, Any]:
+def _stated(config: "ModelConfig | YarnConfig") -> JsonObject:
     """The fields that are not at their defaults."""
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
 
@@ -244,12 +245,12 @@ def _one_of(name: str, value: str, supported: Iterable[str], where: str = "") ->
 class _Fields:
     """Typed access to a parsed `config.json`; every complaint names the field."""
 
-    def __init__(self, values: Mapping[str, Any], where: str = "config") -> None:
+    def __init__(self, values: object, where: str = "config") -> None:
         if not isinstance(values, Mapping):
             raise UserError(f"{where} must be a JSON object, got {type(values).__name__}")
         self.values, self.where = values, where
 
-    def get(self, name: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
+    def get(self, name: str, default: object, kinds: tuple[type, ...], wanted: str) -> Any:
         """The field, checked; `default` where it is absent or null, unless it is required."""
         value = self.values.get(name)
         if value is None:
@@ -262,10 +263,10 @@ class _Fields:
             raise UserError(f"{self.where}: {name} must be {wanted}, got {value!r}")
         return value
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> Any:
+    def integer(self, name: str, default: object = _REQUIRED) -> Any:
         return self.get(name, default, (int,), "an integer")
 
-    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+    def number(self, name: str, default: object = _REQUIRED) -> Any:
         value = self.get(name, default, (int, float), "a number")
         try:
             return None if value is None else float(value)
@@ -275,7 +276,7 @@ class _Fields:
     def flag(self, name: str, default: bool) -> bool:
         return self.get(name, default, (bool,), "true or false")
 
-    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+    def text(self, name: str, default: object = _REQUIRED) -> Any:
         return self.get(name, default, (str,), "a string")
 
 

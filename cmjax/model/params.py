@@ -264,15 +264,15 @@ def convert_params(
     """
     dtype = np.dtype(dtype)
 
-    def convert(path: tuple, leaf: Any) -> Matrix:
+    def convert(path: tuple, leaf: QuantArray | np.ndarray) -> Matrix:
         name = leaf_name(path)
         if quant is not None and _is_chosen(name, quantized):
-            if _is_quant_array(leaf):
-                return leaf.replace(mode=quant)
+            if isinstance(leaf, QuantArray):
+                return dataclasses.replace(leaf, mode=quant)
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
                 raise UserError(f"{name}: holds NaN or infinite weights, which cannot be quantized")
             return quantize(leaf, quant)
-        if _is_quant_array(leaf):
+        if isinstance(leaf, QuantArray):
             return dequantize_host(leaf, dtype)
         is_wide = name.endswith("norm") or path[-1].name.startswith("router")
         return leaf if is_wide or leaf.dtype == dtype else np.asarray(leaf).astype(dtype)
@@ -286,9 +286,9 @@ def input_major_params(params: Params) -> Params:
     Experts keep their form, shared ones included: a placement cuts them.
     """
 
-    def convert(path: tuple, leaf: Any) -> Matrix:
+    def convert(path: tuple, leaf: QuantArray | np.ndarray) -> Matrix:
         name = path[-1].name
-        if _is_quant_array(leaf) or expert_kind(leaf_name(path)) or name not in QUANTIZED | {"router", "head"}:
+        if isinstance(leaf, QuantArray) or expert_kind(leaf_name(path)) or name not in QUANTIZED | {"router", "head"}:
             return leaf
         outputs = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1]) if name == "q_b" else leaf
         by_input = np.swapaxes(outputs, -1, -2)

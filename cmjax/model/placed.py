@@ -113,7 +113,7 @@ def _place_layers(
 
     experts = MlpParams(w13=place(mlp.experts.w13, shared[0]), w2=place(mlp.experts.w2, shared[1]))
     rest, _ = split_experts(dataclasses.replace(layers, mlp=mlp))
-    placed: Any = jax.device_put(rest, replicated)
+    placed = jax.device_put(rest, replicated)
     return dataclasses.replace(placed, mlp=dataclasses.replace(placed.mlp, experts=experts))
 
 

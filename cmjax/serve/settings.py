@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from cmjax.errors import UserError
 from cmjax.moe import Exchange, FabricExchange, WireDtype
@@ -13,7 +13,7 @@ from cmjax.schedule import blocks_for
 
 _MICROBATCHES = (1, 2, "auto")
 # Of a request over HTTP that does not say otherwise: OpenAI's, which are not those of `SamplingParams`.
-API_DEFAULTS: Mapping[str, Any] = MappingProxyType({"temperature": 1.0})
+API_DEFAULTS: Mapping[str, float] = MappingProxyType({"temperature": 1.0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

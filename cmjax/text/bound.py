@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from cmjax.text.files import JsonObject
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -50,10 +52,10 @@ def most_bytes_of_a_token(backend: "tokenizers.Tokenizer", byte_alphabet: set[st
     return factor * max([own, *(len(text.encode()) for text in texts)])
 
 
-def _steps(part: Any, several: str) -> Iterator[dict[str, Any]]:
+def _steps(part: Any, several: str) -> Iterator[JsonObject]:
     """What a part of a tokenizer does, in order, sequences within sequences laid flat."""
 
-    def flat(one: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def flat(one: JsonObject) -> Iterator[JsonObject]:
         if one["type"] != "Sequence":
             yield one
             return
@@ -64,7 +66,7 @@ def _steps(part: Any, several: str) -> Iterator[dict[str, Any]]:
         yield from flat(json.loads(part.__getstate__()))
 
 
-def _shrinkage(normalizers: list[dict[str, Any]]) -> int | None:
+def _shrinkage(normalizers: list[JsonObject]) -> int | None:
     """How many bytes of a text may become one, at most; None where any number may."""
     factor = 1
     for one in normalizers:

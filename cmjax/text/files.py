@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cmjax.errors import UserError
 
+JsonObject: TypeAlias = dict[str, Any]  # an object of JSON, as `json` reads and writes it
 
-def read_json(file: Path) -> dict[str, Any]:
+
+def read_json(file: Path) -> JsonObject:
     """The JSON object in `file`; UserError where there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

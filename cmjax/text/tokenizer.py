@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmjax.errors import UserError
 from cmjax.text.bound import most_bytes_of_a_token
-from cmjax.text.files import read_json
+from cmjax.text.files import JsonObject, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,7 +40,7 @@ class Tokenizer:
     def __init__(
         self,
         backend: "tokenizers.Tokenizer",
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         where: Path,
         chat_templates: Mapping[str, str] | None = None,
     ) -> None:
@@ -208,7 +208,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _templates(given: Any, where: Path) -> dict[str, str]:
+def _templates(given: object, where: Path) -> dict[str, str]:
     """What `chat_template` of tokenizer_config.json may be: a text, or a list of named ones."""
     if given is None:
         return {}
@@ -222,7 +222,7 @@ def _templates(given: Any, where: Path) -> dict[str, str]:
     return dict(named)
 
 
-def _decoders(backend: "tokenizers.Tokenizer") -> Iterator[dict[str, Any]]:
+def _decoders(backend: "tokenizers.Tokenizer") -> Iterator[JsonObject]:
     """What makes text of tokens, as the file describes it, in order."""
     if backend.decoder is None:
         return
@@ -230,7 +230,7 @@ def _decoders(backend: "tokenizers.Tokenizer") -> Iterator[dict[str, Any]]:
     yield from described["decoders"] if described["type"] == "Sequence" else [described]
 
 
-def _is_streamable(decoder: Mapping[str, Any]) -> bool:
+def _is_streamable(decoder: JsonObject) -> bool:
     if decoder["type"] == "Replace":
         return len(decoder["pattern"].get("String", "")) == 1
     if decoder["type"] == "Strip":

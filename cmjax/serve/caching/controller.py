@@ -7,7 +7,6 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 from uhashring import HashRing
@@ -17,6 +16,7 @@ from cmjax.serve.caching.accounts import Accounts
 from cmjax.serve.caching.node import PoolNode
 from cmjax.serve.caching.stats import Meter
 from cmjax.serve.caching.store import replace_file
+from cmjax.text import JsonObject
 
 _POINTS_OF_A_NODE = 256  # on the ring: the share of a node is off by some 6 %
 _RECORD = "controller.json"
@@ -201,9 +201,9 @@ class Controller:
                 node.close()
 
 
-def _read(path: Path | None) -> dict[str, Any]:
+def _read(path: Path | None) -> JsonObject:
     """The record; an empty one where there is none, or it is none of ours: then nothing is assumed."""
-    empty: dict[str, Any] = {"version": 0, "epochs": {}, "quotas": {}}
+    empty: JsonObject = {"version": 0, "epochs": {}, "quotas": {}}
     try:
         found = json.loads(path.read_bytes()) if path else empty
     except (FileNotFoundError, ValueError):

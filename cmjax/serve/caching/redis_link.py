@@ -3,7 +3,7 @@
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from cmjax.errors import UserError
@@ -148,7 +148,7 @@ class RedisLink:
         return was_open
 
 
-def _address(told: dict[str, Any]) -> str:
+def _address(told: Mapping[str, object]) -> str:
     where = told["path"] if "path" in told else f"{told.get('host', 'localhost')}:{told.get('port', 6379)}"
     return f"{where}/{told.get('db', 0)}"
 

@@ -180,7 +180,7 @@ class RedisNode(PoolNode):
         quota = self._accounts.quota(namespace)
         sizes = [sum(part.nbytes for part in parts) for _, parts in items]
 
-        def work() -> list[Any]:
+        def work() -> list[object]:
             pipeline = self._link.client.pipeline(transaction=False)
             for (digest, parts), size in zip(items, sizes, strict=True):
                 data = b"".join((commit_record(digest, parts), *parts))
@@ -196,8 +196,7 @@ class RedisNode(PoolNode):
                 pipeline.eval(_PUT, len(keys), *keys, *told)
             return pipeline.execute(raise_on_error=False)
 
-        none: list[Any] = []
-        answers = self._ask(work, none)
+        answers: list[object] = self._ask(work, [])
         too_large = [quota is not None and size > quota for size in sizes]
         done = [not isinstance(answer, Exception) for answer in answers] or [False] * len(items)
         done = [is_in and not is_large for is_in, is_large in zip(done, too_large, strict=True)]

@@ -4,12 +4,12 @@ import asyncio
 import json
 import time
 import uuid
-from typing import Any
 
 from cmjax.api import ChatRequest, CompletionRequest, Prompt
 from cmjax.serve import TokenLogprobs
 from cmjax.serve.http.run import Piece, Run
 from cmjax.serve.http.state import ServerState
+from cmjax.text import JsonObject
 
 _PLACES_AT_ONCE = 256  # log probabilities of so many take some milliseconds
 
@@ -37,9 +37,9 @@ class Answer:
 
     # -- whole --------------------------------------------------------------------------------------------------------
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> JsonObject:
         """Wait for all choices."""
-        choices: dict[int, dict[str, Any]] = {}
+        choices: dict[int, JsonObject] = {}
         async for piece in self.run.pieces():
             part = await self._choice(piece)
             if piece.index not in choices:
@@ -87,12 +87,12 @@ class Answer:
             return None
         return b"data: " + json.dumps({**self.head, "choices": [], "usage": self.usage()}).encode() + b"\n\n"
 
-    def _event(self, choice: dict[str, Any]) -> bytes:
+    def _event(self, choice: JsonObject) -> bytes:
         options = self.body.stream_options
         usage = f', "usage": {json.dumps(self.usage())}' if options and options.continuous_usage_stats else ""
         return f"data: {self._prefix}{json.dumps(choice)}]{usage}}}\n\n".encode()
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> JsonObject:
         """Tokens in and out so far."""
         num_prompt, num_completion = self.run.num_prompt_tokens, self.run.num_completion_tokens
         return {
@@ -104,15 +104,15 @@ class Answer:
 
     # -- a choice -----------------------------------------------------------------------------------------------------
 
-    async def _choice(self, piece: Piece) -> dict[str, Any]:
+    async def _choice(self, piece: Piece) -> JsonObject:
         if _is_long(piece):
             return await asyncio.to_thread(self._choice_of, piece)
         return self._choice_of(piece)
 
-    def _choice_of(self, piece: Piece) -> dict[str, Any]:
+    def _choice_of(self, piece: Piece) -> JsonObject:
         is_first = piece.index not in self._begun
         self._begun.add(piece.index)
-        part: dict[str, Any] = {"index": piece.index}
+        part: JsonObject = {"index": piece.index}
         if self.is_chat:
             part["message"] = {"role": "assistant", "content": piece.text}
             part["logprobs"] = self._chat_logprobs(piece)
@@ -134,7 +134,7 @@ class Answer:
     def _echoes(self) -> bool:
         return isinstance(self.body, CompletionRequest) and self.body.echo
 
-    def _completion_logprobs(self, piece: Piece, prompt: Prompt, is_first: bool) -> dict[str, Any] | None:
+    def _completion_logprobs(self, piece: Piece, prompt: Prompt, is_first: bool) -> JsonObject | None:
         if not isinstance(self.body, CompletionRequest) or self.body.logprobs is None:
             return None
         tokens: list[tuple[int, int, TokenLogprobs | None]] = []
@@ -153,11 +153,11 @@ class Answer:
             found["top_logprobs"].append(top)
         return found
 
-    def _chat_logprobs(self, piece: Piece) -> dict[str, Any] | None:
+    def _chat_logprobs(self, piece: Piece) -> JsonObject | None:
         if piece.logprobs is None:
             return None
 
-        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> JsonObject:
             of_token = list(self.state.served.text_tokenizer().token_bytes(token_id))
             return {"token": self.state.token_text(token_id), "logprob": logprob, "bytes": of_token}
 
@@ -167,7 +167,7 @@ class Answer:
         ]
         return {"content": content, "refusal": None}
 
-    def _by_id(self, one: TokenLogprobs | None) -> dict[str, Any] | None:
+    def _by_id(self, one: TokenLogprobs | None) -> JsonObject | None:
         if one is None:
             return None
         chosen = (one.token_id, one.logprob)
@@ -181,7 +181,7 @@ def _is_long(piece: Piece) -> bool:
     return len(piece.prompt_logprobs or ()) > _PLACES_AT_ONCE
 
 
-def _joined(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:
+def _joined(one: JsonObject | None, other: JsonObject | None) -> JsonObject | None:
     """The log probabilities of two pieces in a row, either kind."""
     if one is None or other is None:
         return one or other

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -25,6 +25,7 @@ from cmjax.serve.http.run import Run
 from cmjax.serve.http.state import SHUTTING_DOWN, ServerState
 from cmjax.serve.http.status import documentation_route, status_routes
 from cmjax.serve.settings import ServerSettings
+from cmjax.text import JsonObject
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -86,7 +87,7 @@ async def _taken(state: ServerState, request: Request, kind: Kind) -> Taken:
     return await _unless_gone(request.receive, work)
 
 
-def _body(kind: Kind) -> dict[str, Any]:
+def _body(kind: Kind) -> JsonObject:
     """What the schema says of a route's body."""
     schema = {"$ref": _SCHEMAS + BODIES[kind].__name__}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -94,10 +95,11 @@ def _body(kind: Kind) -> dict[str, Any]:
 
 def _describe_bodies(app: FastAPI) -> None:
     """Put the models of bodies into `/openapi.json`, which has those of FastAPI's own parsing only."""
-    models: Any = [(model, "validation") for model in BODIES.values()]
-    _, described = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
+    _, described = models_json_schema(
+        [(model, "validation") for model in BODIES.values()], ref_template=_SCHEMAS + "{model}"
+    )
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> JsonObject:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schema.setdefault("components", {}).setdefault("schemas", {}).update(described["$defs"])
@@ -129,18 +131,18 @@ def _add_completions(app: FastAPI, state: ServerState) -> None:
         return await complete(request, "chat")
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> JsonObject:
         """The one model that is served."""
         return {"object": "list", "data": [_described(state)]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(model: str) -> JsonObject:
         """A model, if it is served."""
         state.served.check_model(model)
         return _described(state)
 
 
-def _described(state: ServerState) -> dict[str, Any]:
+def _described(state: ServerState) -> JsonObject:
     return {
         "id": state.settings.model_name,
         "object": "model",
@@ -168,7 +170,7 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
         return await answer(request, "detokenize")
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    async def tokenizer_info() -> JsonObject:
         """What a client needs that makes prompts of conversations itself."""
         tokenizer, template = state.served.text_tokenizer(), state.served.template
         source = tokenizer.chat_template if template is None else template.source
@@ -235,7 +237,7 @@ async def _respond(request: Request, answer: Answer) -> Response:
         answer.run.close()
 
 
-async def _unless_gone(receive: Callable[[], Awaitable[Message]], work: Coroutine[Any, Any, Result]) -> Result:
+async def _unless_gone(receive: Callable[[], Awaitable[Message]], work: Awaitable[Result]) -> Result:
     """The result of some work, which ends where the client goes; ClientGoneError then."""
     doing = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any, Protocol
 
 from cmjax.api import ApiError, ChatTemplate, Intake, Served
@@ -73,7 +73,7 @@ class ServerState:
         self.namespaces = {} if shared else {key: namespace_of(key) for key in settings.api_keys}
         self.is_draining = False
         self.num_active = 0
-        self._open: dict[asyncio.Task[Any], Cuttable | None] = {}
+        self._open: dict[asyncio.Task[object], Cuttable | None] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._token_texts: dict[int, str] = {}
 
@@ -110,7 +110,7 @@ class ServerState:
                 answer.cut()
         return len(self._open)
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Awaitable[None]) -> None:
         """Have something done that no answer waits for."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
@@ -151,7 +151,7 @@ class ServerState:
 SHUTTING_DOWN = "the server is shutting down"
 
 
-def _generation(engine: Backend, generation: GenerationConfig) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _generation(engine: Backend, generation: GenerationConfig) -> tuple[Mapping[str, float], tuple[int, ...]]:
     """Sampling for what requests leave out, and the tokens that end a text."""
     generation.check(engine.model.config.vocab_size)
     defaults: dict[str, Any] = {**API_DEFAULTS, **generation.defaults}

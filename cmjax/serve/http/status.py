@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import html
 from importlib.resources import files
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -16,6 +15,7 @@ from cmjax.api import ApiError
 from cmjax.model import placed_layer_names
 from cmjax.serve.http.history import SPAN_S
 from cmjax.serve.http.state import ServerState
+from cmjax.text import JsonObject
 
 
 def status_routes(state: ServerState) -> list[Route]:
@@ -77,7 +77,7 @@ def documentation_route(app: FastAPI) -> Route:
     return Route("/docs", show)
 
 
-def _documentation(schema: dict[str, Any]) -> str:
+def _documentation(schema: JsonObject) -> str:
     described = schema.get("components", {}).get("schemas", {})
     parts = []
     for path, methods in schema["paths"].items():
@@ -91,7 +91,7 @@ def _documentation(schema: dict[str, Any]) -> str:
     return _PAGE.format(title=html.escape(schema["info"]["title"]), body="\n".join(parts))
 
 
-def _kind(field: dict[str, Any]) -> str:
+def _kind(field: JsonObject) -> str:
     if "anyOf" in field:
         return " or ".join(dict.fromkeys(_kind(one) for one in field["anyOf"]))
     if field.get("type") == "array":

@@ -4,14 +4,15 @@ counted, priced, or compiled for a machine that is not there."""
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike
 
-from cmjax.model import ModelConfig, Params, abstract_params, abstract_placed_params, plan_placement
+from cmjax.model import ModelConfig, Params, PrefillBatch, abstract_params, abstract_placed_params, plan_placement
 from cmjax.moe import ExpertPlacement, WireDtype
 from cmjax.quant import QuantMode
 from cmjax.schedule import SamplingShape
@@ -40,6 +41,7 @@ from cmjax.serve.steps import (
     prefill,
 )
 
+T = TypeVar("T")  # a tree of arrays
 GREEDY = SamplingShape()
 
 
@@ -59,7 +61,7 @@ class AbstractInstance:
     config: ModelConfig
     settings: EngineSettings
     mesh: Mesh | AbstractMesh
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     quant: QuantMode | None = None
     shape: SamplingShape = GREEDY
 
@@ -133,7 +135,7 @@ class AbstractInstance:
         return exchange_bytes(self.placement, self.config, local_batch, self.dtype, self.wires)
 
     @staticmethod
-    def local_bytes(tree: Any) -> int:
+    def local_bytes(tree: object) -> int:
         """Bytes that one device holds of a tree of shapes with shardings."""
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -155,10 +157,10 @@ class AbstractInstance:
         arguments, static = self.arguments()
         return (decode if self.role == "decode" else prefill).trace(*arguments, **static)
 
-    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    def _array(self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
-    def _like(self, tree: Any, spec: PartitionSpec, times: int = 1) -> Any:
+    def _like(self, tree: T, spec: PartitionSpec, times: int = 1) -> T:
         """Host arrays as shapes, the leading axis `times` as long."""
         return jax.tree.map(lambda a: self._array((a.shape[0] * times, *a.shape[1:]), a.dtype, spec), tree)
 
@@ -176,7 +178,7 @@ class AbstractInstance:
         state = dataclasses.replace(state, sampling=rows.sampling_of(nobody, places, self.shape))
         return self._like(state, BY_RANK, self.ep_size)
 
-    def _prefill_batch(self) -> tuple[Any, Any, Any]:
+    def _prefill_batch(self) -> tuple[PrefillBatch, PackedSampling | None, jax.ShapeDtypeStruct | None]:
         num_places = prefill_places(self.settings, self.ep_size)
         batch = empty_batch(self.num_tokens, num_places, self.settings.max_blocks)
         sampling = scored = None

@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -244,7 +244,7 @@ class DecodeExecutor(JaxExecutor):
             self.hidden = output.state.settled.hidden
         return output
 
-    def _static(self, variant: DecodeVariant, microbatches: int) -> dict[str, Any]:
+    def _static(self, variant: DecodeVariant, microbatches: int) -> dict[str, object]:
         """The arguments of a call that are compiled into it."""
         extras = Extras(variant.sampling.num_logprobs)
         return {"spec": self.specs[microbatches], "num_steps": variant.num_steps, "extras": extras}

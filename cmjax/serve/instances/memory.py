@@ -1,10 +1,10 @@
 """The memory that an instance asks for, and whether its devices have it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
+from numpy.typing import DTypeLike
 
 from cmjax.errors import UserError
 from cmjax.mesh import Instance, Memory, stored_width
@@ -16,7 +16,7 @@ from cmjax.serve.settings import EngineSettings
 GIB = 2**30
 
 
-def cache_bytes(config: ModelConfig, num_tokens: int, dtype: Any, mesh: Mesh | AbstractMesh) -> int:
+def cache_bytes(config: ModelConfig, num_tokens: int, dtype: DTypeLike, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of one rank's latent cache for so many tokens."""
     width = stored_width(config.latent_width, mesh)
     return config.num_cache_layers * num_tokens * width * np.dtype(dtype).itemsize
@@ -26,7 +26,7 @@ def exchange_bytes(
     placement: ExpertPlacement,
     config: ModelConfig,
     local_batch: int,
-    dtype: Any,
+    dtype: DTypeLike,
     wires: tuple[WireDtype | None, WireDtype | None] = (None, None),
 ) -> int:
     """Bytes of one rank's exchange buffers at their worst (paper equations 1 and 2): what dispatch brings, what the
@@ -37,13 +37,14 @@ def exchange_bytes(
         wires: of dispatch and combine; None: as the activations are.
     """
     num_choices = config.num_topk + placement.num_dispatched_shared
-    there, made, back = (message_bytes(config.hidden_size, dtype, wire) for wire in (wires[0], None, wires[1]))
+    hidden, dtype = config.hidden_size, np.dtype(dtype)
+    there, made, back = (message_bytes(hidden, dtype, wire) for wire in (wires[0], None, wires[1]))
     a_row = there + made + (back if back != made else 0)
     return buffer_bytes(placement.ep_size, local_batch, num_choices, placement.num_local_experts, a_row)
 
 
 def check_caches_fit(
-    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[Instance, int]], dtype: Any
+    config: ModelConfig, settings: EngineSettings, sizes: Sequence[tuple[Instance, int]], dtype: DTypeLike
 ) -> None:
     """Refuse caches that cannot fit, before anything is allocated; `sizes`: instances and the blocks of a rank."""
     check_length(config, settings)
@@ -66,7 +67,7 @@ def check_exchange_fits(
     placement: ExpertPlacement | None,
     settings: EngineSettings,
     setting: str,
-    dtype: Any,
+    dtype: DTypeLike,
     memory: Memory,
 ) -> None:
     """Refuse a step whose exchange buffers cannot be had at their worst, when every token picks the same experts.

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -200,7 +200,7 @@ class PrefillExecutor(JaxExecutor):
         self.cache = output.cache
         return output
 
-    def _static(self, shape: SamplingShape | None, microbatches: int | None) -> dict[str, Any]:
+    def _static(self, shape: SamplingShape | None, microbatches: int | None) -> dict[str, object]:
         """The arguments of a step that are compiled into it."""
         spec = self.spec if microbatches is None else self.specs[microbatches]
         shape = shape or SamplingShape()

@@ -7,7 +7,7 @@ the cache only through block tables and slot mappings.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class StepSpec:
     rank: RankSpec
     mesh: Mesh | AbstractMesh
 
-    def on_ranks(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    def on_ranks(self, function: Callable, in_specs: object, out_specs: object) -> Callable:
         """Wrap a per-rank function for the instance's mesh."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
