@@ -48,46 +48,165 @@ void Absorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens
   }
 }
 
-// One request's queries meet blocks [first, end) of its keys, at most its own number of them.
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t Order __attribute__((vector_size(32)));
+
+// The values of (a, b), which are counted through, in an order.
+#if defined(__clang__)
+#define CMJAX_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CMJAX_MIX(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
+// to[0:8, 0:8] = from[0:8, 0:8], rows for columns: pairs change places, then pairs of pairs, then halves.
+inline void TurnEight(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(&a[i], from + i * from_stride, sizeof(Eight));
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = CMJAX_MIX(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = CMJAX_MIX(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = CMJAX_MIX(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = CMJAX_MIX(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = CMJAX_MIX(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    b[i + 4] = CMJAX_MIX(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &b[i], sizeof(Eight));
+}
+
+// turned[0:width, 0:count] = key[0:count, 0:width], both rounded up: `key` has zeros there.
+void Turn(const float* key, int64_t stride, int64_t count, int64_t width, float* turned) {
+  for (int64_t k = 0; k < count; k += 8) {
+    for (int64_t w = 0; w < width; w += 8) TurnEight(key + k * stride + w, stride, turned + w * kChunk + k, kChunk);
+  }
+}
+
+// c[0:R, 0:V vectors] = (c or 0) + a[0:R, 0:count] * b[0:count, 0:V vectors]: each value's sum in the order of `count`.
+template <int R, int V>
+inline void Panel(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, bool adds, float* c,
+                  int64_t c_stride) {
+  using D = DotF32;
+  D::Acc acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = adds ? D::LoadX(c + r * c_stride + v * D::kLanes) : D::Acc{};
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    D::WVec row[V];
+    for (int v = 0; v < V; ++v) row[v] = D::LoadW(b + k * b_stride + v * D::kLanes);
+    for (int r = 0; r < R; ++r) {
+      const D::XVec value = D::Spread(a[r * a_stride + k]);
+      for (int v = 0; v < V; ++v) acc[r][v] = D::Add(acc[r][v], value, row[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) D::Store(acc[r][v], c + r * c_stride + v * D::kLanes);
+  }
+}
+
+template <int R>
+inline void PanelOf(int vecs, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
+                    bool adds, float* c, int64_t c_stride) {
+  if (vecs == 1) Panel<R, 1>(a, a_stride, b, b_stride, count, adds, c, c_stride);
+  if constexpr (DotF32::kTileVecs > 1) {
+    if (vecs == 2) Panel<R, 2>(a, a_stride, b, b_stride, count, adds, c, c_stride);
+  }
+  if constexpr (DotF32::kTileVecs > 2) {
+    if (vecs == 3) Panel<R, 3>(a, a_stride, b, b_stride, count, adds, c, c_stride);
+    if (vecs == 4) Panel<R, 4>(a, a_stride, b, b_stride, count, adds, c, c_stride);
+  }
+}
+
+constexpr void (*kPanels[])(int, const float*, int64_t, const float*, int64_t, int64_t, bool, float*, int64_t) = {
+    PanelOf<1>, PanelOf<2>, PanelOf<3>, PanelOf<4>, PanelOf<5>, PanelOf<6>};
+
+// c[0:rows, 0:width] = (c or 0) + a[0:rows, 0:count] * b[0:count, 0:width], rounded up to whole vectors in width.
+void Multiply(const float* a, int64_t a_stride, int64_t num_rows, const float* b, int64_t b_stride, int64_t count,
+              bool adds, int64_t width, float* c, int64_t c_stride) {
+  constexpr int64_t kLanes = DotF32::kLanes, kRows = DotF32::kTileRows;
+  const int64_t vecs = (width + kLanes - 1) / kLanes;
+  for (int64_t v = 0; v < vecs;) {
+    const int64_t panels = (vecs - v + DotF32::kTileVecs - 1) / DotF32::kTileVecs, here = (vecs - v + panels - 1) / panels;
+    for (int64_t r = 0; r < num_rows;) {
+      const int64_t tiles = (num_rows - r + kRows - 1) / kRows, rows = (num_rows - r + tiles - 1) / tiles;
+      kPanels[rows - 1](static_cast<int>(here), a + r * a_stride, a_stride, b + v * kLanes, b_stride, count, adds,
+                        c + r * c_stride + v * kLanes, c_stride);
+      r += rows;
+    }
+    v += here;
+  }
+}
+
+// A chunk of scores, of which `seen` count, becomes weights relative to the largest so far; what came before is to be
+// multiplied by the result.
+inline float Meet(float* score, int32_t seen, float scale, float* peak, float* total) {
+  constexpr int kLanes = 16;
+  float most[kLanes], sum[kLanes] = {}, largest = *peak, all = 0.0f;
+  for (int i = 0; i < kLanes; ++i) most[i] = -__builtin_inff();
+  for (int32_t k = 0; k < kChunk; k += kLanes) {
+    for (int32_t i = 0; i < kLanes; ++i) {
+      score[k + i] = k + i < seen ? score[k + i] * scale : -__builtin_inff();
+      most[i] = score[k + i] > most[i] ? score[k + i] : most[i];
+    }
+  }
+  for (const float one : most) largest = one > largest ? one : largest;
+  const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
+  for (int32_t k = 0; k < kChunk; k += kLanes) {
+    for (int32_t i = 0; i < kLanes; ++i) {
+      score[k + i] = k + i < seen ? Exp(score[k + i] - base) : 0.0f;
+      sum[i] += score[k + i];
+    }
+  }
+  for (const float one : sum) all += one;
+  *peak = largest;
+  *total = *total * keep + all;
+  return keep;
+}
+
+// One request's queries meet blocks [first, end) of its keys, at most its own number of them, a chunk at a time.
 void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_t* lengths, int64_t tokens,
             int64_t first, int64_t end, const char* query, const Softmax& state, char* scratch) {
   const int64_t item = ItemBytes(mla.type), heads = mla.heads, width = mla.latent + mla.rope, padded = Padded(width);
-  const int64_t num_rows = tokens * heads, size = keys.block_size, stride = StagedStride(width);
-  char* staged = scratch;
-  auto* key = reinterpret_cast<float*>(staged + num_rows * stride);
-  float *scores = key + size * padded, *floats = scores + num_rows * Padded(size);
-  Stage({query, width * item, width, mla.type, nullptr, 0}, 0, num_rows, mla.type, mla.type, staged, nullptr, floats);
-  for (int64_t block = first; block < end; ++block) {
-    int64_t id = table[block] < 0 ? 0 : table[block];
-    id = Least(id, keys.num_slots / size - 1);
-    const char* at = keys.data + id * size * width * item;
-    const Matrix matrix{at, nullptr, size, width, mla.type};
-    const Staged rows{staged, stride, nullptr};
-    if (mla.type == Type::kF32) {
-      Sums<DotF32>(rows, num_rows, matrix, 0, size, scores, Padded(size));
-    } else {
-      Sums<DotBF16>(rows, num_rows, matrix, 0, size, scores, Padded(size));
+  const int64_t num_rows = tokens * heads, size = keys.block_size, unit = ChunkBlocks(size) * size;
+  auto* q = reinterpret_cast<float*>(scratch);
+  float *key = q + num_rows * padded, *turned = key + kChunk * padded, *scores = turned + padded * kChunk;
+  float* mixed = scores + num_rows * kChunk;
+  int64_t longest = 0;
+  for (int64_t t = 0; t < tokens; ++t) longest = lengths[t] > longest ? lengths[t] : longest;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    ReadRow({query + r * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32, q + r * padded);
+    std::memcpy(mixed + r * padded, state.mixed + r * width, width * sizeof(float));
+  }
+  const int64_t stop = Least(end * size, longest);
+  for (int64_t begin = first * size, count = 0; begin < stop; begin += count) {
+    // Units are whole blocks, which parts consist of: the chunks are the same in one part as in several.
+    count = Least(kChunk, Least(stop, (begin / unit + 1) * unit) - begin);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t place = begin + k;
+      int64_t id = table[place / size] < 0 ? 0 : table[place / size];
+      id = Least(id, keys.num_slots / size - 1);
+      ReadRow({keys.data + (id * size + place % size) * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32,
+              key + k * padded);
+      std::memset(key + k * padded + width, 0, (padded - width) * sizeof(float));
     }
-    for (int64_t k = 0; k < size; ++k) {
-      ReadRow({at + k * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32, key + k * padded);
-    }
+    const int64_t whole = (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes;
+    std::memset(key + count * padded, 0, (whole - count) * padded * sizeof(float));
+    Turn(key, padded, whole, width, turned);
+    Multiply(q, padded, num_rows, turned, kChunk, width, false, count, scores, kChunk);
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t seen = Least(lengths[r / heads] - block * size, size);
-      if (seen <= 0) continue;
-      float *score = scores + r * Padded(size), peak = state.peak[r];
-      for (int64_t k = 0; k < seen; ++k) {
-        score[k] *= mla.scale;
-        peak = score[k] > peak ? score[k] : peak;
-      }
-      const float base = peak == -__builtin_inff() ? 0.0f : peak, keep = Exp(state.peak[r] - base);
-      float total = 0.0f, *mixed = state.mixed + r * width;
-      for (int64_t k = 0; k < seen; ++k) score[k] = Exp(score[k] - base);
-      for (int64_t k = 0; k < seen; ++k) total += score[k];
-      state.peak[r] = peak;
-      state.total[r] = state.total[r] * keep + total;
-      for (int64_t i = 0; i < width; ++i) mixed[i] *= keep;
-      AddRows(score, key, seen, padded, width, mixed);
+      const int64_t rest = lengths[r / heads] - begin;
+      const auto seen = static_cast<int32_t>(rest < 0 ? 0 : Least(rest, count));
+      const float keep = Meet(scores + r * kChunk, seen, mla.scale, state.peak + r, state.total + r);
+      for (int64_t i = 0; i < width; ++i) mixed[r * padded + i] *= keep;
     }
+    Multiply(scores, kChunk, num_rows, key, padded, count, true, width, mixed, padded);
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    std::memcpy(state.mixed + r * width, mixed + r * padded, width * sizeof(float));
   }
 }
 

@@ -22,6 +22,9 @@ struct DotF32 {
   static constexpr int kStep = 16, kRows = 6;
   static constexpr bool kHasOffset = false;
   static void Put(const float* from, int64_t padded, X* to) { std::memcpy(to, from, padded * sizeof(X)); }
+  static constexpr int kLanes = 16, kTileVecs = 4, kTileRows = 6;
+  static XVec Spread(float x) { return _mm512_set1_ps(x); }
+  static void Store(Acc acc, float* to) { _mm512_storeu_ps(to, acc); }
   static WVec LoadW(const W* w) { return _mm512_loadu_ps(w); }
   static XVec LoadX(const X* x) { return _mm512_loadu_ps(x); }
   static Acc Add(Acc acc, XVec x, WVec w) { return _mm512_fmadd_ps(x, w, acc); }

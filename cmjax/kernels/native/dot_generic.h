@@ -40,6 +40,13 @@ struct DotF32 {
   using XVec = Floats;
   using Acc = Floats;
   static constexpr int kStep = 8, kRows = 3;
+#if defined(__AVX2__)
+  static constexpr int kLanes = 8, kTileVecs = 2, kTileRows = 6;
+#else
+  static constexpr int kLanes = 8, kTileVecs = 1, kTileRows = 4;
+#endif
+  static XVec Spread(float x) { return Floats{} + x; }
+  static void Store(Acc acc, float* to) { std::memcpy(to, &acc, sizeof(acc)); }
   static WVec LoadW(const W* w) { return LoadAs<Floats>(w); }
   static XVec LoadX(const X* x) { return LoadAs<Floats>(x); }
   static Acc Add(Acc acc, XVec x, WVec w) {

@@ -309,13 +309,14 @@ void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64
     const int32_t* lengths = requests.lengths + r * tokens;
     const int64_t longest = std::max<int64_t>(0, *std::max_element(lengths, lengths + tokens));
     const int64_t blocks = std::min((longest + keys.block_size - 1) / keys.block_size, requests.max_blocks);
-    const int64_t first = blocks * index / count, end = blocks * (index + 1) / count;
-    if (first == end) return;
+    const int64_t unit = ChunkBlocks(keys.block_size), units = (blocks + unit - 1) / unit;
+    const int64_t first = units * index / count * unit, end = std::min(units * (index + 1) / count * unit, blocks);
+    if (first >= end) return;
     const int64_t row = r * tokens * mla.heads;
     form.attend(mla, keys, requests.table + r * requests.max_blocks, lengths, tokens, first, end,
                 query + row * width * ItemBytes(mla.type),
                 {state.peak + row, state.total + row, state.mixed + row * width},
-                Scratch(1, AttendScratch(mla, tokens, keys.block_size)));
+                Scratch(1, AttendScratch(mla, tokens)));
   });
 }
 

@@ -60,7 +60,7 @@ struct Softmax {
 };
 
 // Rows that an expert takes at a time, columns whose results stay in the first-level cache, and the widest vector.
-constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64;
+constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64, kChunk = 64;
 
 inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
 inline int64_t ItemBytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBF16 ? 2 : 1; }
@@ -76,10 +76,12 @@ inline int64_t ExpertScratch(int64_t hidden, int64_t ffn) {
 inline int64_t AbsorbScratch(const Mla& mla) {
   return ((mla.nope + 1) * Padded(mla.latent) + Padded(mla.nope)) * 4;
 }
-inline int64_t AttendScratch(const Mla& mla, int64_t tokens, int64_t block_size) {
-  const int64_t rows = tokens * mla.heads, stride = StagedStride(mla.latent + mla.rope);
-  return (rows + block_size + 1) * stride + rows * Padded(block_size) * 4;
+inline int64_t AttendScratch(const Mla& mla, int64_t tokens) {
+  const int64_t rows = tokens * mla.heads, padded = Padded(mla.latent + mla.rope);
+  return (2 * rows * padded + 2 * kChunk * padded + rows * kChunk) * 4;
 }
+// Blocks that attention takes together: parts of its keys consist of so many.
+inline int64_t ChunkBlocks(int64_t block_size) { return block_size < kChunk ? kChunk / block_size : 1; }
 inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
   return (tokens + 2) * StagedStride(mla.latent) + kProductScratch;
 }

@@ -7,7 +7,7 @@ namespace cmjax {
 namespace {
 
 constexpr size_t kMaxFailedRuns = 256;
-constexpr int kFulfilBatch = 16;
+constexpr int kMostInBatch = 16;
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
@@ -243,18 +243,18 @@ void Fabric::Complete(ExchangePtr exchange) {
       return;
     }
   }
-  if (num_ranks <= kFulfilBatch) {
-    Fulfil(exchange, 0, num_ranks);
-    return;
-  }
-  const int batches = (num_ranks + kFulfilBatch - 1) / kFulfilBatch;
+  const int size = BatchOf(num_ranks);
   pool_.Run(
-      batches,
-      [this, exchange, num_ranks](int batch) {
-        Fulfil(exchange, batch * kFulfilBatch, std::min(num_ranks, (batch + 1) * kFulfilBatch));
+      (num_ranks + size - 1) / size,
+      [this, exchange, num_ranks, size](int batch) {
+        Fulfil(exchange, batch * size, std::min(num_ranks, (batch + 1) * size));
       },
       nullptr);
 }
+
+// A promise fulfilled goes on with its device's program on the same thread, up to the next exchange: a few batches a
+// thread, so that few devices use all threads.
+int Fabric::BatchOf(int count) const { return std::clamp(count / (4 * pool_.num_threads()), 1, kMostInBatch); }
 
 // The promises wait for their modelled time, which the clock thread sees to.
 void Fabric::Hold(ExchangePtr exchange, const Delay& delay) {
@@ -382,11 +382,11 @@ void Fabric::Watch() {
     if (!due.empty()) {
       const int count = static_cast<int>(due.size());
       auto shared = std::make_shared<std::vector<Held>>(std::move(due));
-      const int batches = (count + kFulfilBatch - 1) / kFulfilBatch;
+      const int size = BatchOf(count);
       pool_.Run(
-          batches,
-          [this, shared, count](int batch) {
-            for (int i = batch * kFulfilBatch; i < std::min(count, (batch + 1) * kFulfilBatch); ++i) {
+          (count + size - 1) / size,
+          [this, shared, count, size](int batch) {
+            for (int i = batch * size; i < std::min(count, (batch + 1) * size); ++i) {
               Fulfil((*shared)[i].exchange, (*shared)[i].begin, (*shared)[i].end);
             }
           },

@@ -88,6 +88,7 @@ class Fabric {
   void Move(ExchangePtr exchange);
   void Complete(ExchangePtr exchange);
   void Hold(ExchangePtr exchange, const Delay& delay);
+  int BatchOf(int count) const;
   void Fulfil(ExchangePtr exchange, int begin, int end);
   void FulfilFailed(std::vector<ExchangePtr> exchanges, std::string message);
   void CompleteWithError(Completion done, std::string message);
