@@ -161,9 +161,9 @@ class Side:
             raise RuntimeError("nothing is prepared")
         self._tokens = self._job()
 
-    def tokens(self) -> list[list[int]]:
-        """What the last run made: of each sequence its next tokens."""
-        return self._tokens.tolist()
+    def tokens(self, into: str) -> None:
+        """Save what the last run made, `int64[B, tokens]`, to the file `into`."""
+        np.save(into, self._tokens)
 
     def close(self) -> None:
         """Free the model."""

@@ -57,7 +57,7 @@ DEFINITIONS = {
     "transformers": "without torch.compile, its attention as it comes, and of its expert implementations the fastest "
     "for the job",
     "llama.cpp": "a GGUF of the same weights as llama.cpp's own converter names them, a cache in float16 (float32: "
-    "float32), all cores; with or without flash attention and with one cache or one a sequence, the fastest for the job",
+    "float32), all cores; with or without flash attention, one cache or one a sequence, as is fastest for the job",
     "int8": "cmjax's int8 (matrices of attention and FFN) beside llama.cpp's Q8_0 (every matrix)",
     "logits": f"over whole sequences, before anything is timed: in float32 no two differ by over {MAX_LOGIT_DIFF}, "
     "else the root mean square of the differences is at most "

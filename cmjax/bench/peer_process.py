@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 _START = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 # Far above what any request takes, on a loaded machine too: what is silent for so long hangs.
 REPLY_S = 900.0
-_END_S = 10.0
+_END_S = 3.0
 _STDERR_BYTES = 20_000
 _TELLING = ("GGML_ASSERT", "error", "Error")
 
@@ -59,7 +59,7 @@ class SideProcess:
 
     def __init__(self, kind: Kind, python: str, reply_s: float = REPLY_S) -> None:
         self._kind, self._where, self._reply_s = kind, f"{kind.flag} {python}", reply_s
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
         command = [python, "-c", _START, str(_FOLDER / "side.py"), str(kind.program)]
         try:
             # In a session of its own: Ctrl-C is for this process, which ends the other one and what that started.
@@ -119,19 +119,19 @@ class SideProcess:
     def close(self) -> None:
         """Let the process end, now that nothing is asked any more."""
         assert self._process.stdin is not None
-        try:
+        # It may have ended already, or not want to.
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.stdin.close()
             self._process.wait(_END_S)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            pass  # it has ended, or does not want to
         self.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._stderr.close()
 
     def kill(self) -> None:
         """End the process and its children at once, whatever they do."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all have ended
         self._process.wait()
 
 
@@ -168,7 +168,7 @@ def start(kind: Kind, python: str) -> Peer:
     try:
         return Peer(kind, process.ask, process.close)
     except BaseException:  # Ctrl-C as well: nobody else knows the process yet
-        process.kill()
+        process.close()
         raise
 
 
