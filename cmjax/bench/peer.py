@@ -1,9 +1,8 @@
-"""`cmjax bench peer`: one device against Hugging Face transformers, on the same weights, in turn."""
+"""`cmjax bench peer`: one device against Hugging Face transformers and llama.cpp, on the same weights, in turn."""
 
+import contextlib
 import dataclasses
-import importlib.util
-import json
-import subprocess
+import datetime
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from cmjax.bench.peer_process import Peer, start_peers
 from cmjax.bench.report import in_turn, machine
 from cmjax.bench.tables import define, new_table
 from cmjax.checkpoint import load, save_hf
-from cmjax.errors import UserError
 from cmjax.mesh import Instance, bring_up
 from cmjax.model import Model, ModelConfig, init_params, num_params
 from cmjax.schedule import blocks_for
@@ -46,19 +45,29 @@ CONFIG = ModelConfig(
     first_k_dense_replace=1,
     max_position_embeddings=1024,
 )
-DTYPES = ("bfloat16", "float32")
-MAX_LOGIT_DIFF = 1e-3  # float32; the two add up in different orders
+FORMATS = ("bfloat16", "float32", "int8")
+# What two sides may differ by: in float32 they only add up in different orders. In the others each rounds where it
+# likes, and now and then that gives a token another expert, so that single logits differ by much: the root mean square
+# counts, as a share of the logits' standard deviation. Each side is about as far from float32; unrelated logits: 1.4.
+MAX_LOGIT_DIFF = 1e-3
+MAX_RMS_SHARE = {"bfloat16": 0.3, "int8": 0.45}
 DEFINITIONS = {
-    "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, transformers one forward "
-    "each, with its DynamicCache",
+    "decode": "greedy steps from a cache of the given length; cmjax runs them in one call, a peer one forward each",
     "prefill": "one forward over the prompts that fills the cache, with the logits of each last token",
-    "peer": "transformers without torch.compile, its attention as it comes, and of its expert implementations the "
-    "fastest for the job",
-    "logits": f"largest difference of any logit over whole sequences; at most {MAX_LOGIT_DIFF} in float32",
+    "transformers": "without torch.compile, its attention as it comes, and of its expert implementations the fastest "
+    "for the job",
+    "llama.cpp": "a GGUF of the same weights as llama.cpp's own converter names them, a cache in float16 (float32: "
+    "float32), all cores; with or without flash attention, one cache or one a sequence, as is fastest for the job",
+    "int8": "cmjax's int8 (matrices of attention and FFN) beside llama.cpp's Q8_0 (every matrix)",
+    "logits": f"over whole sequences, before anything is timed: in float32 no two differ by over {MAX_LOGIT_DIFF}, "
+    "else the root mean square of the differences is at most "
+    + ", ".join(f"{bound} ({name})" for name, bound in MAX_RMS_SHARE.items())
+    + " of the logits' standard deviation",
+    "speedup": "the peer's time by cmjax's, of medians",
 }
 
 _BLOCK_SIZE = 16
-_SETTLE_S = 0.3  # OpenMP threads of torch go on spinning for a while after their work
+_SETTLE_S = 0.3  # OpenMP threads of the peers go on spinning for a while after their work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,75 +83,105 @@ class Sizes:
 def run(
     config: ModelConfig = CONFIG,
     *,
-    dtypes: Sequence[str] = DTYPES,
+    formats: Sequence[str] | None = None,
     sizes: Sizes | None = None,
     rounds: int = 5,
     seed: int = 0,
     peer_python: str | None = None,
+    llama_python: str | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Time decode and prefill of a random model on one device, and of transformers where it is installed.
+    """Time decode and prefill of a random model on one device, and of the peers that there are.
 
     Args:
+        formats: of `FORMATS`; by default those of the peers.
         rounds: timed runs of each, in turn; figures are medians.
-        peer_python: an interpreter that has torch and transformers, where this one is not to run them.
+        peer_python: an interpreter that has torch and transformers. Without either one, this one is looked at.
+        llama_python: an interpreter that has llama-cpp-python and gguf.
         on_result: called with each row as it is ready.
     """
     sizes = sizes or Sizes()
-    bring_up(1)
-    results, logits = [], {}
-    peer = Peer(peer_python)
-    try:
-        with tempfile.TemporaryDirectory(prefix="cmjax-bench-") as folder:
-            path = Path(folder) / "model"
-            save_hf(path, config, init_params(config, seed=seed))
-            for dtype in dtypes:
-                model, other = load(path, dtype=dtype), peer.load(path, dtype)
-                rng = np.random.default_rng(seed)
-                if other is not None:
-                    logits[dtype] = _logit_diff(model, other, rng)
-                jobs = [("decode", batch) for batch in sizes.decode_batches]
-                for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:
-                    results.append(_measure(job, batch, model, other, sizes, rounds, rng) | {"dtype": dtype})
-                    if on_result:
-                        on_result(results[-1])
-            num_parameters = num_params(model.params)
-    finally:
-        peer.close()
+    results: list[dict[str, Any]] = []
+    logits: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as ends:
+        peers = start_peers(peer_python, llama_python, ends)
+        bring_up(1)
+        formats = formats or (FORMATS if llama_python else FORMATS[:2])
+        path = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="cmjax-bench-"))) / "model"
+        params = init_params(config, seed=seed)
+        num_parameters = num_params(params)
+        save_hf(path, config, params)
+        del params
+        for name in formats:
+            quantized = name == "int8"
+            model = load(path, dtype="bfloat16" if quantized else name, quant="int8" if quantized else None)
+            able = [peer for peer in peers if name in peer.formats]
+            rng = np.random.default_rng(seed)
+            for peer in able:
+                peer.load(path, name)
+            found = _logit_diffs(model, name, able, rng)
+            logits += found
+            if not all(one["agrees"] for one in found):
+                continue  # times of what computes something else say nothing
+            jobs = [("decode", batch) for batch in sizes.decode_batches]
+            for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:
+                results.append(_measure(job, batch, model, able, sizes, rounds, rng) | {"format": name})
+                if on_result:
+                    on_result(results[-1])
+    versions = {name: version for peer in peers for name, version in peer.versions.items()}
     return {
         "benchmark": "peer",
-        "machine": machine() | (peer.versions or {}),
+        "machine": machine() | versions | {"date": datetime.date.today().isoformat()},
         "settings": dataclasses.asdict(sizes) | {"rounds": rounds, "num_parameters": num_parameters},
         "results": results,
-        "logits_max_abs_diff": logits,
-        "logits_agree": logits["float32"] <= MAX_LOGIT_DIFF if "float32" in logits else None,
-        "peer": peer.versions,
+        "logits": logits,
+        "logits_agree": all(one["agrees"] for one in logits) if logits else None,
+        "peers": {peer.name: peer.versions for peer in peers},
         "peer_python": peer_python,
+        "llama_python": llama_python,
         "definitions": DEFINITIONS,
     }
 
 
 def _measure(
-    job: str, batch: int, model: Model, peer: Any, sizes: Sizes, rounds: int, rng: np.random.Generator
+    job: str, batch: int, model: Model, peers: Sequence[Peer], sizes: Sizes, rounds: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """One row: seconds a step (or a prefill), and tokens/s, of both."""
+    """One row: seconds a step (or a prefill), and tokens/s, of every side."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, sizes.length))
     steps = sizes.num_steps if job == "decode" else 1
     ours = decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
     contenders: dict[str, Callable[[], object]] = {"cmjax": ours}
-    experts = None
-    if peer is not None:
-        experts = peer.prepare(job, prompts, steps)
-        contenders["transformers"] = peer.run
-    seconds = in_turn(contenders, rounds, pause_s=_SETTLE_S if peer is not None else 0.0)
+    ways = {}
+    for peer in peers:
+        ways[peer.name] = peer.prepare(job, prompts, steps)
+        contenders[peer.name] = peer.run
+    seconds = in_turn(contenders, rounds, pause_s=_SETTLE_S if peers else 0.0)
     tokens = batch * (1 if job == "decode" else sizes.length)
-    row: dict[str, Any] = {"job": job, "batch": batch, "tokens": tokens, "peer_experts": experts}
+    sides: dict[str, dict[str, Any]] = {}
     for name, taken in seconds.items():
-        row[f"{name}_s"] = float(np.median(taken)) / steps
-        row[f"{name}_tokens_per_s"] = tokens / row[f"{name}_s"]
-    if peer is not None:
-        row["speedup"] = row["transformers_s"] / row["cmjax_s"]
-    return row
+        each = float(np.median(taken)) / steps
+        sides[name] = {"seconds": each, "tokens_per_s": tokens / each}
+        if name != "cmjax":
+            sides[name] |= {"way": ways[name], "speedup": each / sides["cmjax"]["seconds"]}
+    return {"job": job, "batch": batch, "tokens": tokens, "sides": sides}
+
+
+def _logit_diffs(
+    model: Model, number_format: str, peers: Sequence[Peer], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """How far each peer's logits are from ours, and whether that is within the bound."""
+    ids = rng.integers(0, model.config.vocab_size, (2, 64))
+    ours = np.asarray(model.logits(ids)) if peers else np.zeros(0)
+    found = []
+    for peer in peers:
+        diff = peer.logits(ids) - ours
+        largest, rms = float(np.abs(diff).max()), float(np.sqrt((diff**2).mean((1, 2, 3)).max()) / ours.std())
+        # Not a number is no agreement.
+        agrees = largest <= MAX_LOGIT_DIFF if number_format == "float32" else rms <= MAX_RMS_SHARE[number_format]
+        found.append(
+            {"peer": peer.name, "format": number_format, "max_abs": largest, "rms_share": rms, "agrees": agrees}
+        )
+    return found
 
 
 # -- cmjax ------------------------------------------------------------------------------------------------------------
@@ -196,117 +235,37 @@ def decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[[
     return call
 
 
-# -- the peer ---------------------------------------------------------------------------------------------------------
-
-
-class _RemoteModel:
-    """A `transformers_side.TransformersModel` in a process of another interpreter. Both wait while the other works."""
-
-    def __init__(self, python: str) -> None:
-        command = [python, str(Path(__file__).with_name("transformers_side.py"))]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            raise UserError(f"--peer-python {python}: {error.strerror}") from error
-
-    def ask(self, **request: Any) -> Any:
-        """The reply to one request."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        try:
-            stdin.write(json.dumps(request) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            status = self._process.wait()
-            raise UserError(f"the transformers side ended with status {status}; does its interpreter have torch?")
-        return json.loads(line)
-
-    def load(self, path: str, dtype: str) -> None:
-        """See `TransformersModel.load`."""
-        self.ask(do="load", path=path, dtype=dtype)
-
-    def logits(self, input_ids: np.ndarray) -> np.ndarray:
-        """See `TransformersModel.logits`."""
-        with tempfile.TemporaryDirectory(prefix="cmjax-bench-") as folder:
-            file = Path(folder) / "logits.npy"
-            self.ask(do="logits", input_ids=input_ids.tolist(), into=str(file))
-            return np.load(file)
-
-    def prepare(self, job: str, prompts: np.ndarray, num_steps: int) -> str:
-        """See `TransformersModel.prepare`."""
-        return self.ask(do="prepare", job=job, prompts=prompts.tolist(), num_steps=num_steps)
-
-    def run(self) -> object:
-        """See `TransformersModel.run`."""
-        return self.ask(do="run")
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
-
-
-class Peer:
-    """Transformers, in this process or in one of `python`; `versions` is None where it is not installed."""
-
-    def __init__(self, python: str | None) -> None:
-        self._remote = _RemoteModel(python) if python else None
-        self._model: Any = self._remote
-        self.versions: dict[str, str] | None = None
-        if self._remote is not None:
-            self.versions = self._remote.ask(do="versions")
-        elif all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-            from cmjax.bench import transformers_side
-
-            self.versions = transformers_side.versions()
-
-    def load(self, path: Path, dtype: str) -> Any:
-        """The model to ask, None where transformers is not installed."""
-        if self._remote is not None:
-            self._remote.load(str(path), dtype)
-        elif self.versions is not None:
-            from cmjax.bench.transformers_side import TransformersModel
-
-            self._model = TransformersModel.load(str(path), dtype)
-        return self._model
-
-    def close(self) -> None:
-        """End the other process, if there is one."""
-        if self._remote is not None:
-            self._remote.close()
-
-
-def _logit_diff(model: Model, peer: Any, rng: np.random.Generator) -> float:
-    ids = rng.integers(0, model.config.vocab_size, (2, 64))
-    return float(np.abs(np.asarray(model.logits(ids)) - peer.logits(ids)).max())
-
-
 def tables(report: dict[str, Any]) -> list[Table]:
-    """Both sides of `cmjax bench peer`, or ours alone."""
+    """All sides of `cmjax bench peer`, or ours alone."""
     settings = report["settings"]
     title = (
         f"{settings['num_parameters'] / 1e6:.0f} M parameters on one device, {settings['length']} tokens; "
         f"median of {settings['rounds']}"
     )
-    columns = ("job", "batch", "dtype", "cmjax ms", "tokens/s", "transformers ms", "tokens/s", "its experts", "speedup")
+    columns = ["job", "batch", "format", "cmjax ms", "tokens/s"]
+    for name in report["peers"]:
+        columns += [f"{name} ms", "tokens/s", "its way", "speedup"]
     table = new_table(title, *columns, numbers_from=3)
     for row in report["results"]:
-        cells = [row["job"], str(row["batch"]), row["dtype"]]
-        for side in ("cmjax", "transformers"):
-            has_side = f"{side}_s" in row
-            cells += (
-                [f"{row[f'{side}_s'] * 1e3:.1f}", f"{row[f'{side}_tokens_per_s']:,.0f}"] if has_side else ["-", "-"]
-            )
-        speedup = f"{row['speedup']:.2f}" if "speedup" in row else "-"
-        table.add_row(*cells, row["peer_experts"] or "-", speedup)
+        ours = row["sides"]["cmjax"]
+        cells = [row["job"], str(row["batch"]), row["format"]]
+        cells += [f"{ours['seconds'] * 1e3:.1f}", f"{ours['tokens_per_s']:,.0f}"]
+        for name in report["peers"]:
+            side = row["sides"].get(name)
+            if side is None:
+                cells += ["-"] * 4
+            else:
+                cells += [f"{side['seconds'] * 1e3:.1f}", f"{side['tokens_per_s']:,.0f}", side["way"]]
+                cells.append(f"{side['speedup']:.2f}")
+        table.add_row(*cells)
     notes = {}
-    if report["peer"] is None:
-        notes["the peer is absent"] = "install torch and transformers in this environment, or give --peer-python"
-    for dtype, diff in report["logits_max_abs_diff"].items():
-        notes[f"logits, {dtype}"] = f"the two differ by at most {diff:.2g}"
+    if not report["peers"]:
+        notes["no peer"] = "install torch and transformers in this environment, or give --peer-python or --llama-python"
+    for one in report["logits"]:
+        notes[f"logits, {one['format']}, {one['peer']}"] = describe(one)
     return [define(table, report["definitions"] | notes)]
+
+
+def describe(one: dict[str, Any]) -> str:
+    """How far the logits of a peer are from ours, in words."""
+    return f"differ by at most {one['max_abs']:.2g}, {one['rms_share']:.2g} of their standard deviation (r.m.s.)"

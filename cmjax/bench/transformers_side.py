@@ -1,15 +1,12 @@
 """The other side of `cmjax bench peer`: a checkpoint in Hugging Face transformers.
 
-Imported where torch and transformers are installed, and else run by an interpreter that has them: this file imports
-nothing of cmjax, so that one without JAX will do. As a program it answers requests, a JSON object a line.
+Imported where torch and transformers are installed, and else run by an interpreter that has them, through `side.py`:
+this file imports nothing of cmjax, so that one without JAX will do.
 """
 
-import dataclasses
 import inspect
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -27,67 +24,70 @@ EXPERTS: dict[Job, tuple[str, ...]] = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that the figures depend on."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+class Side:
+    """A loaded model, and the job it has been prepared for; the methods are the requests."""
 
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._cache_name = ""
+        self._job: Callable[[], object] | None = None
 
-@dataclasses.dataclass
-class TransformersModel:
-    """A loaded model, and the job it has been prepared for."""
+    def versions(self) -> dict[str, str]:
+        """Of the packages that the figures depend on."""
+        return {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    model: Any
-    cache_name: str
-    run: Callable[[], object] | None = None
-
-    @classmethod
-    def load(cls, path: str, dtype: str) -> "TransformersModel":
-        """Load the checkpoint at `path` in `dtype`."""
+    def load(self, path: str, number_format: str) -> None:
+        """Load the checkpoint in folder `path`."""
+        dtype = getattr(torch, number_format)
         with _quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         # Renamed in transformers 5.24.
-        is_new = "cache" in inspect.signature(model.forward).parameters
-        return cls(model, "cache" if is_new else "past_key_values")
+        is_new = "cache" in inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if is_new else "past_key_values"
 
-    def logits(self, input_ids: np.ndarray) -> np.ndarray:
-        """`float32[B, S, V]`."""
+    def logits(self, input_ids: Sequence[Sequence[int]], into: str) -> None:
+        """Save `float32[1, B, S, V]` to the file `into`."""
         with torch.inference_mode():
-            return self.model(torch.from_numpy(input_ids)).logits.float().numpy()
+            np.save(into, self._model(torch.tensor(input_ids)).logits.float().numpy()[None])
 
-    def prepare(self, job: Job, prompts: np.ndarray, num_steps: int) -> str:
-        """Make `run` do the job over `prompts int64[B, S]`; return the expert implementation that does it fastest."""
-        seconds = {}
+    def prepare(self, job: Job, prompts: Sequence[Sequence[int]], num_steps: int) -> str:
+        """Make `run` do the job over `prompts[B, S]`; return the expert implementation that does it fastest."""
+        ids, seconds = torch.tensor(prompts), {}
         for experts in EXPERTS[job]:
-            call = self._call(job, prompts, num_steps, experts)
+            call = self._call(job, ids, num_steps, experts)
             call()
             begin = time.perf_counter()
             call()
             seconds[experts] = time.perf_counter() - begin
         best = min(seconds, key=lambda name: seconds[name])
-        self.run = self._call(job, prompts, num_steps, best)
+        self._job = self._call(job, ids, num_steps, best)
         return best
 
+    def run(self) -> None:
+        """Do the job once."""
+        if self._job is None:
+            raise RuntimeError("nothing is prepared")
+        self._job()
+
     def _forward(self, ids: Any, cache: Any) -> Any:
-        output = self.model(ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
+        output = self._model(ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
         return output.logits.argmax(-1)
 
-    def _call(self, job: Job, prompts: np.ndarray, num_steps: int, experts: str) -> Callable[[], object]:
-        ids = torch.from_numpy(prompts)
-
+    def _call(self, job: Job, ids: Any, num_steps: int, experts: str) -> Callable[[], object]:
         def prefill() -> object:
-            self.model.set_experts_implementation(experts)
+            self._model.set_experts_implementation(experts)
             with torch.inference_mode():
-                return self._forward(ids, transformers.DynamicCache(config=self.model.config))
+                return self._forward(ids, transformers.DynamicCache(config=self._model.config))
 
         if job == "prefill":
             return prefill
-        cache = transformers.DynamicCache(config=self.model.config)
-        self.model.set_experts_implementation(EXPERTS["prefill"][0])
+        cache = transformers.DynamicCache(config=self._model.config)
+        self._model.set_experts_implementation(EXPERTS["prefill"][0])
         with torch.inference_mode():
             first = self._forward(ids, cache)
 
         def decode() -> object:
-            self.model.set_experts_implementation(experts)
+            self._model.set_experts_implementation(experts)
             token = first
             with torch.inference_mode():
                 for _ in range(num_steps):
@@ -109,35 +109,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def answer(state: TransformersModel | None, request: dict[str, Any]) -> tuple[TransformersModel | None, Any]:
-    """Do one request: the model from now on, and what to reply."""
-    match request:
-        case {"do": "versions"}:
-            return state, versions()
-        case {"do": "load", "path": path, "dtype": dtype}:
-            return TransformersModel.load(path, dtype), None
-        case {"do": "logits", "input_ids": ids, "into": file} if state:
-            np.save(file, state.logits(np.array(ids)))
-            return state, None
-        case {"do": "prepare", "job": job, "prompts": prompts, "num_steps": num_steps} if state:
-            return state, state.prepare(job, np.array(prompts), num_steps)
-        case {"do": "run"} if state and state.run:
-            state.run()
-            return state, None
-    raise ValueError(f"cannot do {request.get('do')!r} now")
-
-
-def main() -> None:
-    """Answer the requests on standard input; only replies go to standard output."""
-    replies, sys.stdout = sys.stdout, sys.stderr
-    state: TransformersModel | None = None
-    for line in sys.stdin:
-        state, reply = answer(state, json.loads(line))
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    main()

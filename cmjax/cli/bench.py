@@ -152,31 +152,64 @@ def bench_engine(folder: str, ep: int, seqs_per_rank: int, prompt_tokens: int, s
 
 
 @bench.command(
-    "peer", epilog="\b\nExamples:\n  cmjax bench peer --dtype bfloat16 --json\n  cmjax bench peer --peer-python PATH"
+    "peer",
+    epilog="""\b
+    Examples:
+      cmjax bench peer --format bfloat16 --json
+      cmjax bench peer --peer-python PATH
+      cmjax bench peer --llama-python PATH --format int8""",
 )
-@click.option("--dtype", type=click.Choice(("bfloat16", "float32")), help="Only this one.  [default: both]")
+@click.option(
+    "--format",
+    "--dtype",
+    "name",
+    type=click.Choice(peer.FORMATS),
+    help="Only this one.  [default: bfloat16 and float32, with --llama-python int8 too]",
+)
 @click.option(
     "--peer-python",
     metavar="PATH",
     help="An interpreter that has torch and transformers.  [default: this one, where it has them]",
 )
+@click.option(
+    "--llama-python", metavar="PATH", help="An interpreter that has llama-cpp-python and gguf: llama.cpp is a peer."
+)
 @rounds_option
 @json_option
 @click.pass_context
-def bench_peer(context: click.Context, dtype: str | None, peer_python: str | None, rounds: int, as_json: bool) -> None:
-    """One device against Hugging Face transformers, on the same random weights.
+def bench_peer(
+    context: click.Context,
+    name: str | None,
+    peer_python: str | None,
+    llama_python: str | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """One device against Hugging Face transformers and llama.cpp, on the same random weights.
 
-    Where transformers runs under another interpreter, each side waits while the other works. Ends with status 1 where
-    the two compute different logits.
+    A peer under another interpreter and cmjax run in turn: each waits while another works. Their logits are compared
+    first; where they differ, nothing is timed and the status is 1.
     """
     console = Console(stderr=True)
 
     def on_result(row: JsonObject) -> None:
-        console.print(f"{row['job']} {row['batch']} {row['dtype']}: {row['cmjax_s'] * 1e3:.1f} ms", highlight=False)
+        times = ", ".join(f"{side} {found['seconds'] * 1e3:.1f} ms" for side, found in row["sides"].items())
+        console.print(f"{row['job']} {row['batch']} {row['format']}: {times}", highlight=False)
 
-    dtypes = (dtype,) if dtype else peer.DTYPES
-    report = peer.run(dtypes=dtypes, rounds=rounds, peer_python=peer_python, on_result=on_result)
+    report = peer.run(
+        formats=(name,) if name else None,
+        rounds=rounds,
+        peer_python=peer_python,
+        llama_python=llama_python,
+        on_result=on_result,
+    )
     print_report(report, peer.tables(report), as_json)
+    for one in report["logits"]:
+        if not one["agrees"]:
+            click.echo(
+                f"cmjax bench peer: error: {one['format']}: the logits of {one['peer']} and cmjax {peer.describe(one)}",
+                err=True,
+            )
     if report["logits_agree"] is False:
         context.exit(EXIT_DIFFERENT)
 
