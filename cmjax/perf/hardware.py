@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.targets import machines
 
 Mark = Literal["measured", "published", "fitted", "assumed"]
 Overlap = Literal["cores", "exchange", "none"]
@@ -137,8 +138,20 @@ def _data(file: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def _described(target: str) -> dict[str, Figure]:
+    """What `cmjax compile` is told of the same machine."""
+    machine = machines()[target]
+    source = str(machine.facts["source"])
+    figures = {"memory_bytes": Figure(machine.memory_bytes, "bytes", source, "published")}
+    if rate := machine.facts.get("memory_bytes_per_s"):
+        figures["memory_bytes_per_s"] = Figure(float(rate), "bytes/s", source, "published")
+    return figures
+
+
 def _read(name: str, entries: Mapping[str, Any]) -> Hardware:
     figures = {key: Figure(**value) for key, value in entries.items() if isinstance(value, dict)}
+    if "target" in entries:
+        figures = _described(entries["target"]) | figures
     for key, figure in figures.items():
         if figure.mark not in get_args(Mark) or not figure.source or not figure.unit:
             raise ValueError(f"{name}.{key}: a number needs a unit, a source, and a mark of {get_args(Mark)}")
