@@ -7,7 +7,7 @@ degree, and what the fit (`cmjax.perf.fit`) reads.
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, Literal, get_args
 
@@ -63,6 +63,7 @@ class Hardware:
         bulk: degrees, and bytes/s of dispatch and of combine of thousands of tokens, where published.
         bulk_once_per_node: a token travels once to each node, and by fast links from there.
         bulk_cores: that exchanges of many tokens take from the rest.
+        by_devices: of devices that share a machine: what each of so many has.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Hardware:
     bulk: tuple[Sequence[int], Sequence[float], Sequence[float]] | None = None
     bulk_once_per_node: bool = False
     bulk_cores: int = 0
+    by_devices: "Callable[[int], Hardware] | None" = None
 
     def __getattr__(self, name: str) -> float:
         figures = self.__dict__.get("figures", {})
@@ -104,6 +106,10 @@ class Hardware:
             return self.link_bytes_per_s
         far = 1 - self.domain / degree
         return 1 / (far / self.far_bytes_per_s + (1 - far) / self.link_bytes_per_s)
+
+    def among(self, devices: int) -> "Hardware":
+        """One of so many devices of an instance: itself, where each has a machine of its own."""
+        return self if self.by_devices is None else self.by_devices(devices)
 
     def with_figures(self, mark: Mark, source: str, **values: float) -> "Hardware":
         """The machine with other numbers, for what-ifs, fits and calibration."""
