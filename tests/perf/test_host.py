@@ -15,6 +15,7 @@ from cmjax.perf.host import PRODUCT_ROWS, HostCosts, price_program
 from cmjax.perf.host_hardware import host_hardware
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
+from cmjax.serve.instances import AbstractInstance
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config(max_position_embeddings=512)
@@ -60,7 +61,7 @@ def step_modules(names):
 
 
 def test_a_calibration_knows_no_step(monkeypatch):
-    """Neither by what it imports, nor by what it runs: the engine's steps are broken meanwhile."""
+    """Neither by what it imports, nor by what it runs: no step can be traced meanwhile."""
     assert not step_modules(modules_of(calibration))
     assert step_modules(modules_of(bench))  # the check sees one that does
 
@@ -68,8 +69,7 @@ def test_a_calibration_knows_no_step(monkeypatch):
         raise AssertionError("a whole step")
 
     monkeypatch.setattr(bench, "run_step", fail)
-    monkeypatch.setattr("cmjax.serve.steps.decode.decode", fail)
-    monkeypatch.setattr("cmjax.serve.steps.prefill.prefill", fail)
+    monkeypatch.setattr(AbstractInstance, "trace", fail)
     found = HostCosts(2, machine())
     calibration._overheads(calibration._Devices(calibration.bring_up(1)[:1]), found)
     assert found.values["operator_s"][1] > 0
