@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cmjax.checkpoint import ModelFormats
 from cmjax.checkpoint.configs import FoundConfig, find_config, shipped_models
-from cmjax.cli.compile_tables import collectives_table, machines_table, reasons, steps_table
+from cmjax.cli.compile_tables import collectives_table, counts_table, machines_table, reasons, steps_table
 from cmjax.cli.flags import Given, given_options_for, options_for
 from cmjax.cli.options import json_option, model_config_option
 from cmjax.cli.progress import shown_progress
@@ -19,6 +19,7 @@ from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
 from cmjax.mesh import InstanceLayout
 from cmjax.mesh.topology import DEFAULT_EP_SIZE, MAX_DEFAULT_PREFILL_EP_SIZE
+from cmjax.perf.xla import Counts, beside_compiled
 from cmjax.serve import EngineSettings
 from cmjax.targets import HERE, StepReport, StepRequest, Target, compile_apart, machines
 from cmjax.text import JsonObject
@@ -125,15 +126,16 @@ def compile_command(
         for one in roles
         for settings in _settings(engine)
     ]
-    steps = []
+    steps, counts = [], dict[str, Counts | None]()
     with shown_progress("steps") as progress:
         for number, request in enumerate(requests):
             progress(f"compiling {request.name} for {target_name}", number, len(requests))
             steps.append((request, compile_apart(request)))
+            counts[request.name] = beside_compiled(*steps[-1])
     if as_json:
-        click.echo(json.dumps(_report(found, steps)))
+        click.echo(json.dumps(_report(found, steps, counts)))
     else:
-        _print(found, target_name, steps)
+        _print(found, target_name, steps, counts)
     return 0 if all(report.status == "ok" for _, report in steps) else EXIT_NOT_COMPILED
 
 
@@ -165,19 +167,29 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _report(found: FoundConfig, steps: list[tuple[StepRequest, StepReport]]) -> JsonObject:
+def _report(
+    found: FoundConfig, steps: list[tuple[StepRequest, StepReport]], counts: Mapping[str, Counts | None]
+) -> JsonObject:
     each = []
     for request, report in steps:
         asked = {name: getattr(request, name) for name in ("target", "role", "ep_size", "settings", "dtype", "quant")}
-        each.append({**asked, "ragged": request.ragged, **dataclasses.asdict(report), "fits": report.fits})
+        later = {"fits": report.fits, "counts": counts[request.name]}
+        each.append({**asked, "ragged": request.ragged, **dataclasses.asdict(report), **later})
     return {"model": found.name, "steps": each}
 
 
-def _print(found: FoundConfig, target_name: str, steps: list[tuple[StepRequest, StepReport]]) -> None:
+def _print(
+    found: FoundConfig,
+    target_name: str,
+    steps: list[tuple[StepRequest, StepReport]],
+    counts: Mapping[str, Counts | None],
+) -> None:
     console = Console(file=sys.stdout)
     tables = [steps_table(f"{found.name} on {target_name}", steps)]
     if any(report.collectives for _, report in steps):
         tables.append(collectives_table(steps))
+    if any(counts.values()):
+        tables.append(counts_table(counts))
     print_tables(console, tables)
     for line in reasons(steps):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

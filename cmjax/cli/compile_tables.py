@@ -1,11 +1,12 @@
 """How `cmjax compile` shows what came of its steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from cmjax.bench.tables import define, new_table, number
+from cmjax.perf.xla import Counts
 from cmjax.targets import StepReport, StepRequest, machines
 
 GIB = 2**30
@@ -53,6 +54,26 @@ def collectives_table(steps: Steps) -> Table:
             table.add_row(request.name, kind, f"{use['calls']:,}", f"{use['num_bytes'] / 1e6:,.1f}")
     table.caption = "ragged ones at their worst: as if all rows of the buffer travelled"
     return table
+
+
+def counts_table(counts: Mapping[str, Counts | None]) -> Table:
+    """XLA's operations and bytes of each step beside ours."""
+    columns = ("step", "XLA GFLOP", "ours once", "ours", "XLA GB", "ours once", "ours")
+    table = new_table("What a device computes and moves in a step", *columns, numbers_from=1)
+    for name, found in counts.items():
+        if found is not None:
+            values = [found[of].get(what) for what in ("flops", "memory_bytes") for of in ("xla", "once", "expected")]
+            table.add_row(name, *(number(value, "{:,.4g}", 1e-9) for value in values))
+    return define(table, _COUNTS)
+
+
+_COUNTS = {
+    "XLA": "counts the body of each loop once (of layers, keys and experts), elementwise arithmetic, and every buffer "
+    "of a fusion, arrays that it takes a part of as a whole; of the C++ kernels of a CPU nothing",
+    "ours once": "products and what they read and write, each loop's body once as well: the difference from XLA is "
+    "elementwise arithmetic and fusions' buffers",
+    "ours": "each loop as often as it is expected to run: what `cmjax simulate` prices",
+}
 
 
 def reasons(steps: Steps) -> Iterator[str]:

@@ -16,6 +16,7 @@ from cmjax.cli.command import Commands
 from cmjax.cli.flags import options_for
 from cmjax.cli.options import count_option, json_option, model_config_option, plot_option
 from cmjax.cli.progress import shown_progress
+from cmjax.cli.simulate_host import find_hardware, host
 from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
 from cmjax.perf.workload import Workload
@@ -47,7 +48,7 @@ def _hardware_option(function: Function) -> Function:
         default="ascend-910",
         show_default=True,
         metavar="NAME",
-        help="Machine to price on; `cmjax simulate hardware` lists them.",
+        help="Machine to price on: host, which is this one, or one of `cmjax simulate hardware`.",
     )(function)
 
 
@@ -59,10 +60,14 @@ def _hardware_option(function: Function) -> Function:
       cmjax simulate plan --devices 384 --tpot 50ms --ttft 2s
       cmjax simulate step --ep 320 --batch 48 --context 4096 --drafts 1 --microbatches 2
       cmjax simulate points points.csv           measured points of your own
+      cmjax simulate host --model DIR            predicted beside measured, on this machine
       cmjax simulate whatif afd                  attention and experts on devices of their own""",
 )
 def simulate() -> None:
-    """Price the engine's own steps, traced, on named hardware; nothing is run or compiled."""
+    """Price the engine's own steps, traced, on named hardware; only `host` measures and runs."""
+
+
+simulate.add_command(host)
 
 
 @simulate.command(
@@ -176,7 +181,6 @@ def plan(
     """The layout of prefill, decode and cache that serves most requests and holds the targets."""
     from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots
-    from cmjax.perf.hardware import hardware as find_hardware
     from cmjax.perf.plan import search
 
     machine, config = find_hardware(hardware), find_config(model).config
@@ -275,7 +279,6 @@ def step(
 ) -> None:
     """One step: what each stage computes, reads and sends, and what it takes."""
     from cmjax.checkpoint.configs import find_config
-    from cmjax.perf.hardware import hardware as find_hardware
     from cmjax.perf.layout import Layout, Phase
     from cmjax.perf.price import price, stage_table
 
@@ -319,7 +322,6 @@ def what_if(name: str, model: str, hardware: str, plot: Path | None, as_json: bo
     """The paper's discussion, priced: afd, supernode, plane, pooling, offload, or all."""
     from cmjax.checkpoint.configs import find_config
     from cmjax.perf import plots, whatif
-    from cmjax.perf.hardware import hardware as find_hardware
 
     names = list(whatif.WHAT_IFS) if name == "all" else [name]
     if plot is not None and plot.exists() and plot.is_dir() != (name == "all"):
@@ -355,10 +357,10 @@ def show_hardware(name: str | None, as_json: bool) -> None:
     from cmjax.perf import hardware as known
 
     if name is None:
-        names = known.names()
+        names = [*known.names(), "host"]
         click.echo(json.dumps(names) if as_json else "\n".join(names))
         return
-    machine = known.hardware(name)
+    machine = find_hardware(name)
     rows = [(key, one.value, one.unit, one.mark, one.source) for key, one in machine.figures.items()]
     if as_json:
         click.echo(

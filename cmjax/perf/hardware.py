@@ -7,13 +7,14 @@ degree, and what the fit (`cmjax.perf.fit`) reads.
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from cmjax.errors import UserError
+from cmjax.targets import machines
 
 Mark = Literal["measured", "published", "fitted", "assumed"]
 Overlap = Literal["cores", "exchange", "none"]
@@ -62,6 +63,7 @@ class Hardware:
         bulk: degrees, and bytes/s of dispatch and of combine of thousands of tokens, where published.
         bulk_once_per_node: a token travels once to each node, and by fast links from there.
         bulk_cores: that exchanges of many tokens take from the rest.
+        by_devices: of devices that share a machine: what each of so many has.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Hardware:
     bulk: tuple[Sequence[int], Sequence[float], Sequence[float]] | None = None
     bulk_once_per_node: bool = False
     bulk_cores: int = 0
+    by_devices: "Callable[[int], Hardware] | None" = None
 
     def __getattr__(self, name: str) -> float:
         figures = self.__dict__.get("figures", {})
@@ -103,6 +106,10 @@ class Hardware:
             return self.link_bytes_per_s
         far = 1 - self.domain / degree
         return 1 / (far / self.far_bytes_per_s + (1 - far) / self.link_bytes_per_s)
+
+    def among(self, devices: int) -> "Hardware":
+        """One of so many devices of an instance: itself, where each has a machine of its own."""
+        return self if self.by_devices is None else self.by_devices(devices)
 
     def with_figures(self, mark: Mark, source: str, **values: float) -> "Hardware":
         """The machine with other numbers, for what-ifs, fits and calibration."""
@@ -137,8 +144,20 @@ def _data(file: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def _described(target: str) -> dict[str, Figure]:
+    """What `cmjax compile` is told of the same machine."""
+    machine = machines()[target]
+    source = str(machine.facts["source"])
+    figures = {"memory_bytes": Figure(machine.memory_bytes, "bytes", source, "published")}
+    if rate := machine.facts.get("memory_bytes_per_s"):
+        figures["memory_bytes_per_s"] = Figure(float(rate), "bytes/s", source, "published")
+    return figures
+
+
 def _read(name: str, entries: Mapping[str, Any]) -> Hardware:
     figures = {key: Figure(**value) for key, value in entries.items() if isinstance(value, dict)}
+    if "target" in entries:
+        figures = _described(entries["target"]) | figures
     for key, figure in figures.items():
         if figure.mark not in get_args(Mark) or not figure.source or not figure.unit:
             raise ValueError(f"{name}.{key}: a number needs a unit, a source, and a mark of {get_args(Mark)}")

@@ -91,7 +91,7 @@ def price(
 
     `counted`: the stages, where they are known already.
     """
-    memory = memory_of(layout, pricing)
+    machine, memory = machine.among(layout.ep_size), memory_of(layout, pricing)
     if pricing.check_memory:
         check_fits(layout, machine, memory)
     stages = layout.counts() if counted is None else counted
@@ -281,6 +281,7 @@ def stage_table(
 ) -> list[dict[str, float | str]]:
     """Counts and seconds of each stage of a whole step, which has been priced: what a report shows."""
     rows: dict[str, dict[str, float | str]] = {}
+    machine = machine.among(layout.ep_size)
     for stage in layout.counts():
         tokens = layout.tokens // (2 if stage.lane else 1)
         data = layout.expected(tokens)

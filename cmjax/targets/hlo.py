@@ -7,7 +7,8 @@ Both are counted as often as they run: a loop's trips are what the compiler know
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -21,6 +22,7 @@ _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # what stands where the compiler has none
 
+_NAMES = ("", "bitcast", "constant", "get-tuple-element", "parameter", "partition-id", "tuple", "while", "conditional")
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -49,6 +51,11 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is an operator, and no name for what is there already."""
+        return self.operation not in _NAMES
+
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveUse:
@@ -57,6 +64,16 @@ class CollectiveUse:
 
     calls: int
     num_bytes: int
+
+
+def array_shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """`(element type, sizes)` of each array in a shape's text."""
+    return [(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in _ARRAY.findall(text)]
+
+
+def shape_elements(text: str) -> int:
+    """Elements of all arrays in a shape's text."""
+    return sum(math.prod(sizes) for _, sizes in array_shapes(text))
 
 
 def shape_bytes(text: str) -> int:
@@ -68,6 +85,14 @@ def _of_array(dtype: str, sizes: str) -> float:
     width = re.search(r"\d+$", dtype)
     each = _BYTES.get(dtype, int(width[0]) / 8 if width else 0)
     return each * math.prod(int(size) for size in sizes.split(",") if size)
+
+
+def xla_counts(compiled: Any) -> dict[str, float]:
+    """Operations and bytes that `compiled.cost_analysis()` says, of one device; empty where it says nothing."""
+    said = compiled.cost_analysis()
+    cost = said[0] if isinstance(said, list | tuple) and said else said
+    names = {"flops": "flops", "bytes accessed": "memory_bytes"}
+    return {ours: float(cost[theirs]) for theirs, ours in names.items() if cost and theirs in cost}
 
 
 class Program:
@@ -86,7 +111,19 @@ class Program:
 
     def instructions(self) -> Iterator[tuple[Instruction, Mapping[str, str], int]]:
         """All that run, with the shapes of their computation by name, and how often; what fusions hold is left out."""
-        yield from self._walk(self.entry, 1)
+        for one, shapes, times in self.expected(lambda loop: None):
+            yield one, shapes, int(times)
+
+    def expected(
+        self, trips: Callable[[Instruction], float | None]
+    ) -> Iterator[tuple[Instruction, Mapping[str, str], float]]:
+        """As `instructions`, for whoever knows of some loops how often the data lets them run: `trips`, else None."""
+        yield from self._walk(self.entry, 1, trips)
+
+    def held(self, one: Instruction) -> list[Instruction]:
+        """The instructions of the computation that one calls: of a fusion, those that are fused."""
+        called = _CALLED.search(one.rest)
+        return self._computations.get(called[1], []) if called else []
 
     def collectives(self) -> dict[str, CollectiveUse]:
         """By kind."""
@@ -122,22 +159,25 @@ class Program:
         ordered = sorted(found.items(), key=lambda item: -item[1])
         return [(size, shape, scope) for (shape, scope), size in ordered[:count]]
 
-    def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, Mapping[str, str], int]]:
+    def _walk(
+        self, name: str, times: float, trips: Callable[[Instruction], float | None]
+    ) -> Iterator[tuple[Instruction, Mapping[str, str], float]]:
         instructions = self._computations.get(name, [])
         shapes = {one.name: one.shape for one in instructions}
         for one in instructions:
             yield one, shapes, times
             if one.operation == "while":
-                body = _CALLED.search(one.rest)
-                yield from self._walk(body[1] if body else "", times * _trips(one))
+                body, known = _CALLED.search(one.rest), trips(one)
+                times_body = times * (_trips(one) if known is None else known)
+                yield from self._walk(body[1] if body else "", times_body, trips)
             elif one.operation == "conditional":
                 # Either is possible; what a branch costs counts once.
                 for several, single in _BRANCHES.findall(one.rest):
                     for branch in re.findall(r"%([^\s,]+)", several) or [single]:
-                        yield from self._walk(branch, times)
+                        yield from self._walk(branch, times, trips)
             elif one.operation in ("call", "async-start"):
                 for called in _CALLED.findall(one.rest):
-                    yield from self._walk(called, times)
+                    yield from self._walk(called, times, trips)
 
 
 def _instruction(name: str, rest: str) -> Instruction:

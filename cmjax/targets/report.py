@@ -55,6 +55,7 @@ class StepReport:
         memory: of the device; None where it is shared or unknown.
         collectives: kind -> calls and bytes of a device in one call of the step.
         estimate_s: what the compiler expects its instructions to take, exchanges not counted; None: it does not say.
+        xla: operations and bytes of a device as the compiler counts them, each loop's body once; {}: it does not say.
         copies: the largest copies of arrays that the compiler has added, as bytes, shape and scope: what other
             temporaries are often made of.
         advice: settings to change first, where it does not fit.
@@ -77,6 +78,7 @@ class StepReport:
     memory: int | None = None
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     estimate_s: float | None = None
+    xla: dict[str, float] = dataclasses.field(default_factory=dict)
     copies: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
     advice: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,7 @@ import numpy as np
 from cmjax.errors import UserError
 from cmjax.mesh import ABSENT_TPU
 from cmjax.targets.advice import advice
-from cmjax.targets.hlo import Program
+from cmjax.targets.hlo import Program, xla_counts
 from cmjax.targets.machines import GIB, Target
 from cmjax.targets.report import StepReport, StepRequest
 
@@ -122,6 +122,7 @@ def _measure(report: StepReport, compiled: Any, target: Target) -> None:
     program = Program(compiled.as_text())
     report.collectives = {kind: dataclasses.asdict(use) for kind, use in program.collectives().items()}
     report.copies = program.copies(8)
+    report.xla = xla_counts(compiled)
     cycles = program.estimated_cycles()
     if cycles is not None and target.machine is not None:
         report.estimate_s = cycles / target.machine.clock_hz

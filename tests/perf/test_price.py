@@ -15,6 +15,7 @@ from cmjax.errors import UserError
 from cmjax.perf import fit, hardware, paper
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, check_fits, price, stage_table
+from cmjax.targets import machines
 
 R1 = find_config("deepseek-r1").config
 DIE = hardware.hardware("ascend-910")
@@ -203,3 +204,20 @@ def test_a_larger_batch_never_takes_less(low, more, name, microbatches, ep_size)
         return price(layout, machine, FREE, layout.counts_by_batch(64, 512)).seconds
 
     assert at(low + more) >= at(low) * (1 - 1e-9)
+
+
+def test_a_machine_to_compile_for_and_to_price_on_is_one():
+    """Memory and its rate stand in the targets' table alone; what no target has is in the data file itself."""
+    known = machines()
+    shared = set(hardware.names()) & set(known)
+    assert shared == {"h100", "h200", "b200", "gb200", "gb300", "v5p"}
+    for name in shared:
+        machine, target = hardware.hardware(name), known[name]
+        entries = hardware._data("hardware.toml")[name]
+        assert entries["target"] == name
+        assert "memory_bytes" not in entries
+        assert machine.memory_bytes == target.memory_bytes
+        assert machine.figures["memory_bytes"].source == target.facts["source"]
+        if "memory_bytes_per_s" in target.facts:
+            assert "memory_bytes_per_s" not in entries
+            assert machine.memory_bytes_per_s == target.facts["memory_bytes_per_s"]
