@@ -45,9 +45,9 @@ def write_gguf(folder: str, target: str, number_format: str) -> None:
     ValueError where llama.cpp would compute something else than the config says.
     """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    for name, wanted in _COMPUTED.items():
-        if config.get(name) != wanted:
-            raise ValueError(f"{name} {config.get(name)!r} cannot be written as GGUF; only {wanted!r} can")
+    for key, wanted in _COMPUTED.items():
+        if config.get(key) != wanted:
+            raise ValueError(f"{key} {config.get(key)!r} cannot be written as GGUF; only {wanted!r} can")
     writer = gguf.GGUFWriter(target, "deepseek2")
     _write_config(writer, config, number_format)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])

@@ -12,6 +12,7 @@ from cmjax.mesh.devices import (
     bring_up,
     carve,
     describe,
+    is_crowded,
     stored_width,
     virtual_devices,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "bring_up",
     "carve",
     "describe",
+    "is_crowded",
     "plan_instances",
     "stored_width",
     "virtual_devices",

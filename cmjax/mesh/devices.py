@@ -130,6 +130,13 @@ def stored_width(width: int, mesh: Mesh | AbstractMesh) -> int:
     return -(-width // _TPU_ROW) * _TPU_ROW
 
 
+def is_crowded(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the devices are virtual ones that outnumber the cores."""
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "cpu":
+        return False
+    return mesh.size > (os.cpu_count() or 1)
+
+
 def virtual_devices(num_devices: int) -> list[jax.Device]:
     """The first `num_devices` CPU devices, brought up here when JAX has no backend yet.
 

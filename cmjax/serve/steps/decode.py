@@ -34,7 +34,7 @@ from cmjax.serve.steps.sampling import (
     repeat,
     sample,
 )
-from cmjax.serve.steps.spec import BY_RANK, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, specs_of
+from cmjax.serve.steps.spec import BY_RANK, NO_EXTRAS, SECOND_BY_RANK, Extras, Step, StepSpec, specs_of
 
 
 @flax.struct.dataclass
@@ -94,7 +94,7 @@ class DecodeOutput:
     logprobs: Logprobs | None
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "num_steps", "extras"), donate_argnames=("cache",))
+@functools.partial(Step, static_argnames=("spec", "num_steps", "extras"), donate_argnames=("cache",))
 def decode(
     params: Params,
     expert_to_slot: jax.Array,

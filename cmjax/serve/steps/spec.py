@@ -6,8 +6,9 @@ the cache only through block tables and slot mappings.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from cmjax.mesh import EP_AXIS, fabric, stored_width
+from cmjax.mesh import EP_AXIS, fabric, is_crowded, stored_width
 from cmjax.model import RankSpec
 
 T = TypeVar("T")
@@ -71,6 +72,38 @@ class Extras:
 
 
 NO_EXTRAS = Extras()
+
+
+class Step(Generic[T]):
+    """A jitted step, whose static keyword `spec` says which devices its programs are for.
+
+    XLA orders a CPU program's operations so that many can run at once. Devices that outnumber the cores gain nothing by
+    that, and pay for switching between threads: their programs are ordered for little memory, a sixth of a step at
+    EP320. XLA's own collectives end the process in that order; it takes the fabric's.
+    """
+
+    def __init__(self, function: Callable[..., T], **how: Any) -> None:
+        self._usual = jax.jit(function, **how)
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        self._crowded = jax.jit(function, compiler_options=options, **how)
+        functools.update_wrapper(self, function)
+
+    def _jitted(self, mesh: Mesh | AbstractMesh) -> Any:
+        return self._crowded if is_crowded(mesh) and fabric.status()["psum"].form == "fabric" else self._usual
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        result: T = self._jitted(kwargs["spec"].mesh)(*args, **kwargs)
+        return result
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As of `jax.jit`."""
+        lowered: jax.stages.Lowered = self._jitted(kwargs["spec"].mesh).lower(*args, **kwargs)
+        return lowered
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As of `jax.jit`."""
+        traced: jax.stages.Traced = self._jitted(kwargs["spec"].mesh).trace(*args, **kwargs)
+        return traced
 
 
 def new_cache(spec: StepSpec, num_blocks: int, dtype: DTypeLike) -> jax.Array:
