@@ -18,13 +18,15 @@ import numpy as np
 _DEFAULT_UBATCH = 512  # llama.cpp's own
 _PAD = 256  # cells of a sequence's cache are counted in these
 
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
+
 _errors: list[str] = []
 
 
 @llama_cpp.llama_log_callback
 def _keep_errors(level: int, text: bytes, _: object) -> None:
     """llama.cpp tells of every tensor; only its errors are wanted, and only where something fails."""
-    if level == 3:
+    if level == _ERROR:
         _errors.append(text.decode(errors="replace").strip())
 
 

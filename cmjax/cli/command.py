@@ -45,7 +45,7 @@ COMMANDS = {
     "simulate": (
         "cmjax.cli.simulate",
         "simulate",
-        "Price the engine's own steps, traced, on named hardware; nothing is run or compiled.",
+        "Price the engine's own steps, traced, on named hardware; only `host` measures and runs.",
     ),
     "serve": (
         "cmjax.cli.serve",

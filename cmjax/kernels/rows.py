@@ -82,7 +82,7 @@ def choose(
     }
     arguments = (logits, is_valid, expert_to_slot, empty if bias is None else bias)
     serves = all(array.dtype == np.float32 for array in (logits, arguments[3])) and logits.size > 0
-    serves &= expert_to_slot.dtype == np.int32
+    serves &= expert_to_slot.dtype == np.int32 and is_valid.dtype == np.bool_
     return run_kernel(_CHOOSE, run, arguments, attributes, serves=serves)
 
 

@@ -26,7 +26,7 @@ def _sum_of_best_two(scores: jax.Array) -> jax.Array:
 def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
     """Mask the experts outside each token's best groups with -inf (0 would win over negative biased scores)."""
     tokens = choice.shape[0]
-    grouped = choice.reshape(tokens, config.num_expert_groups, -1)
+    grouped = choice.reshape(tokens, config.num_expert_groups, config.num_experts // config.num_expert_groups)
     if config.topk_method == "noaux_tc":
         group_scores = _sum_of_best_two(grouped)
     else:

@@ -219,6 +219,8 @@ class _Walk:
             (_, x), (kind, weight) = arrays[0], arrays[2]
             through = x[0] * sum(weight[1:]) * costs.at("value_s", count)
             return count * (self._product(x[0], math.prod(weight[1:]), kind) + through)
+        if name not in ("absorb", "release"):  # norms, choices, packing, layouts: values that pass through
+            return count * shape_bytes(one.shape) * 2 / self._costs.at("elementwise_bytes_per_s", self._devices)
         kind, kv_b = next((kind, sizes) for kind, sizes in arrays if len(sizes) == 4)
         tokens = array_shapes(one.shape)[0][1][0]
         return count * kv_b[1] * self._product(tokens, kv_b[2] * kv_b[3] / 2, kind)

@@ -120,6 +120,24 @@ void TestExperts(Type type, std::vector<int32_t> counts, int64_t hidden, int64_t
   }
 }
 
+// Two tokens of a request, of which the second sees one key more, which is no number: the first is what it is alone.
+void TestUnseen(const Mla& mla, Array& cache, int64_t block_size, int32_t length) {
+  const int64_t width = mla.latent + mla.rope, rows = 2 * mla.heads;
+  if (mla.type != Type::kF32 || length == 0 || length >= 6 * block_size) return;
+  Array query(Type::kF32, rows * width);
+  const std::vector<int32_t> table{0, 1, 2, 3, 4, 5}, lengths{length, length + 1};
+  const float none = NAN;
+  std::memcpy(cache.data() + length * width * 4, &none, 4);
+  std::vector<float> peak(rows, -INFINITY), total(rows), mixed(rows * width), alone(rows / 2 * width);
+  std::vector<float> peak_alone(rows / 2, -INFINITY), total_alone(rows / 2);
+  const Keys keys{cache.data(), 6 * block_size, block_size};
+  RunAttend(mla, keys, {table.data(), lengths.data(), 1, 6, 2}, 0, 1, query.data(),
+            {peak.data(), total.data(), mixed.data()}, kThreads);
+  RunAttend(mla, keys, {table.data(), lengths.data(), 1, 6, 1}, 0, 1, query.data(),
+            {peak_alone.data(), total_alone.data(), alone.data()}, kThreads);
+  Check(std::memcmp(mixed.data(), alone.data(), alone.size() * 4) == 0, "unseen key", 2, block_size, length);
+}
+
 void TestAttention(Type type, int64_t tokens, int64_t block_size, int32_t length) {
   const int64_t heads = 3, nope = 5, rope = 2, value = 7, latent = 13, width = latent + rope, blocks = 6;
   Array q_nope(type, tokens * heads * nope), q_pe(type, tokens * heads * rope);
@@ -140,6 +158,7 @@ void TestAttention(Type type, int64_t tokens, int64_t block_size, int32_t length
               part, 2, query.data(), state, kThreads);
   }
   RunRelease(mla, state, tokens, out.data(), kThreads);
+  TestUnseen(mla, cache, block_size, length);
   for (int64_t r = heads; r < tokens * heads; ++r) {
     const double sum = total[r];
     Check(length == 0 || (sum >= 0.99 && sum <= length * 1.01), "attention", tokens, block_size, length);

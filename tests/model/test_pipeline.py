@@ -20,7 +20,7 @@ BEHIND = {
 # Prefill's third lane: (microbatch, whose arithmetic before or after an exchange, an operation of it) -> the other's
 # work that goes on meanwhile.
 BESIDE = {
-    ("a", "dispatch", "sort"): ("b", "projections"),
+    ("a", "dispatch", "pack"): ("b", "projections"),
     ("a", "combine", "reduce_sum"): ("b", "part2"),
     ("b", "combine", "reduce_sum"): ("a", "part2"),
 }
@@ -62,7 +62,7 @@ class Graph:
         names = names or ("dot_general", "while", "scan", "pjit", "jit")
         found = []
         for i, eqn in enumerate(self.eqns):
-            is_named = eqn.primitive.name in names
+            is_named = eqn.primitive.name in names or eqn.params.get("name") in names
             if is_named and microbatch in self.scopes[i] and scope in self.scopes[i]:
                 found.append(i)
         return found

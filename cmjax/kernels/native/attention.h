@@ -203,7 +203,15 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
       const float keep = Meet(scores + r * kChunk, seen, mla.scale, state.peak + r, state.total + r);
       for (int64_t i = 0; i < width; ++i) mixed[r * padded + i] *= keep;
     }
-    Multiply(scores, kChunk, num_rows, key, padded, count, true, width, mixed, padded);
+    // The keys that a token does not see are not its business, even where they are no numbers: tokens of one length at
+    // a time.
+    for (int64_t t = 0, same = 1; t < tokens; t += same, same = 1) {
+      const auto seen = [&](int64_t token) { return Least(lengths[token] - begin, count); };
+      while (t + same < tokens && seen(t + same) == seen(t)) ++same;
+      if (seen(t) <= 0) continue;
+      Multiply(scores + t * heads * kChunk, kChunk, same * heads, key, padded, seen(t), true, width,
+               mixed + t * heads * padded, padded);
+    }
   }
   for (int64_t r = 0; r < num_rows; ++r) {
     std::memcpy(state.mixed + r * width, mixed + r * padded, width * sizeof(float));

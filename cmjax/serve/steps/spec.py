@@ -80,6 +80,7 @@ class Step(Generic[T]):
     XLA orders a CPU program's operations so that many can run at once. Devices that outnumber the cores gain nothing by
     that, and pay for switching between threads: their programs are ordered for little memory, a sixth of a step at
     EP320. XLA's own collectives end the process in that order; it takes the fabric's.
+    Such a step is called at top level, not from another jitted function.
     """
 
     def __init__(self, function: Callable[..., T], **how: Any) -> None:
@@ -94,6 +95,10 @@ class Step(Generic[T]):
     def __call__(self, *args: Any, **kwargs: Any) -> T:
         result: T = self._jitted(kwargs["spec"].mesh)(*args, **kwargs)
         return result
+
+    def _cache_size(self) -> int:
+        jits: tuple[Any, Any] = self._usual, self._crowded
+        return sum(one._cache_size() for one in jits)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As of `jax.jit`."""
