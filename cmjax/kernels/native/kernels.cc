@@ -256,8 +256,8 @@ void RunPack(const Rows& rows, const int32_t* slots, int64_t tokens, int64_t top
     const int32_t* position = packed.position + t * topk;
     if (packed.scale_at >= 0 && std::any_of(position, position + topk, [](int32_t at) { return at >= 0; })) {
       size = packed.stride;
-      char* message = Scratch(1, packed.stride + Padded(rows.width) * 4);
-      auto* floats = reinterpret_cast<float*>(message + packed.stride);
+      auto* floats = reinterpret_cast<float*>(Scratch(1, packed.stride + Padded(rows.width) * 4));
+      char* message = reinterpret_cast<char*>(floats + Padded(rows.width));
       std::memset(message + rows.width, 0, packed.stride - rows.width);
       const float scale = form.quantize(rows, t, reinterpret_cast<int8_t*>(message), floats);
       std::memcpy(message + packed.scale_at, &scale, sizeof(scale));
