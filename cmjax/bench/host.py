@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,7 @@ from cmjax.perf.host import HostCosts, HostData, price_program
 from cmjax.serve import EngineSettings
 from cmjax.serve.instances import AbstractInstance
 from cmjax.targets.running import run_step
+from cmjax.text import JsonObject
 
 AIM = 0.2
 GIB = 2**30
@@ -60,7 +61,7 @@ def run(
     num_steps: int = 4,
     rounds: int = 7,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Predict and measure each case; the report that JSON can hold."""
     bring_up(max(case.ep_size for case in cases))
     results = []
@@ -172,7 +173,7 @@ def _parts(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:
         begin += count
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """Predicted beside measured."""
     host = report["machine"]
     table = new_table(

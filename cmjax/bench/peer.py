@@ -6,7 +6,6 @@ import datetime
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from cmjax.model import Model, ModelConfig, init_params, num_params
 from cmjax.schedule import blocks_for
 from cmjax.serve import DecodeExecutor, EngineSettings, PrefillExecutor, SamplingParams, decode, prefill
 from cmjax.serve.instances.direct import fill, plan_prompts, prefill_prompts
+from cmjax.text import JsonObject
 
 # DeepSeek-V3's shape, scaled down to about 200 million parameters.
 CONFIG = ModelConfig(
@@ -89,8 +89,8 @@ def run(
     seed: int = 0,
     peer_python: str | None = None,
     llama_python: str | None = None,
-    on_result: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+    on_result: Callable[[JsonObject], None] | None = None,
+) -> JsonObject:
     """Time decode and prefill of a random model on one device, and of the peers that there are.
 
     Args:
@@ -101,8 +101,8 @@ def run(
         on_result: called with each row as it is ready.
     """
     sizes = sizes or Sizes()
-    results: list[dict[str, Any]] = []
-    logits: list[dict[str, Any]] = []
+    results: list[JsonObject] = []
+    logits: list[JsonObject] = []
     with contextlib.ExitStack() as ends:
         peers = start_peers(peer_python, llama_python, ends)
         bring_up(1)
@@ -145,7 +145,7 @@ def run(
 
 def _measure(
     job: str, batch: int, model: Model, peers: Sequence[Peer], sizes: Sizes, rounds: int, rng: np.random.Generator
-) -> dict[str, Any]:
+) -> JsonObject:
     """One row: seconds a step (or a prefill), and tokens/s, of every side."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, sizes.length))
     steps = sizes.num_steps if job == "decode" else 1
@@ -157,7 +157,7 @@ def _measure(
         contenders[peer.name] = peer.run
     seconds = in_turn(contenders, rounds, pause_s=_SETTLE_S if peers else 0.0)
     tokens = batch * (1 if job == "decode" else sizes.length)
-    sides: dict[str, dict[str, Any]] = {}
+    sides: dict[str, JsonObject] = {}
     for name, taken in seconds.items():
         each = float(np.median(taken)) / steps
         sides[name] = {"seconds": each, "tokens_per_s": tokens / each}
@@ -166,9 +166,7 @@ def _measure(
     return {"job": job, "batch": batch, "tokens": tokens, "sides": sides}
 
 
-def _logit_diffs(
-    model: Model, number_format: str, peers: Sequence[Peer], rng: np.random.Generator
-) -> list[dict[str, Any]]:
+def _logit_diffs(model: Model, number_format: str, peers: Sequence[Peer], rng: np.random.Generator) -> list[JsonObject]:
     """How far each peer's logits are from ours, and whether that is within the bound."""
     ids = rng.integers(0, model.config.vocab_size, (2, 64))
     ours = np.asarray(model.logits(ids)) if peers else np.zeros(0)
@@ -235,7 +233,7 @@ def decode_call(model: Model, prompts: np.ndarray, num_steps: int) -> Callable[[
     return call
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
+def tables(report: JsonObject) -> list[Table]:
     """All sides of `cmjax bench peer`, or ours alone."""
     settings = report["settings"]
     title = (
@@ -266,6 +264,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return [define(table, report["definitions"] | notes)]
 
 
-def describe(one: dict[str, Any]) -> str:
+def describe(one: JsonObject) -> str:
     """How far the logits of a peer are from ours, in words."""
     return f"differ by at most {one['max_abs']:.2g}, {one['rms_share']:.2g} of their standard deviation (r.m.s.)"

@@ -1,6 +1,5 @@
 """What every benchmark says beside its figures: on which machine, with which versions, from which commit."""
 
-import os
 import platform
 import subprocess
 import time
@@ -12,6 +11,7 @@ import jaxlib
 import psutil
 
 import cmjax
+from cmjax.mesh import num_cores
 from cmjax.text import JsonObject
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -21,7 +21,7 @@ def machine() -> JsonObject:
     """The machine and the software, as JSON-ready values; `commit` is None outside a clone."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -20,6 +20,7 @@ from cmjax.cli.simulate_host import find_hardware, host
 from cmjax.cli.tables import print_tables
 from cmjax.errors import UserError
 from cmjax.perf.workload import Workload
+from cmjax.text import JsonObject
 
 if TYPE_CHECKING:
     from cmjax.perf.plan import Candidate
@@ -88,7 +89,7 @@ def paper(plot: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[JsonObject]] = {}
     for row in report["rows"]:
         groups.setdefault(row["group"], []).append(row)
     _print([_comparison(name, rows) for name, rows in groups.items()])
@@ -100,7 +101,7 @@ def paper(plot: Path | None, as_json: bool) -> None:
         )
 
 
-def _comparison(title: str, rows: list[dict[str, Any]]) -> Table:
+def _comparison(title: str, rows: list[JsonObject]) -> Table:
     table = new_table(title, "figure", "published", "predicted", "unit", "error %", "why")
     for row in rows:
         published = row["published"]
@@ -242,7 +243,7 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"--plot {path}: {error}") from error
 
 
-def _write_yaml(config: dict[str, Any], path: Path) -> None:
+def _write_yaml(config: JsonObject, path: Path) -> None:
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())
     try:
         path.write_text("# cmjax serve --config THIS --model DIR\n" + text, encoding="utf-8")

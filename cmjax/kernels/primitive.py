@@ -1,7 +1,6 @@
 """A kernel as a JAX primitive: a C++ handler on CPU devices, its XLA form everywhere else."""
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from cmjax.kernels import settings
+from cmjax.mesh import num_cores
 
 FLOATS = ("float32", "bfloat16")
 _RESULTS = (*FLOATS, "int8", "int32")
@@ -36,8 +36,7 @@ def _lower_cpu(
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     num_devices = 1 if mesh is None else mesh.size
     # Devices that outnumber the threads have no use for each other's help.
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    is_parallel = 2 * num_devices <= num_threads
+    is_parallel = 2 * num_devices <= num_cores()
     lowering = jax.ffi.ffi_lowering(f"cmjax_kernels_{name}", operand_output_aliases=aliases)
     return lowering(ctx, *operands, is_parallel=is_parallel, **dict(attributes))
 

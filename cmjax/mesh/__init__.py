@@ -13,6 +13,7 @@ from cmjax.mesh.devices import (
     carve,
     describe,
     is_crowded,
+    num_cores,
     stored_width,
     virtual_devices,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "carve",
     "describe",
     "is_crowded",
+    "num_cores",
     "plan_instances",
     "stored_width",
     "virtual_devices",

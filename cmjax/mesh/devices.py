@@ -130,11 +130,16 @@ def stored_width(width: int, mesh: Mesh | AbstractMesh) -> int:
     return -(-width // _TPU_ROW) * _TPU_ROW
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_crowded(mesh: Mesh | AbstractMesh) -> bool:
     """Whether the devices are virtual ones that outnumber the cores."""
     if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "cpu":
         return False
-    return mesh.size > (os.cpu_count() or 1)
+    return mesh.size > num_cores()
 
 
 def virtual_devices(num_devices: int) -> list[jax.Device]:

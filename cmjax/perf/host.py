@@ -18,6 +18,7 @@ import numpy as np
 
 from cmjax.perf.work import STAGES
 from cmjax.targets.hlo import Instruction, Program, array_shapes, shape_bytes, shape_elements
+from cmjax.text import JsonObject
 
 CROWD = 8  # devices that rates of shared cores are measured with
 PRODUCT_ROWS = (1, 8, 64, 512)
@@ -75,7 +76,7 @@ class HostCosts:
         rates = [self.at(f"product_{dtype}_{one}", devices) for one in PRODUCT_ROWS]
         return float(np.exp(np.interp(np.log2(max(rows, 1)), np.log2(PRODUCT_ROWS), np.log(rates))))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """What a file keeps."""
         return dataclasses.asdict(self)
 

@@ -17,6 +17,7 @@ from cmjax.perf.hardware import Hardware, hardware, operators
 from cmjax.perf.layout import Layout, abstract_bytes, latent_bytes
 from cmjax.perf.points import faster, tokens_a_step
 from cmjax.perf.price import Pricing, StepPrice, price
+from cmjax.text import JsonObject
 
 Row = Mapping[str, Any]
 # GPUs serve FP8 weights; the engine's prefill caches what it would not have to on a GPU.
@@ -65,14 +66,14 @@ REASONS = {
 }
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[JsonObject]:
     """The published rows, in their order."""
     text = (resources.files("cmjax.perf") / "data" / "published.toml").read_text(encoding="utf-8")
     data = tomllib.loads(text)
     return [data["defaults"] | row for row in data["row"]]
 
 
-def compare(config: ModelConfig, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def compare(config: ModelConfig, tell: Callable[[str], None] = lambda text: None) -> JsonObject:
     """Predict every row: `{"rows": [...], "errors": {...}}`, errors as shares.
 
     Args:
@@ -93,7 +94,7 @@ def compare(config: ModelConfig, tell: Callable[[str], None] = lambda text: None
     return {"rows": results, "errors": errors_of(results)}
 
 
-def errors_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+def errors_of(results: list[JsonObject]) -> JsonObject:
     """Mean absolute and largest error of the end-to-end predictions: the paper's, and other systems'."""
     errors = {}
     for name, is_paper in (("paper", True), ("others", False)):
@@ -104,7 +105,7 @@ def errors_of(results: list[dict[str, Any]]) -> dict[str, Any]:
     return errors
 
 
-def _result(row: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+def _result(row: JsonObject, config: ModelConfig) -> JsonObject:
     result = {key: row.get(key) for key in ("group", "label", "published", "unit", "end_to_end", "paper")}
     result["unit"] = row.get("unit", "")
     if "reason" in row:
@@ -233,7 +234,7 @@ _KINDS: dict[str, Callable[[Row, ModelConfig, Hardware], float]] = {
 }
 
 
-def _operator_rows() -> list[dict[str, Any]]:
+def _operator_rows() -> list[JsonObject]:
     """Tables 6 to 9: operators, which the machines' numbers are made of."""
     published, found = operators(), []
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from cmjax.errors import UserError
 from cmjax.model import ModelConfig
@@ -17,6 +17,7 @@ from cmjax.perf.layout import Layout, latent_bytes
 from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import StepPrice, price
 from cmjax.perf.workload import Workload
+from cmjax.text import JsonObject
 
 _EP_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 288, 320)
 _PREFILL_EP_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -46,7 +47,7 @@ class Candidate:
     tokens_per_s: float
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         """What a report shows."""
         layout = self.layout
         return {
@@ -91,7 +92,7 @@ def search(
     tpot_s: float,
     ttft_s: float,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Search; returns `{"plan", "front", "prefill_front", "cost_per_million", "config"}`.
 
     Raises:
@@ -249,7 +250,7 @@ def _cache_nodes(layout: Layout, requests_per_s: float, workload: Workload) -> i
     return math.ceil(requests_per_s * latents * _KEPT_S / _NODE_DRAM_BYTES)
 
 
-def serve_config(plan: Plan, workload: Workload, tpot_s: float) -> dict[str, Any]:
+def serve_config(plan: Plan, workload: Workload, tpot_s: float) -> JsonObject:
     """What `cmjax serve --config` takes, to run the plan."""
     decode, prefill = plan.decode.layout, plan.prefill.layout
     return {

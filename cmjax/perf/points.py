@@ -21,6 +21,7 @@ from cmjax.model import ModelConfig
 from cmjax.perf.hardware import Hardware, hardware, names
 from cmjax.perf.layout import MOST_BATCH, MOST_RANKS, Layout
 from cmjax.perf.price import Format, Pricing, StepPrice, check_fits, price
+from cmjax.text import JsonObject
 
 _GPU = ("system", "backend", "precision", "isl", "osl", "decode", "running_per_gpu")
 _ASCEND = ("dies", "ep", "dp", "batch", "context", "drafts", "acceptance", "balance")
@@ -70,7 +71,7 @@ def _named(row: Mapping[str | None, Any]) -> dict[str, str]:
     return {_ALIASES.get(name, name): (value or "").strip() for name, value in cells}
 
 
-def predict(rows: Iterable[Row], config: ModelConfig, source: str) -> list[dict[str, Any]]:
+def predict(rows: Iterable[Row], config: ModelConfig, source: str) -> list[JsonObject]:
     """One result a line: id, group, published and predicted TPOT in ms (None where there is none), error, reason.
 
     A cell that is broken is a UserError, which names the line; what we do not price is a result with a reason.
@@ -85,9 +86,9 @@ def predict(rows: Iterable[Row], config: ModelConfig, source: str) -> list[dict[
     return results
 
 
-def _predicted(row: Mapping[str, str], config: ModelConfig) -> dict[str, Any]:
+def _predicted(row: Mapping[str, str], config: ModelConfig) -> JsonObject:
     published = _number(row, "tpot_ms", 0, _MOST_MS, is_above=True) if row.get("tpot_ms") else None
-    result: dict[str, Any] = {"published": published, "predicted": None, "error": None, "reason": ""}
+    result: JsonObject = {"published": published, "predicted": None, "error": None, "reason": ""}
     # A file has one form, but may have more columns than it needs.
     found = _gpu_point(row, config) if "system" in row else _ascend_point(row, config)
     if isinstance(found, str):

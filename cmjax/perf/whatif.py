@@ -15,11 +15,12 @@ from cmjax.perf.layout import Layout, latent_bytes
 from cmjax.perf.points import tokens_a_step
 from cmjax.perf.price import NO_PRICING, StepPrice, memory_of, price, stage_parts
 from cmjax.perf.work import ATTENTION_STREAM, MOE_STREAM
+from cmjax.text import JsonObject
 
 _TPOT_S, _CONTEXT, _ACCEPTANCE, _EP = 0.05, 4096, 0.7, 320
 _BATCHES = tuple(range(4, 257, 4))
 _ENDS = (16, 64)
-Result = dict[str, Any]
+Result = JsonObject
 
 
 def run(name: str, config: ModelConfig, machine: Hardware) -> Result:
@@ -30,7 +31,7 @@ def run(name: str, config: ModelConfig, machine: Hardware) -> Result:
 
 
 def _decode(config: ModelConfig, machine: Hardware, batch: int, **changes: Any) -> Layout:
-    given: dict[str, Any] = {
+    given: JsonObject = {
         "config": config, "phase": "decode", "ep_size": _EP, "batch": batch, "context": _CONTEXT,
         "drafts": _drafts(config), "balance": machine.balance,
     }  # fmt: skip

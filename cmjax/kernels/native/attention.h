@@ -79,7 +79,7 @@ inline void TurnEight(const float* from, int64_t from_stride, float* to, int64_t
   for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &b[i], sizeof(Eight));
 }
 
-// turned[0:width, 0:count] = key[0:count, 0:width], both rounded up: `key` has zeros there.
+// turned[0:width, 0:count] = key[0:count, 0:width], both rounded up.
 void Turn(const float* key, int64_t stride, int64_t count, int64_t width, float* turned) {
   for (int64_t k = 0; k < count; k += 8) {
     for (int64_t w = 0; w < width; w += 8) TurnEight(key + k * stride + w, stride, turned + w * kChunk + k, kChunk);
@@ -181,6 +181,7 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
     ReadRow({query + r * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32, q + r * padded);
     std::memcpy(mixed + r * padded, state.mixed + r * width, width * sizeof(float));
   }
+  std::memset(key, 0, kChunk * padded * sizeof(float));  // what lies behind a row and behind the last one is turned, too
   const int64_t stop = Least(end * size, longest);
   for (int64_t begin = first * size, count = 0; begin < stop; begin += count) {
     // Units are whole blocks, which parts consist of: the chunks are the same in one part as in several.
@@ -191,24 +192,21 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
       id = Least(id, keys.num_slots / size - 1);
       ReadRow({keys.data + (id * size + place % size) * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32,
               key + k * padded);
-      std::memset(key + k * padded + width, 0, (padded - width) * sizeof(float));
     }
-    const int64_t whole = (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes;
-    std::memset(key + count * padded, 0, (whole - count) * padded * sizeof(float));
-    Turn(key, padded, whole, width, turned);
+    Turn(key, padded, (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes, width, turned);
     Multiply(q, padded, num_rows, turned, kChunk, width, false, count, scores, kChunk);
+    const auto seen = [&](int64_t token) {
+      const int64_t rest = Least(lengths[token] - begin, count);
+      return static_cast<int32_t>(rest < 0 ? 0 : rest);
+    };
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t rest = lengths[r / heads] - begin;
-      const auto seen = static_cast<int32_t>(rest < 0 ? 0 : Least(rest, count));
-      const float keep = Meet(scores + r * kChunk, seen, mla.scale, state.peak + r, state.total + r);
+      const float keep = Meet(scores + r * kChunk, seen(r / heads), mla.scale, state.peak + r, state.total + r);
       for (int64_t i = 0; i < width; ++i) mixed[r * padded + i] *= keep;
     }
     // The keys that a token does not see are not its business, even where they are no numbers: tokens of one length at
     // a time.
     for (int64_t t = 0, same = 1; t < tokens; t += same, same = 1) {
-      const auto seen = [&](int64_t token) { return Least(lengths[token] - begin, count); };
       while (t + same < tokens && seen(t + same) == seen(t)) ++same;
-      if (seen(t) <= 0) continue;
       Multiply(scores + t * heads * kChunk, kChunk, same * heads, key, padded, seen(t), true, width,
                mixed + t * heads * padded, padded);
     }

@@ -59,7 +59,8 @@ struct Softmax {
   float *peak, *total, *mixed;
 };
 
-// Rows that an expert takes at a time, columns whose results stay in the first-level cache, and the widest vector.
+// Rows that an expert takes at a time, columns whose results stay in the first-level cache, the widest vector, and keys
+// that attention takes at a time.
 constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64, kChunk = 64;
 
 inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }

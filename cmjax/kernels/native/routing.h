@@ -1,11 +1,6 @@
 // Norms and a router's choices, of one form: part of form.cc.
 #pragma once
 
-inline float WeightAt(const char* weight, Type type, int64_t i) {
-  if (type == Type::kF32) return reinterpret_cast<const float*>(weight)[i];
-  return Widen(reinterpret_cast<const uint16_t*>(weight)[i]);
-}
-
 void Norm(const Rows& rows, int64_t row, const char* weight, Type weight_type, float eps, const Target& target,
           float* floats) {
   constexpr int64_t kLanes = 16;
@@ -20,9 +15,9 @@ void Norm(const Rows& rows, int64_t row, const char* weight, Type weight_type, f
   const float inverse = 1.0f / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
   for (int64_t i = 0; i < width; ++i) floats[i] *= inverse;
   if (weight_type == Type::kF32) {
-    for (int64_t i = 0; i < width; ++i) floats[i] *= WeightAt(weight, Type::kF32, i);
+    for (int64_t i = 0; i < width; ++i) floats[i] *= reinterpret_cast<const float*>(weight)[i];
   } else {
-    for (int64_t i = 0; i < width; ++i) floats[i] *= WeightAt(weight, Type::kBF16, i);
+    for (int64_t i = 0; i < width; ++i) floats[i] *= Widen(reinterpret_cast<const uint16_t*>(weight)[i]);
   }
   WriteRow(floats, width, target.type, target.data + row * target.width * ItemBytes(target.type));
 }
