@@ -8,7 +8,8 @@ from cmjax.perf.host import HostCosts
 
 NAME = "host"
 _GIB = 2**30
-# Operators that XLA launches for one product of a layer: what decode's compiled program has for each of its kernels.
+# Operators that XLA launches for one product of a layer: what decode's compiled program had for each of its kernels
+# before norms, the router's choices and packing became kernels themselves.
 _BESIDE_A_KERNEL = 8
 
 
