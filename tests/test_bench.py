@@ -166,7 +166,8 @@ def test_kernels_at_a_small_size():
     sizes = bench_peer.Sizes(decode_batches=(2,), prefill_batch=2, length=16, num_steps=2)
     report = bench_kernels.run(tiny_config(), formats=("bfloat16", "int8"), sizes=sizes, rounds=1)
     assert [(row["format"], row["job"]) for row in report["results"]] == [
-        (name, job) for name in ("bfloat16", "int8") for job in ("decode", "prefill")
+        (name, job) for job in ("decode", "prefill") for name in ("bfloat16", "int8")
     ]
     assert all(row["speedup"] > 0 for row in report["results"])
+    assert [row["by_bfloat16"] == 1 for row in report["results"]] == [True, False, True, False]
     assert bench_kernels.tables(report)

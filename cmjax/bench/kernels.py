@@ -1,7 +1,7 @@
-"""`cmjax bench kernels`: decode and prefill on one device with the C++ kernels and without, in one run."""
+"""`cmjax bench kernels`: decode and prefill on one device with and without the C++ kernels, in each format, in turn."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +13,17 @@ from cmjax.bench.report import in_turn, machine
 from cmjax.bench.tables import define, new_table
 from cmjax.kernels import KernelsMode
 from cmjax.mesh import bring_up
-from cmjax.model import Model, ModelConfig, convert_params, init_params, num_bytes, num_params, params_digest
+from cmjax.model import Model, ModelConfig, Params, convert_params, init_params, num_bytes, num_params, params_digest
 from cmjax.quant import QuantMode
 from cmjax.text import JsonObject
 
 FORMATS = ("bfloat16", "float32", "int8")
+REFERENCE = "bfloat16"  # what the others are set beside
 MODES: tuple[KernelsMode, ...] = ("xla", "native")
 DEFINITIONS = {
     "decode, prefill": "as in `cmjax bench peer`: greedy steps in one call, and one step over the prompts",
     "speedup": "the median over rounds of the time without kernels by the time with them, the two in turn",
+    "by bf16": "the same of bfloat16's time by this format's, both with the kernels, in turn as well",
     "int8": "weights of the large products in int8, activations in bfloat16",
 }
 
@@ -46,18 +48,15 @@ def run(
     sizes = sizes or Sizes()
     bring_up(1)
     before, floats = kernels.mode(), init_params(config, seed)
+    models = {name: _converted(config, floats, name) for name in formats}
     results = []
     try:
-        for name in formats:
-            quant: QuantMode | None = "int8" if name == "int8" else None
-            params = convert_params(floats, quant, jnp.dtype("bfloat16" if quant else name))
-            model = Model(config, params, params_digest(config, params))
-            jobs = [("decode", batch) for batch in sizes.decode_batches]
-            for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:
-                row = {"format": name, "job": job, "batch": batch, "bytes": num_bytes(params)}
-                results.append(row | _measure(model, job, batch, sizes, rounds, seed))
+        jobs = [("decode", batch) for batch in sizes.decode_batches]
+        for job, batch in [*jobs, ("prefill", sizes.prefill_batch)]:
+            for row in _measure(models, job, batch, sizes, rounds, seed):
+                results.append(row)
                 if on_result:
-                    on_result(results[-1])
+                    on_result(row)
     finally:
         kernels.configure(before)
     return {
@@ -70,16 +69,37 @@ def run(
     }
 
 
-def _measure(model: Model, job: str, batch: int, sizes: Sizes, rounds: int, seed: int) -> JsonObject:
-    prompts = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, sizes.length))
+def _converted(config: ModelConfig, floats: Params, name: str) -> Model:
+    quant: QuantMode | None = "int8" if name == "int8" else None
+    params = convert_params(floats, quant, jnp.dtype("bfloat16" if quant else name))
+    return Model(config, params, params_digest(config, params))
+
+
+def _measure(
+    models: Mapping[str, Model], job: str, batch: int, sizes: Sizes, rounds: int, seed: int
+) -> Iterator[JsonObject]:
+    """A row of each format, all forms of all of them in turn."""
     steps = sizes.num_steps if job == "decode" else 1
     calls: dict[str, Callable[[], object]] = {}
-    for mode in MODES:
-        kernels.configure(mode)
-        calls[mode] = decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
-    seconds = {mode: np.array(taken) / steps for mode, taken in in_turn(calls, rounds).items()}
-    medians = {f"{mode}_s": float(np.median(taken)) for mode, taken in seconds.items()}
-    return medians | {"speedup": float(np.median(seconds["xla"] / seconds["native"]))}
+    for name, model in models.items():
+        prompts = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, sizes.length))
+        for mode in MODES:
+            kernels.configure(mode)
+            calls[f"{name}/{mode}"] = (
+                decode_call(model, prompts, steps) if job == "decode" else prefill_call(model, prompts)
+            )
+    seconds = {call: np.array(taken) / steps for call, taken in in_turn(calls, rounds).items()}
+    for name, model in models.items():
+        own, beside = seconds[f"{name}/native"], seconds.get(f"{REFERENCE}/native")
+        yield {
+            "format": name,
+            "job": job,
+            "batch": batch,
+            "bytes": num_bytes(model.params),
+            **{f"{mode}_s": float(np.median(seconds[f"{name}/{mode}"])) for mode in MODES},
+            "speedup": float(np.median(seconds[f"{name}/xla"] / own)),
+            "by_bfloat16": None if beside is None else float(np.median(beside / own)),
+        }
 
 
 def tables(report: JsonObject) -> list[Table]:
@@ -89,8 +109,9 @@ def tables(report: JsonObject) -> list[Table]:
         f"{settings['num_parameters'] / 1e6:.0f} M parameters on one device, {settings['length']} tokens; "
         f"median of {settings['rounds']}"
     )
-    table = new_table(title, "format", "job", "batch", "XLA ms", "kernels ms", "speedup", numbers_from=2)
+    table = new_table(title, "format", "job", "batch", "XLA ms", "kernels ms", "speedup", "by bf16", numbers_from=2)
     for row in report["results"]:
         times = [f"{row[f'{mode}_s'] * 1e3:.2f}" for mode in MODES]
-        table.add_row(row["format"], row["job"], str(row["batch"]), *times, f"{row['speedup']:.2f}")
+        beside = "" if row["by_bfloat16"] is None else f"{row['by_bfloat16']:.2f}"
+        table.add_row(row["format"], row["job"], str(row["batch"]), *times, f"{row['speedup']:.2f}", beside)
     return [define(table, report["definitions"] | {"the kernels": report["kernels"]["form"]})]

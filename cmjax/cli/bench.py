@@ -219,7 +219,7 @@ def bench_peer(
 @rounds_option
 @json_option
 def bench_kernels(name: str | None, rounds: int, as_json: bool) -> None:
-    """Decode and prefill on one device with the C++ kernels and with XLA's products, in turn."""
+    """Decode and prefill on one device, with and without the C++ kernels, in each format, in turn."""
     console = Console(stderr=True)
 
     def on_result(row: JsonObject) -> None:
