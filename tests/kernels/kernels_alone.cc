@@ -239,7 +239,7 @@ int main() {
     if (!UseForm(form)) continue;
     std::printf("%s\n", form);
     for (Type type : {Type::kF32, Type::kBF16, Type::kS8}) {
-      for (int64_t rows : {0, 1, 2, 5, 7, 49, 200}) {
+      for (int64_t rows : {0, 1, 2, 5, 7, 49, 97, 200}) {
         for (int64_t out : {1, 3, 4, 65, 130}) {
           for (int64_t in : {1, 7, 16, 31, 64, 97}) TestProduct(type, rows, out, in);
         }

@@ -22,7 +22,7 @@ if build.load().library is None:
 FORMS = [form for form in build.FORMS if build.load().library.cmjax_kernels_use(form.encode())]
 build.load().library.cmjax_kernels_use(b"")
 DTYPES = [jnp.float32, jnp.bfloat16]
-SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (200, 17, 31)]
+SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (97, 70, 130), (200, 17, 31)]
 
 
 @pytest.fixture(params=FORMS)

@@ -48,37 +48,6 @@ void Absorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens
   }
 }
 
-typedef float Eight __attribute__((vector_size(32)));
-typedef int32_t Order __attribute__((vector_size(32)));
-
-// The values of (a, b), which are counted through, in an order.
-#if defined(__clang__)
-#define CMJAX_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define CMJAX_MIX(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
-#endif
-
-// to[0:8, 0:8] = from[0:8, 0:8], rows for columns: pairs change places, then pairs of pairs, then halves.
-inline void TurnEight(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Eight a[8], b[8];
-  for (int i = 0; i < 8; ++i) std::memcpy(&a[i], from + i * from_stride, sizeof(Eight));
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = CMJAX_MIX(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = CMJAX_MIX(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = CMJAX_MIX(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] = CMJAX_MIX(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = CMJAX_MIX(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    b[i + 4] = CMJAX_MIX(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &b[i], sizeof(Eight));
-}
-
 // turned[0:width, 0:count] = key[0:count, 0:width], both rounded up.
 void Turn(const float* key, int64_t stride, int64_t count, int64_t width, float* turned) {
   for (int64_t k = 0; k < count; k += 8) {
@@ -227,10 +196,10 @@ void Release(const Mla& mla, const Softmax& state, int64_t tokens, int64_t head,
     const float total = state.total[row] > 0.0f ? state.total[row] : 1.0f;
     for (int64_t i = 0; i < mla.latent; ++i) mean[i] = state.mixed[row * width + i] / total;
     const Rows one{scratch, mla.latent * 4, mla.latent, Type::kF32, nullptr, 0};
-    Stage(one, 0, 1, mla.type, mla.type, staged + t * stride, nullptr, floats);
+    Stage(one, 0, 1, mla.type, mla.type, {staged + t * stride, stride, nullptr, false}, floats);
   }
   const char* from = mla.kv_b + (head * (mla.nope + mla.value) + mla.nope) * mla.latent * item;
   const Matrix matrix{from, nullptr, mla.value, mla.latent, mla.type};
   const Target target{out + head * mla.value * item, mla.heads * mla.value, mla.type};
-  Product({staged, stride, nullptr}, tokens, matrix, 0, mla.value, target, staged + tokens * stride);
+  Product({staged, stride, nullptr, false}, tokens, matrix, 0, mla.value, target, staged + tokens * stride);
 }

@@ -11,8 +11,27 @@
 namespace cmjax {
 namespace {
 
+// What sums of floats are made of, see columns.h.
+struct Parts {
+  static constexpr int kParts = 16, kLevels = 4;
+  static constexpr int kOrder[kParts] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+  static constexpr int kTileOfMany = 12, kManyVecs = 2;
+  static constexpr int64_t kManyRows = 80;
+  static __m512 Begin(const int32_t*) { return _mm512_setzero_ps(); }
+  static __m512 Plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static void Store(__m512 acc, float* to) { _mm512_storeu_ps(to, acc); }
+};
+
+// Where a step of the matrix already consists of the units that rows are staged as.
+struct Whole {
+  using Unpacked = __m512i;
+  static Unpacked Unpack(const void* w) { return _mm512_loadu_si512(w); }
+  static void PutUnits(const Eight& units, float* to, int64_t) { std::memcpy(to, &units, sizeof(units)); }
+};
+
 // See dot_generic.h for what the members are.
-struct DotF32 {
+struct DotF32 : Parts, Whole {
+  using Many = DotF32;
   using W = float;
   using X = float;  // what staged rows hold
   using Sum = float;
@@ -24,7 +43,7 @@ struct DotF32 {
   static void Put(const float* from, int64_t padded, X* to) { std::memcpy(to, from, padded * sizeof(X)); }
   static constexpr int kLanes = 16, kTileVecs = 4, kTileRows = 6;
   static XVec Spread(float x) { return _mm512_set1_ps(x); }
-  static void Store(Acc acc, float* to) { _mm512_storeu_ps(to, acc); }
+  static XVec SpreadUnit(const float* unit) { return _mm512_set1_ps(*unit); }
   static WVec LoadW(const W* w) { return _mm512_loadu_ps(w); }
   static XVec LoadX(const X* x) { return _mm512_loadu_ps(x); }
   static Acc Add(Acc acc, XVec x, WVec w) { return _mm512_fmadd_ps(x, w, acc); }
@@ -32,18 +51,20 @@ struct DotF32 {
 };
 
 #if defined(__AVX512BF16__)
-struct DotBF16 {
+struct DotBF16 : Parts, Whole {
+  using Many = DotBF16;
   using W = uint16_t;
   using X = uint16_t;
   using Sum = float;
   using WVec = __m512bh;
   using XVec = __m512bh;
   using Acc = __m512;
-  static constexpr int kStep = 32, kRows = 6;
+  static constexpr int kStep = 32, kRows = 6, kLanes = 16;
   static constexpr bool kHasOffset = false;
   static void Put(const float* from, int64_t padded, X* to) {
     for (int64_t i = 0; i < padded; ++i) to[i] = Narrow(from[i]);
   }
+  static XVec SpreadUnit(const float* unit) { return (__m512bh)_mm512_castps_si512(_mm512_set1_ps(*unit)); }
   static WVec LoadW(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return (__m512bh)_mm512_loadu_si512(x); }
   static Acc Add(Acc acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
@@ -51,7 +72,8 @@ struct DotBF16 {
 };
 #else
 // Pairs are taken apart in registers, the even and then the odd values of 32, and rows are staged in that order.
-struct DotBF16 {
+struct DotBF16 : Whole {
+  using Many = DotF32;
   using W = uint16_t;
   using X = float;
   using Sum = float;
@@ -60,14 +82,19 @@ struct DotBF16 {
     __m512 even, odd;
   };
   using Acc = __m512;
-  static constexpr int kStep = 32, kRows = 5;
+  static constexpr int kStep = 32, kRows = 5, kLanes = 16;
   static constexpr bool kHasOffset = false;
   static WVec LoadW(const W* w) { return _mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
+  static __m512 Even(WVec w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+  static __m512 Odd(WVec w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000))); }
   static Acc Add(Acc acc, XVec x, WVec w) {
-    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)));
-    return _mm512_fmadd_ps(x.odd, odd, _mm512_fmadd_ps(x.even, even, acc));
+    return _mm512_fmadd_ps(x.odd, Odd(w), _mm512_fmadd_ps(x.even, Even(w), acc));
+  }
+  static void PutUnits(const Eight& pairs, float* to, int64_t next) {
+    const __m256i w = (__m256i)pairs;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_slli_epi32(w, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + next), _mm256_and_si256(w, _mm256_set1_epi32(0xffff0000)));
   }
   static Acc Offset(Acc acc, WVec) { return acc; }
   static void Put(const float* from, int64_t padded, X* to) {
@@ -82,15 +109,22 @@ struct DotBF16 {
 #endif
 
 // The instruction multiplies unsigned by signed: rows are staged with 128 added, which the sums of the weights undo.
-struct DotS8 {
+struct DotS8 : Whole {
+  using Many = DotS8;
   using W = int8_t;
   using X = uint8_t;
   using Sum = int32_t;
   using WVec = __m512i;
   using XVec = __m512i;
   using Acc = __m512i;
-  static constexpr int kStep = 64, kRows = 4;
+  static constexpr int kStep = 64, kRows = 4, kLanes = 16;
+  static constexpr int kParts = 1, kLevels = 1, kOrder[] = {0}, kTileOfMany = 12, kManyVecs = 2;
+  static constexpr int64_t kManyRows = 24;
   static constexpr bool kHasOffset = true;
+  static Acc Begin(const int32_t* offsets) { return _mm512_loadu_si512(offsets); }
+  static Acc Plus(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
+  static void Store(Acc acc, int32_t* to) { _mm512_storeu_si512(to, acc); }
+  static XVec SpreadUnit(const float* unit) { return _mm512_castps_si512(_mm512_set1_ps(*unit)); }
   static WVec LoadW(const W* w) { return _mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return _mm512_loadu_si512(x); }
   static Acc Add(Acc acc, XVec x, WVec w) { return _mm512_dpbusd_epi32(acc, x, w); }

@@ -21,6 +21,8 @@
 namespace cmjax {
 namespace {
 
+#include "columns.h"
+
 // -- staging ----------------------------------------------------------------------------------------------------------
 
 inline float ScaleOf(const Rows& rows, int64_t row) {
@@ -74,24 +76,36 @@ float Quantize(const Rows& rows, int64_t row, int8_t* to, float* floats) {
   return PutInts(floats, rows.width, to, [](int32_t value) { return static_cast<int8_t>(value); });
 }
 
-void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, char* staged, float* scales,
+// One staged row, by lane if it is to be.
+template <class D>
+inline void PutStaged(float* floats, int64_t width, bool is_by_lane, char* to) {
+  const int64_t padded = Padded(width);
+  D::Put(floats, padded, reinterpret_cast<typename D::X*>(to));
+  if (!is_by_lane) return;
+  std::memcpy(floats, to, padded * sizeof(typename D::X));
+  PutByLane<D>(floats, width, reinterpret_cast<float*>(to));
+}
+
+void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const StagedTo& staged,
            float* floats) {
-  const int64_t width = rows.width, padded = Padded(width), stride = StagedStride(width);
+  const int64_t width = rows.width, padded = Padded(width);
   for (int64_t r = 0; r < count; ++r) {
-    char* to = staged + r * stride;
+    char* to = staged.data + r * staged.stride;
     if (weights == Type::kS8 && rows.type == Type::kS8) {
       const auto* from = reinterpret_cast<const int8_t*>(rows.data + (first + r) * rows.stride);
       auto* row = reinterpret_cast<DotS8::X*>(to);
       for (int64_t i = 0; i < width; ++i) row[i] = DotS8::Stage(from[i]);
       for (int64_t i = width; i < padded; ++i) row[i] = DotS8::Stage(0);
-      scales[r] = ScaleOf(rows, first + r);
+      staged.scales[r] = ScaleOf(rows, first + r);
       continue;
     }
     ReadRow(rows, first + r, weights == Type::kS8 ? Type::kF32 : dtype, floats);
     std::memset(floats + width, 0, (padded - width) * sizeof(float));
-    if (weights == Type::kF32) DotF32::Put(floats, padded, reinterpret_cast<DotF32::X*>(to));
-    if (weights == Type::kBF16) DotBF16::Put(floats, padded, reinterpret_cast<DotBF16::X*>(to));
-    if (weights == Type::kS8) scales[r] = PutInts(floats, padded, reinterpret_cast<DotS8::X*>(to), DotS8::Stage);
+    if (weights == Type::kF32) PutStaged<DotF32>(floats, width, staged.is_by_lane, to);
+    if (weights == Type::kBF16) PutStaged<DotBF16>(floats, width, staged.is_by_lane, to);
+    if (weights == Type::kS8) {
+      staged.scales[r] = PutInts(floats, padded, reinterpret_cast<DotS8::X*>(to), DotS8::Stage);
+    }
   }
 }
 
@@ -103,6 +117,11 @@ inline bool Reads(const Rows& rows, Type type) {
 bool ReadsInPlace(const Rows& rows, Type weights) {
   if (weights == Type::kF32) return Reads<DotF32>(rows, weights);
   return weights == Type::kBF16 && Reads<DotBF16>(rows, weights);
+}
+
+bool IsByLane(Type weights, int64_t num_rows) {
+  if (weights == Type::kS8) return num_rows >= DotS8::kManyRows;
+  return num_rows >= (weights == Type::kBF16 ? DotBF16::Many::kManyRows : DotF32::kManyRows);
 }
 
 // -- products ---------------------------------------------------------------------------------------------------------
@@ -166,72 +185,112 @@ void Sums(const Staged& rows, int64_t num_rows, const Matrix& matrix, int64_t fi
   }
 }
 
-// The product's values as floats, [num_rows, kColBlock], `count` of them at most as many.
-void Values(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count, float* out) {
-  if (w.type == Type::kF32) {
-    Sums<DotF32>(rows, num_rows, w, first, count, out, kColBlock);
-  } else if (w.type == Type::kBF16) {
-    Sums<DotBF16>(rows, num_rows, w, first, count, out, kColBlock);
-  } else {
-    auto* sums = reinterpret_cast<int32_t*>(out);
-    Sums<DotS8>(rows, num_rows, w, first, count, sums, kColBlock);
+// sums[0:num_rows, 0:count], kColBlock wide, as floats: those of int8 values have scales.
+template <class D>
+inline void Scale(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count, char* sums) {
+  if constexpr (sizeof(typename D::W) == 1) {
     for (int64_t r = 0; r < num_rows; ++r) {
       for (int64_t c = 0; c < count; ++c) {
+        char* at = sums + (r * kColBlock + c) * 4;
         int32_t sum;
-        std::memcpy(&sum, sums + r * kColBlock + c, sizeof(sum));
-        out[r * kColBlock + c] = static_cast<float>(sum) * rows.scales[r] * w.scale[first + c];
+        std::memcpy(&sum, at, sizeof(sum));
+        const float value = static_cast<float>(sum) * rows.scales[r] * w.scale[first + c];
+        std::memcpy(at, &value, sizeof(value));
       }
+    }
+  }
+}
+
+// The product's values as floats, [num_rows, kColBlock], `count` of them at most as many; `memory` is scratch memory.
+template <class D>
+void Values(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count, char* out,
+            char* memory) {
+  auto* sums = reinterpret_cast<typename D::Sum*>(out);
+  if (!rows.is_by_lane) Sums<D>(rows, num_rows, w, first, count, sums, kColBlock);
+  for (int64_t col = 0; rows.is_by_lane && col < count; col += Columns<D>::kCols) {
+    const Columns<D> columns(w, first + col, Least(Columns<D>::kCols, count - col), memory);
+    columns.Sums(rows, num_rows, sums + col, kColBlock);
+  }
+  Scale<D>(rows, num_rows, w, first, count, out);
+}
+
+inline void Write(const float* values, int64_t num_rows, int64_t row, int64_t col, int64_t count, const Target& target) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    char* to = target.data + ((row + r) * target.width + col) * ItemBytes(target.type);
+    if (target.type == Type::kF32) {
+      PutFloats(values + r * kColBlock, count, reinterpret_cast<float*>(to));
+    } else {
+      PutFloats(values + r * kColBlock, count, reinterpret_cast<uint16_t*>(to));
+    }
+  }
+}
+
+template <class D>
+void ProductOf(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
+               const Target& target, char* scratch) {
+  const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
+  // Of some columns: for each block of rows, about as large as the others, what `put` makes the sums.
+  const auto each_block = [&](int64_t col, int64_t cols, const auto& put) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t row = num_rows * i / blocks, here = num_rows * (i + 1) / blocks - row;
+      const float* scales = rows.scales == nullptr ? nullptr : rows.scales + row;
+      const Staged block{rows.data + row * rows.stride, rows.stride, scales, rows.is_by_lane};
+      put(block, here, reinterpret_cast<typename D::Sum*>(scratch));
+      Scale<D>(block, here, w, col, cols, scratch);
+      Write(reinterpret_cast<float*>(scratch), here, row, col, cols, target);
+    }
+  };
+  const int64_t step = rows.is_by_lane ? Columns<D>::kCols : kColBlock;
+  for (int64_t col = first; col < first + count; col += step) {
+    const int64_t cols = Least(step, first + count - col);
+    if (rows.is_by_lane) {
+      const Columns<D> columns(w, col, cols, scratch + kRowBlock * kColBlock * 4);
+      each_block(col, cols, [&](const Staged& block, int64_t here, typename D::Sum* sums) {
+        columns.Sums(block, here, sums, kColBlock);
+      });
+    } else {
+      each_block(col, cols, [&](const Staged& block, int64_t here, typename D::Sum* sums) {
+        Sums<D>(block, here, w, col, cols, sums, kColBlock);
+      });
     }
   }
 }
 
 void Product(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count, const Target& target,
              char* scratch) {
-  auto* values = reinterpret_cast<float*>(scratch);
-  for (int64_t row = 0; row < num_rows; row += kRowBlock) {
-    const int64_t here = Least(kRowBlock, num_rows - row);
-    const Staged block{rows.data + row * rows.stride, rows.stride, rows.scales == nullptr ? nullptr : rows.scales + row};
-    for (int64_t col = first; col < first + count; col += kColBlock) {
-      const int64_t cols = Least(kColBlock, first + count - col);
-      Values(block, here, w, col, cols, values);
-      for (int64_t r = 0; r < here; ++r) {
-        char* to = target.data + ((row + r) * target.width + col) * ItemBytes(target.type);
-        if (target.type == Type::kF32) {
-          PutFloats(values + r * kColBlock, cols, reinterpret_cast<float*>(to));
-        } else {
-          PutFloats(values + r * kColBlock, cols, reinterpret_cast<uint16_t*>(to));
-        }
-      }
-    }
-  }
+  if (w.type == Type::kF32) ProductOf<DotF32>(rows, num_rows, w, first, count, target, scratch);
+  if (w.type == Type::kBF16) ProductOf<DotBF16>(rows, num_rows, w, first, count, target, scratch);
+  if (w.type == Type::kS8) ProductOf<DotS8>(rows, num_rows, w, first, count, target, scratch);
 }
 
 void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
             const Target& target, char* scratch) {
   const int64_t ffn = w2.in, middle_stride = Padded(ffn);
+  const bool is_many = IsByLane(w13.type, num_rows);
   const auto take = [&scratch](int64_t bytes) {
     char* taken = scratch;
-    scratch += bytes;
+    scratch += Padded(bytes);
     return taken;
   };
-  char* staged = take(kRowBlock * StagedStride(rows.width));
-  char* staged_middle = take(kRowBlock * StagedStride(ffn));
-  auto* middle = reinterpret_cast<float*>(take(kRowBlock * middle_stride * 4));
-  auto* gate = reinterpret_cast<float*>(take(kProductScratch));
-  auto* up = reinterpret_cast<float*>(take(kProductScratch));
-  auto* scales = reinterpret_cast<float*>(take(kRowBlock * 4));
-  auto* middle_scales = reinterpret_cast<float*>(take(kRowBlock * 4));
+  const auto staged = [&](int64_t width) {
+    char* data = take(num_rows * StagedStride(width));
+    return StagedTo{data, StagedStride(width), reinterpret_cast<float*>(take(num_rows * 4)), is_many};
+  };
+  const StagedTo in = staged(rows.width), between = staged(ffn);
+  auto* middle = reinterpret_cast<float*>(take(num_rows * middle_stride * 4));
+  auto* floats = reinterpret_cast<float*>(take(StagedStride(rows.width > ffn ? rows.width : ffn)));
+  char *gate = take(num_rows * kColBlock * 4), *up = take(num_rows * kColBlock * 4);
 
-  auto* floats = reinterpret_cast<float*>(take(Padded(rows.width > ffn ? rows.width : ffn) * 4));
-
-  Stage(rows, first, num_rows, w13.type, target.type, staged, scales, floats);
-  const Staged in{staged, StagedStride(rows.width), scales};
+  const auto values = w13.type == Type::kF32 ? Values<DotF32> : w13.type == Type::kBF16 ? Values<DotBF16> : Values<DotS8>;
+  Stage(rows, first, num_rows, w13.type, target.type, in, floats);
+  const Staged read{in.data, in.stride, in.scales, is_many};
   for (int64_t col = 0; col < ffn; col += kColBlock) {
     const int64_t cols = Least(kColBlock, ffn - col);
-    Values(in, num_rows, w13, col, cols, gate);
-    Values(in, num_rows, w13, ffn + col, cols, up);
+    values(read, num_rows, w13, col, cols, gate, scratch);
+    values(read, num_rows, w13, ffn + col, cols, up, scratch);
     for (int64_t r = 0; r < num_rows; ++r) {
-      const float *g = gate + r * kColBlock, *u = up + r * kColBlock;
+      const float* g = reinterpret_cast<const float*>(gate) + r * kColBlock;
+      const float* u = reinterpret_cast<const float*>(up) + r * kColBlock;
       float* m = middle + r * middle_stride + col;
       if (target.type == Type::kBF16) {
         for (int64_t c = 0; c < cols; ++c) {
@@ -245,9 +304,8 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
     }
   }
   const Rows middle_rows{reinterpret_cast<const char*>(middle), middle_stride * 4, ffn, Type::kF32, nullptr, 0};
-  Stage(middle_rows, 0, num_rows, w2.type, Type::kF32, staged_middle, middle_scales, floats);
-  Product({staged_middle, StagedStride(ffn), middle_scales}, num_rows, w2, 0, w2.out, target,
-          reinterpret_cast<char*>(gate));
+  Stage(middle_rows, 0, num_rows, w2.type, Type::kF32, between, floats);
+  Product({between.data, between.stride, between.scales, is_many}, num_rows, w2, 0, w2.out, target, scratch);
 }
 
 #include "attention.h"
@@ -256,7 +314,7 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
-const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, Stage, Product, Expert, Quantize, Norm, Choose,
+const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, IsByLane, Stage, Product, Expert, Quantize, Norm, Choose,
                                              Absorb, Attend, Release};
 
 }  // namespace cmjax

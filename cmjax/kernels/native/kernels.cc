@@ -145,18 +145,19 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
   const Form& form = CurrentForm();
   const Helpers alone{0, nullptr};
   const Helpers& help = IsWorthHelp(num_rows, w.out * w.in, ItemBytes(w.type)) ? helpers : alone;
-  Staged staged{rows.data, rows.stride, nullptr};
-  if (!form.reads_in_place(rows, w.type)) {
+  Staged staged{rows.data, rows.stride, nullptr, form.is_by_lane(w.type, num_rows)};
+  if (staged.is_by_lane || !form.reads_in_place(rows, w.type)) {
     const int64_t stride = StagedStride(rows.width);
     char* memory = Scratch(0, num_rows * (stride + 4));
     auto* scales = reinterpret_cast<float*>(memory + num_rows * stride);
     const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
     Parallel(num_rows >= 4 * kRowBlock ? help : alone, blocks, [&](int64_t i) {
       const int64_t first = i * kRowBlock, here = std::min(kRowBlock, num_rows - first);
-      auto* floats = reinterpret_cast<float*>(Scratch(1, Padded(rows.width) * 4));
-      form.stage(rows, first, here, w.type, dtype, memory + first * stride, scales + first, floats);
+      auto* floats = reinterpret_cast<float*>(Scratch(1, StagedStride(rows.width)));
+      const StagedTo to{memory + first * stride, stride, scales + first, staged.is_by_lane};
+      form.stage(rows, first, here, w.type, dtype, to, floats);
     });
-    staged = {memory, stride, scales};
+    staged = {memory, stride, scales, staged.is_by_lane};
   }
   // A few tasks a thread, so that none waits long for another; whole blocks of columns where there are many.
   const int64_t wanted = help.count == 0 ? 1 : 4 * (help.count + 1);
@@ -164,13 +165,15 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
   const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step);
   Parallel(help, (w.out + cols - 1) / cols, [&](int64_t i) {
     const int64_t first = i * cols;
-    form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target, Scratch(1, kProductScratch));
+    form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target,
+                 Scratch(1, ProductScratch(w.in, staged.is_by_lane)));
   });
   TrimScratch(0);
 }
 
 void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts, const Target& target,
                 const Helpers& helpers) {
+  const Form& form = CurrentForm();
   struct Part {
     int64_t expert, first, num_rows;
   };
@@ -178,14 +181,13 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
   int64_t first = 0;
   for (int64_t e = 0; e < experts.count; ++e) {
     // Blocks of about one size, in whole tiles of rows.
-    const int64_t blocks = (counts[e] + kRowBlock - 1) / kRowBlock;
-    const int64_t size = blocks == 0 ? 0 : ((counts[e] + blocks - 1) / blocks + 5) / 6 * 6;
+    const int64_t most = form.is_by_lane(experts.w13.type, counts[e]) ? kManyBlock : kRowBlock, blocks = (counts[e] + most - 1) / most;
+    const int64_t size = blocks == 0 ? 0 : ((counts[e] + blocks - 1) / blocks + 11) / 12 * 12;
     for (int64_t done = 0; done < counts[e]; done += size) {
       parts.push_back({e, first + done, std::min(size, counts[e] - done)});
     }
     first += counts[e];
   }
-  const Form& form = CurrentForm();
   const int64_t hidden = experts.w2.out, ffn = experts.w2.in;
   const int64_t rows_a_part = parts.empty() ? 0 : first / static_cast<int64_t>(parts.size());
   const int64_t values = 3 * hidden * ffn * static_cast<int64_t>(parts.size());
@@ -201,7 +203,7 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
     Target to = target;
     to.data += part.first * target.width * ItemBytes(target.type);
     form.expert(rows, part.first, part.num_rows, own(experts.w13), own(experts.w2), to,
-                Scratch(1, ExpertScratch(hidden, ffn)));
+                Scratch(1, ExpertScratch(hidden, ffn, part.num_rows, form.is_by_lane(experts.w13.type, part.num_rows))));
   });
 }
 

@@ -26,11 +26,20 @@ struct Matrix {
   Type type;
 };
 
-// Rows in the form that products read: padded with zeros up to whole vectors.
+// Rows in the form that products read: padded with zeros up to whole vectors; or by lane, see columns.h.
 struct Staged {
   const char* data;
   int64_t stride;       // bytes
   const float* scales;  // of int8 rows
+  bool is_by_lane;
+};
+
+// Where staged rows are put.
+struct StagedTo {
+  char* data;
+  int64_t stride;
+  float* scales;
+  bool is_by_lane;
 };
 
 // Where a product's results go, as `type`.
@@ -59,19 +68,23 @@ struct Softmax {
   float *peak, *total, *mixed;
 };
 
-// Rows that an expert takes at a time, columns whose results stay in the first-level cache, the widest vector, and keys
-// that attention takes at a time.
-constexpr int64_t kRowBlock = 48, kColBlock = 64, kPad = 64, kChunk = 64;
+// Rows that an expert takes at a time, and rows and columns whose results stay in the first-level cache; rows that it
+// takes at a time where they are staged by lane; the widest vector, and keys that attention takes at a time.
+constexpr int64_t kRowBlock = 48, kColBlock = 64, kManyBlock = 144, kPad = 64, kChunk = 64;
 
 inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
 inline int64_t ItemBytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBF16 ? 2 : 1; }
 
 // Bytes that one row takes when staged, at most, and the scratch memory of the two calls below.
 inline int64_t StagedStride(int64_t width) { return Padded(width) * 4; }
-constexpr int64_t kProductScratch = kRowBlock * kColBlock * 4;
-inline int64_t ExpertScratch(int64_t hidden, int64_t ffn) {
-  return kRowBlock * (StagedStride(hidden) + StagedStride(ffn) + Padded(ffn) * 4 + 2 * 4) + 2 * kProductScratch +
-         (Padded(hidden) + Padded(ffn)) * 4;
+inline int64_t ColumnsScratch(int64_t in) { return kColBlock * (StagedStride(in) + 4); }
+inline int64_t ProductScratch(int64_t in, bool is_by_lane) {
+  return kRowBlock * kColBlock * 4 + (is_by_lane ? ColumnsScratch(in) : 0);
+}
+inline int64_t ExpertScratch(int64_t hidden, int64_t ffn, int64_t rows, bool is_by_lane) {
+  const int64_t widest = hidden > ffn ? hidden : ffn, values = 2 * rows * kColBlock * 4;
+  return rows * (StagedStride(hidden) + StagedStride(ffn) + Padded(ffn) * 4) + 2 * Padded(rows * 4) +
+         StagedStride(widest) + values + ProductScratch(widest, is_by_lane);
 }
 
 inline int64_t AbsorbScratch(const Mla& mla) {
@@ -84,7 +97,7 @@ inline int64_t AttendScratch(const Mla& mla, int64_t tokens) {
 // Blocks that attention takes together: parts of its keys consist of so many.
 inline int64_t ChunkBlocks(int64_t block_size) { return block_size < kChunk ? kChunk / block_size : 1; }
 inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
-  return (tokens + 2) * StagedStride(mla.latent) + kProductScratch;
+  return (tokens + 2) * StagedStride(mla.latent) + ProductScratch(mla.latent, false);
 }
 
 // How scores become choices of `topk` of the `experts`, and those slots; then come `shared` experts that get every token.
@@ -102,15 +115,17 @@ struct Form {
   const char* name;
   // Whether products by matrices of `weights` can read these rows where they are.
   bool (*reads_in_place)(const Rows& rows, Type weights);
-  // Stages `count` rows from `first` on for matrices of `weights`; floats are first rounded to `dtype`.
-  // `floats` is scratch memory for one padded row.
-  void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, char* staged, float* scales,
+  // Whether so many rows are staged by lane for matrices of `weights`, whose columns are then laid side by side.
+  bool (*is_by_lane)(Type weights, int64_t num_rows);
+  // Stages `count` rows from `first` on for matrices of `weights`, to `staged` as that says; floats are first rounded to
+  // `dtype`. `floats` is scratch memory for one padded row.
+  void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const StagedTo& staged,
                 float* floats);
   // target[0:num_rows, first:first + count] = rows * matrix^T for outputs from `first` on.
   void (*product)(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
                   const Target& target, char* scratch);
-  // target[0:num_rows] = w2 (silu(gate) * up), where w13 gives gate and up; `num_rows` is at most kRowBlock. Values
-  // between the two products are rounded to the target's type.
+  // target[0:num_rows] = w2 (silu(gate) * up), where w13 gives gate and up. Values between the two products are rounded
+  // to the target's type.
   void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
                  const Target& target, char* scratch);
   // to = the row in int8; its scale is returned. `floats` is scratch memory for one padded row.

@@ -1,8 +1,12 @@
-// Single values: rounding, bfloat16, the activation. Plain loops over these become vector code of each form's CPU.
+// Single values: rounding, bfloat16, the activation; plain loops over these become vector code of each form's CPU. And
+// eight by eight of them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace cmjax {
 namespace {
@@ -58,6 +62,48 @@ inline float Exp(float x) {
 }
 
 inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t Order __attribute__((vector_size(32)));
+
+// The values of (a, b), which are counted through, in an order.
+#if defined(__clang__)
+#define CMJAX_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CMJAX_MIX(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
+// Four values and four others.
+inline Eight BothOf(const float* low, const float* high) {
+#if defined(__AVX__)
+  return (Eight)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+#else
+  return Eight{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+#endif
+}
+
+// to[0:8] are the columns of from[0:8, 0:8]: halves of rows are read to where they belong, then change places in pairs.
+__attribute__((always_inline)) inline void TurnEight(const float* from, int64_t stride, Eight* to) {
+  for (int c = 0; c < 8; c += 4) {
+    Eight a[4], b[4];
+    for (int i = 0; i < 4; ++i) a[i] = BothOf(from + i * stride + c, from + (i + 4) * stride + c);
+    for (int i = 0; i < 4; i += 2) {
+      b[i] = CMJAX_MIX(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+      b[i + 1] = CMJAX_MIX(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+      to[c + 2 * i] = CMJAX_MIX(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      to[c + 2 * i + 1] = CMJAX_MIX(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+}
+
+// to[0:8, 0:8] = from[0:8, 0:8], rows for columns.
+inline void TurnEight(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Eight turned[8];
+  TurnEight(from, from_stride, turned);
+  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &turned[i], sizeof(Eight));
+}
 
 }  // namespace
 }  // namespace cmjax
