@@ -15,9 +15,7 @@ Rows are independent of each other: the tokens are those of one batch, and produ
 differently in the last bit.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, cast
 
 import flax.struct
@@ -25,12 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from cmjax.loops import scan
-from cmjax.mesh import fabric
+from cmjax.model.config import ModelConfig
 from cmjax.model.mla import CoreAttention, rms_norm
 from cmjax.model.params import LayerParams, MoeParams, Params, layer_at
 from cmjax.model.transformer import (
     AttendInParts,
     Index,
+    LayerPlace,
     LayerRun,
     PassContext,
     RankSpec,
@@ -38,7 +37,7 @@ from cmjax.model.transformer import (
     layer_runs,
     run_stack,
 )
-from cmjax.moe import InFlight, MlpParams, ReceivedRows, SplitExchange, run_experts, swiglu
+from cmjax.moe import InFlight, MlpParams, MoeLayer, Returning, Routed, after_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,35 +54,14 @@ class Microbatch:
 
 
 @flax.struct.dataclass
-class _Routed:
-    """Tokens that have attended and chosen their experts: `x`, normalized `x`, and the choices."""
+class _Chosen:
+    """Tokens that have attended and chosen their experts: before their norm, and after it."""
 
     x: jax.Array
-    normed: jax.Array
-    slot_idx: jax.Array
-    weights: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """One of a run's layers, and its place there."""
-
-    params: LayerParams
-    mlp: MoeParams
-    index: Index
-
-
-@dataclasses.dataclass(frozen=True)
-class _Back:
-    """Rows on their way back from the experts, and what the shared experts that every rank has made of the tokens."""
-
-    in_flight: InFlight[jax.Array]
-    shared: jax.Array | None
+    routed: Routed
 
 
 Pair = tuple[jax.Array, jax.Array]
-Going = InFlight[tuple[ReceivedRows, Any]]  # a dispatch under way
-Behind = jax.Array | tuple[jax.Array, ...]  # what an exchange hides behind
 
 
 def pipelined_layers(
@@ -132,138 +110,113 @@ class _MoeRun:
     def run(self, x: Pair, cache: jax.Array) -> tuple[Pair, jax.Array, jax.Array]:
         """All of them; the last one is apart, since no attention follows it."""
         last = self.place.count - 1
-        core, cache = self._begin(0, self._at(0), x[0], cache)
-        routed, *_ = self._end(0, self._at(0), x[0], core, cache)
+        first, _ = self._at(0)
+        core, cache = first.begin(x[0], cache)
+        a, *_ = first.end(x[0], core, cache)
 
         def step(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
-            routed, x_b, cache = carry
-            routed, x_b, cache, load = self._both(self._at(index), self._at(index + 1), routed, x_b, cache)
-            return (routed, x_b, cache), load
+            a, x_b, cache, load = _both(self._at(index), self._at(index + 1)[0], *carry)
+            return (a, x_b, cache), load
 
         loads = []
         x_b = x[1]
         if last:
-            (routed, x_b, cache), load = scan(step, (routed, x_b, cache), jnp.arange(last), length=last)
+            (a, x_b, cache), load = scan(step, (a, x_b, cache), jnp.arange(last), length=last)
             loads.append(load)
-        x_a, x_b, cache, load = self._both(self._at(last), None, routed, x_b, cache)
+        x_a, x_b, cache, load = _both(self._at(last), None, a, x_b, cache)
         return (x_a, x_b), cache, jnp.concatenate([*loads, load[None]])
 
-    def _at(self, index: Index) -> _Layer:
-        params = layer_at(self.layers, jnp.asarray(self.place.stack_start + index, jnp.int32))
-        return _Layer(params, cast(MoeParams, params.mlp), index)
+    def _at(self, index: Index) -> "tuple[_Turn, _Turn]":
+        """Both microbatches in one of the layers."""
+        stack = self.place.stack_start + index
+        params = layer_at(self.layers, jnp.asarray(stack, jnp.int32))
+        place = LayerPlace(stack, stack, self.place.first_layer + index, self.channel)
+        moe = self.spec.moe_layer(cast(MoeParams, params.mlp), self.experts, place, self.maps)
+        moes = (dataclasses.replace(moe, channel=f"{self.channel}/{name}") for name in "ab")
+        a, b = (_Turn(*one, params, place.cache, self.spec.config) for one in zip("ab", self.halves, moes, strict=True))
+        return a, b
 
-    def _both(
-        self, layer: _Layer, following: _Layer | None, a: _Routed, x_b: jax.Array, cache: jax.Array
-    ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """From A's choices in a layer to those in the following one (if there is none, its result), and B's result."""
-        to_a = self._dispatch(0, a)
-        core, cache = self._begin(1, layer, x_b, cache, to_a)
-        back_a, load_a = self._experts(0, layer, a, to_a, core)
-        b, behind, total = self._end(1, layer, x_b, core, cache, back_a.in_flight)
-        to_b = self._dispatch(1, b)
-        if behind is b.normed:
-            behind = _after(to_b, behind)  # B's rows leave before A's are waited for
-        x_a = self._combine(0, a, back_a, behind)
-        if following is None:
-            back_b, load_b = self._experts(1, layer, b, to_b, None)
-            return x_a, self._combine(1, b, back_b, None), cache, load_a + load_b
-        core, cache = self._begin(0, following, x_a, cache, to_b, total)
-        back_b, load_b = self._experts(1, layer, b, to_b, core)
-        a, behind, _ = self._end(0, following, x_a, core, cache, back_b.in_flight)
-        return a, self._combine(1, b, back_b, behind), cache, load_a + load_b
 
-    def _begin(
-        self,
-        which: int,
-        layer: _Layer,
-        x: jax.Array,
-        cache: jax.Array,
-        going: Going | None = None,
-        total: jax.Array | None = None,
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """A microbatch in a layer: what it does in its turns, in its scope, "a" or "b"."""
+
+    name: str
+    half: Microbatch
+    moe: MoeLayer
+    params: LayerParams
+    cache_layer: Index
+    config: ModelConfig
+
+    def begin(
+        self, x: jax.Array, cache: jax.Array, going: InFlight[Any] | None = None, total: jax.Array | None = None
     ) -> tuple[CoreAttention, jax.Array]:
         """Attention up to its first part, which the other's dispatch `going` hides behind; it writes to the cache after
         the other's, of softmax sums `total`, has read it."""
-        attend = self.halves[which].attend
-        with _scope(which, "attention"):
-            normed = rms_norm(x, layer.params.input_norm, self.spec.config.rms_norm_eps)
+        attend = self.half.attend
+        with jax.named_scope(f"{self.name}/attention"):
+            normed = rms_norm(x, self.params.input_norm, self.config.rms_norm_eps)
             if not attend.has_lanes:
-                normed = _after(going, normed)
+                normed = after_start(going, normed)
             with jax.named_scope("projections"):
-                core, cache = attend.begin(layer.params.attn, normed, cache, self._cache_layer(layer), total)
+                core, cache = attend.begin(self.params.attn, normed, cache, self.cache_layer, total)
             if attend.has_lanes:
-                core = dataclasses.replace(core, query=_after(going, core.query))
-            return self._part(which, layer, core, cache, 0), cache
+                core = dataclasses.replace(core, query=after_start(going, core.query))
+            return self._part(core, cache, 0), cache
 
-    def _end(
-        self,
-        which: int,
-        layer: _Layer,
-        x: jax.Array,
-        core: CoreAttention,
-        cache: jax.Array,
-        going: InFlight[jax.Array] | None = None,
-    ) -> tuple[_Routed, Behind, jax.Array]:
+    def end(
+        self, x: jax.Array, core: CoreAttention, cache: jax.Array, going: InFlight[Any] | None = None
+    ) -> tuple[_Chosen, Any, jax.Array]:
         """The rest of attention, and the gate; also what the other's combine `going` hides behind, and its sums."""
-        attend, spec = self.halves[which].attend, self.spec
-        with _scope(which, "attention"):
-            core = dataclasses.replace(core, query=_after(going, core.query))
-            core = self._part(which, layer, core, cache, 1)
+        attend = self.half.attend
+        with jax.named_scope(f"{self.name}/attention"):
+            core = self._part(dataclasses.replace(core, query=after_start(going, core.query)), cache, 1)
             behind = core.met
             if attend.has_lanes:
-                core = self._part(which, layer, core, cache, 2)
-            total = core.state.total
-            attended = attend.end(layer.params.attn, core)
-        with jax.named_scope("ab"[which]):
-            x, normed = after_attention(layer.params, attended, x, spec.config)
-            router = spec.router(layer.mlp, self.maps[self.place.stack_start + layer.index])
-            slot_idx, weights = router.slots(normed, self.halves[which].is_valid)
-        return _Routed(x, normed, slot_idx, weights), (behind if attend.has_lanes else normed), total
+                core = self._part(core, cache, 2)
+            attended = attend.end(self.params.attn, core)
+        with jax.named_scope(self.name):
+            x, normed = after_attention(self.params, attended, x, self.config)
+            chosen = _Chosen(x, self.moe.route(normed, self.half.is_valid))
+        return chosen, (behind if attend.has_lanes else normed), core.state.total
 
-    def _part(self, which: int, layer: _Layer, core: CoreAttention, cache: jax.Array, index: int) -> CoreAttention:
-        attend = self.halves[which].attend
-        part = (index, 3 if attend.has_lanes else 2)
+    def _part(self, core: CoreAttention, cache: jax.Array, index: int) -> CoreAttention:
+        attend = self.half.attend
         with jax.named_scope(f"part{index}"):
-            return attend.part(layer.params.attn, core, cache, self._cache_layer(layer), part)
+            return attend.part(self.params.attn, core, cache, self.cache_layer, (index, 3 if attend.has_lanes else 2))
 
-    def _cache_layer(self, layer: _Layer) -> Index:
-        return self.place.first_layer + layer.index
+    def dispatch(self, one: _Chosen) -> InFlight[Any]:
+        with jax.named_scope(self.name):
+            return self.moe.dispatch(one.routed)
 
-    def _dispatch(self, which: int, one: _Routed) -> Going:
-        exchange = cast(SplitExchange, self.spec.exchange)
-        with _scope(which, "dispatch"):
-            return exchange.dispatch_start(one.normed, one.slot_idx, channel=f"{self.channel}/{'ab'[which]}/dispatch")
+    def run(self, one: _Chosen, going: InFlight[Any], core: CoreAttention | None = None) -> Returning:
+        """The experts, over rows received behind the other's attention `core`."""
+        with jax.named_scope(self.name):
+            return self.moe.run(one.routed, going, None if core is None else core.met)
 
-    def _experts(
-        self, which: int, layer: _Layer, one: _Routed, going: Going, core: CoreAttention | None
-    ) -> tuple[_Back, jax.Array]:
-        """Receive the rows behind the other's attention `core`, run the experts, send the rows back."""
-        exchange, shared = cast(SplitExchange, self.spec.exchange), layer.mlp.shared
-        y = None
-        if shared is not None:  # those that every rank has a copy of
-            with _scope(which, "shared_expert"):
-                y = swiglu(_after(going, one.normed), shared.w13, shared.w2).astype(jnp.float32)
-        behind = (y, None if core is None else core.met)
-        with _scope(which, "dispatch"):
-            received, handle = going.done(behind)
-        with jax.named_scope("ab"[which]):
-            stack_index = self.place.stack_start + layer.index
-            rows = run_experts(received, self.experts, stack_index, one.slot_idx.shape, one.x.dtype)
-        with _scope(which, "combine"):
-            back = exchange.combine_start(rows, one.weights, handle, channel=f"{self.channel}/{'ab'[which]}/combine")
-        return _Back(back, y), received.num_tokens_per_expert
-
-    def _combine(self, which: int, one: _Routed, back: _Back, behind: Behind | None) -> jax.Array:
-        with _scope(which, "combine"):
-            y = back.in_flight.done(behind)
-            return one.x + (y if back.shared is None else y + back.shared).astype(one.x.dtype)
+    def combine(self, one: _Chosen, back: Returning, behind: Any = None) -> jax.Array:
+        with jax.named_scope(self.name):
+            return one.x + self.moe.combine(back, behind).astype(one.x.dtype)
 
 
-@contextlib.contextmanager
-def _scope(which: int, name: str) -> Iterator[None]:
-    with jax.named_scope("ab"[which]), jax.named_scope(name):
-        yield
-
-
-def _after(in_flight: InFlight[Any] | None, x: jax.Array) -> jax.Array:
-    """`x`, once the exchange has been started; on one rank there is none."""
-    return x if in_flight is None or in_flight.token is None else fabric.after(in_flight.token, x)
+def _both(
+    layer: tuple[_Turn, _Turn], following: _Turn | None, a: _Chosen, x_b: jax.Array, cache: jax.Array
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """From A's choices in a layer to those in the following one (if there is none, its result), and B's result."""
+    turn_a, turn_b = layer
+    to_a = turn_a.dispatch(a)
+    core, cache = turn_b.begin(x_b, cache, to_a)
+    back_a = turn_a.run(a, to_a, core)
+    b, behind, total = turn_b.end(x_b, core, cache, back_a.in_flight)
+    to_b = turn_b.dispatch(b)
+    if not turn_b.half.attend.has_lanes:
+        behind = after_start(to_b, behind)  # B's rows leave before A's are waited for
+    x_a = turn_a.combine(a, back_a, behind)
+    load = back_a.num_tokens_per_expert
+    if following is None:
+        back_b = turn_b.run(b, to_b)
+        return x_a, turn_b.combine(b, back_b), cache, load + back_b.num_tokens_per_expert
+    core, cache = following.begin(x_a, cache, to_b, total)
+    back_b = turn_b.run(b, to_b, core)
+    a, behind, _ = following.end(x_a, core, cache, back_b.in_flight)
+    return a, turn_b.combine(b, back_b, behind), cache, load + back_b.num_tokens_per_expert

@@ -17,7 +17,7 @@ from cmjax.loops import scan
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import WHOLE, CoreAttention, Part, key_value_latent, rms_norm
 from cmjax.model.params import AttentionParams, LayerParams, MoeParams, MtpParams, Params, layer_at, split_experts
-from cmjax.moe import Exchange, LayerRouter, MlpParams, moe_ffn, swiglu
+from cmjax.moe import Exchange, LayerRouter, MlpParams, MoeLayer, swiglu
 from cmjax.quant import linear
 
 Index = jax.Array | int
@@ -67,7 +67,7 @@ class LayerPlace:
     channel: str
 
 
-# (normalized x, MoE params, the stack's experts, which layer) -> (float32 output, tokens of each expert)
+# (normalized x, MoE params, the stack's experts, which layer) -> (float32 output of all experts, tokens of each)
 Moe = Callable[[jax.Array, MoeParams, MlpParams, LayerPlace], tuple[jax.Array, jax.Array]]
 
 
@@ -89,9 +89,10 @@ class RankSpec:
     exchange: Exchange
     microbatches: int = 1
 
-    def router(self, mlp: MoeParams, expert_to_slot: jax.Array) -> LayerRouter:
-        """A layer's router, for this rank's row of its placement."""
-        return LayerRouter(mlp.router, mlp.router_bias, expert_to_slot, self.config.router)
+    def moe_layer(self, mlp: MoeParams, experts: MlpParams, place: LayerPlace, expert_to_slot: jax.Array) -> MoeLayer:
+        """A layer's experts wherever this rank's rows of the placement, `int32[moe layers, logical]`, have them."""
+        router = LayerRouter(mlp.router, mlp.router_bias, expert_to_slot[place.row], self.config.router)
+        return MoeLayer(router, experts, place.stack, mlp.shared, self.exchange, place.channel)
 
 
 @flax.struct.dataclass
@@ -195,9 +196,6 @@ def _decoder_layer(
     if experts is None:
         experts, place = jax.tree.map(lambda leaf: leaf[None], mlp.experts), dataclasses.replace(place, stack=0)
     y, load = context.moe(normed, mlp, experts, place)
-    if mlp.shared is not None:
-        with jax.named_scope("shared_expert"):
-            y = y + swiglu(normed, mlp.shared.w13, mlp.shared.w2).astype(jnp.float32)
     return x + y.astype(x.dtype), cache, load
 
 
@@ -313,8 +311,7 @@ def exchanged_moe(spec: RankSpec, expert_to_slot: jax.Array, is_valid: jax.Array
     """Experts wherever the placement has them, reached by the exchange."""
 
     def moe(x: jax.Array, mlp: MoeParams, experts: MlpParams, place: LayerPlace) -> tuple[jax.Array, jax.Array]:
-        router = spec.router(mlp, expert_to_slot[place.row])
-        return moe_ffn(x, is_valid, router, experts, place.stack, exchange=spec.exchange, channel=place.channel)
+        return spec.moe_layer(mlp, experts, place, expert_to_slot)(x, is_valid)
 
     return moe
 

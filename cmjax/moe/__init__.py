@@ -13,9 +13,9 @@ from cmjax.moe.dispatch import (
     pack_choices,
     packed_rows,
 )
-from cmjax.moe.exchange import Exchange, InFlight, ReceivedRows, SplitExchange
+from cmjax.moe.exchange import Exchange, InFlight, ReceivedRows, SplitExchange, after_start
 from cmjax.moe.experts import Experts, Leaf, MlpParams, block_rows, expert_ffn, swiglu
-from cmjax.moe.layer import LayerRouter, moe_ffn, run_experts
+from cmjax.moe.layer import LayerRouter, MoeLayer, Returning, Routed, shared_ffn
 from cmjax.moe.placement import ExpertPlacement
 from cmjax.moe.router import route, route_to_slots
 from cmjax.moe.wire import WireDtype, message_bytes, pack_rows, unpack_int8, unpack_rows
@@ -31,12 +31,16 @@ __all__ = [
     "LayerRouter",
     "Leaf",
     "MlpParams",
+    "MoeLayer",
     "ReceivedRows",
+    "Returning",
+    "Routed",
     "RouterConfig",
     "Scoring",
     "SplitExchange",
     "TopkMethod",
     "WireDtype",
+    "after_start",
     "block_rows",
     "buffer_bytes",
     "combine",
@@ -45,13 +49,12 @@ __all__ = [
     "laid_out",
     "max_tokens",
     "message_bytes",
-    "moe_ffn",
     "pack_choices",
     "pack_rows",
     "packed_rows",
     "route",
     "route_to_slots",
-    "run_experts",
+    "shared_ffn",
     "swiglu",
     "unpack_int8",
     "unpack_rows",

@@ -1,6 +1,7 @@
 """What an exchange is: how rows reach their experts and come back, whole or in two halves."""
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+import dataclasses
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import flax.struct
 import jax
@@ -11,6 +12,7 @@ from cmjax.moe.wire import WireDtype, unpack_int8, unpack_rows
 from cmjax.quant import QuantizedRows
 
 Result = TypeVar("Result", covariant=True)
+Tree = TypeVar("Tree")  # of arrays
 
 
 @flax.struct.dataclass
@@ -63,6 +65,11 @@ class InFlight(Protocol[Result]):
         ...
 
 
+def after_start(in_flight: InFlight[Any] | None, x: Tree) -> Tree:
+    """`x`, once the exchange has been started: `fabric.after`, where there is anything to wait for."""
+    return x if in_flight is None or in_flight.token is None else fabric.after(in_flight.token, x)
+
+
 @runtime_checkable
 class SplitExchange(Exchange, Protocol):
     """An exchange in two halves, which microbatches need: work placed between them hides it.
@@ -85,3 +92,30 @@ class SplitExchange(Exchange, Protocol):
 
     def combine(self, rows: jax.Array, topk_weights: jax.Array, handle: Any, *, channel: str) -> jax.Array:
         return self.combine_start(rows, topk_weights, handle, channel=channel).done()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrived(Generic[Result]):
+    """What is over as soon as it has started."""
+
+    result: Result
+    token: None = None
+
+    def done(self, hide_behind: Any = None) -> Result:
+        del hide_behind
+        return self.result
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeExchange(SplitExchange):
+    """Halves of any exchange, for those who have nothing to place between them: the first is the whole."""
+
+    exchange: Exchange
+
+    def dispatch_start(self, x: jax.Array, slot_idx: jax.Array, *, channel: str) -> InFlight[tuple[ReceivedRows, Any]]:
+        return _Arrived(self.exchange.dispatch(x, slot_idx, channel=channel))
+
+    def combine_start(
+        self, rows: jax.Array, topk_weights: jax.Array, handle: Any, *, channel: str
+    ) -> InFlight[jax.Array]:
+        return _Arrived(self.exchange.combine(rows, topk_weights, handle, channel=channel))

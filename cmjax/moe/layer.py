@@ -1,13 +1,15 @@
-"""One MoE layer on one rank: gate, dispatch, expert FFN, combine."""
+"""One MoE layer on one rank: gate, dispatch, shared experts, expert FFN, combine; in a row, or with work in between."""
 
+import dataclasses
 import math
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cmjax.moe.exchange import Exchange, ReceivedRows
-from cmjax.moe.experts import Experts, block_rows, expert_ffn
+from cmjax.moe.exchange import Exchange, InFlight, ReceivedRows, SplitExchange, WholeExchange, after_start
+from cmjax.moe.experts import Experts, MlpParams, block_rows, expert_ffn, swiglu
 from cmjax.moe.router import RouterConfig, route_to_slots
 from cmjax.quant import Matrix
 
@@ -28,56 +30,96 @@ class LayerRouter:
     expert_to_slot: jax.Array
     config: RouterConfig = flax.struct.field(pytree_node=False)
 
-    def slots(self, x: jax.Array, is_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the rows of `x[tokens, hidden]` go, and how much they count, see `route_to_slots`; tokens that are not
-        `is_valid`, `bool[tokens]`, go nowhere."""
-        with jax.named_scope("gate"):
-            return route_to_slots(x, self.weight, self.bias, self.config, self.expert_to_slot, is_valid)
+
+@flax.struct.dataclass
+class Routed:
+    """Tokens `x[tokens, hidden]`, where they go and how much that counts: see `route_to_slots`."""
+
+    x: jax.Array
+    slot_idx: jax.Array
+    weights: jax.Array
 
 
-def run_experts(
-    received: ReceivedRows,
-    experts: Experts,
-    layer: jax.Array | int,
-    choices_shape: tuple[int, ...],
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """The FFN over what a dispatch of `choices_shape`, `(tokens, topk)`, delivered: see `expert_ffn`."""
-    with jax.named_scope("moe"):
-        num_choices, num_slots = math.prod(choices_shape), experts.w13.shape[1]
-        # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
-        max_rows = max(1, received.messages.shape[0] // min(choices_shape[1], num_slots))
-        rows_per_block = block_rows(num_choices, num_slots, max_rows)
-        return expert_ffn(
-            received, experts, layer, rows_per_block=rows_per_block, expected_rows=num_choices, dtype=dtype
-        )
+@dataclasses.dataclass(frozen=True)
+class Returning:
+    """Rows on their way back from the experts, how many each local expert received (`int32[local experts]`), and what
+    the layer's own shared experts made of the tokens."""
+
+    in_flight: InFlight[jax.Array]
+    num_tokens_per_expert: jax.Array
+    shared: jax.Array | None
 
 
-def moe_ffn(
-    x: jax.Array,
-    is_valid: jax.Array,
-    router: LayerRouter,
-    experts: Experts,
-    layer: jax.Array | int,
-    *,
-    exchange: Exchange,
-    channel: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Route, dispatch, compute and combine `x[tokens, hidden]`.
+def shared_ffn(x: jax.Array, shared: MlpParams) -> jax.Array:
+    """Shared experts that are here, one MLP, over `x[tokens, hidden]`: `float32[tokens, hidden]`."""
+    with jax.named_scope("shared_expert"):
+        return swiglu(x, shared.w13, shared.w2).astype(jnp.float32)
 
-    Args:
-        is_valid: `bool[tokens]`; a padding token goes nowhere.
+
+@dataclasses.dataclass(frozen=True)
+class MoeLayer:
+    """A MoE layer as this rank's tokens go through it: `route`, `dispatch`, `run`, `combine`; called, all in a row.
+
+    Attributes:
         router: of this layer.
         experts: this rank's slots of all layers, of which `layer` is this one.
-
-    Returns:
-        `(float32[tokens, hidden], int32[local experts])`: the sum of the chosen experts' outputs (those of shared
-        experts that are reached through dispatch included), and the rows each local expert received.
+        shared: this layer's shared experts, where every rank has a copy of them.
+        exchange: how rows travel; a `SplitExchange`, where the stages are called one by one.
+        channel: the name of its exchanges.
     """
-    slot_idx, weights = router.slots(x, is_valid)
-    with jax.named_scope("dispatch"):
-        received, handle = exchange.dispatch(x, slot_idx, channel=f"{channel}/dispatch")
-    rows = run_experts(received, experts, layer, slot_idx.shape, x.dtype)
-    with jax.named_scope("combine"):
-        y = exchange.combine(rows, weights, handle, channel=f"{channel}/combine")
-    return y, received.num_tokens_per_expert
+
+    router: LayerRouter
+    experts: Experts
+    layer: jax.Array | int
+    shared: MlpParams | None
+    exchange: Exchange
+    channel: str
+
+    def __call__(self, x: jax.Array, is_valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the experts, shared ones included, make of `x[tokens, hidden]`, `float32[tokens, hidden]`, and the rows
+        each local expert received, `int32[local experts]`. Tokens not `is_valid`, `bool[tokens]`, go to no expert."""
+        layer = dataclasses.replace(self, exchange=WholeExchange(self.exchange))
+        routed = layer.route(x, is_valid)
+        returning = layer.run(routed, layer.dispatch(routed))
+        return layer.combine(returning), returning.num_tokens_per_expert
+
+    def route(self, x: jax.Array, is_valid: jax.Array) -> Routed:
+        """Choose experts."""
+        with jax.named_scope("gate"):
+            one = self.router
+            return Routed(x, *route_to_slots(x, one.weight, one.bias, one.config, one.expert_to_slot, is_valid))
+
+    def dispatch(self, routed: Routed) -> InFlight[tuple[ReceivedRows, Any]]:
+        """Send the rows to their experts."""
+        with jax.named_scope("dispatch"):
+            exchange = cast(SplitExchange, self.exchange)
+            return exchange.dispatch_start(routed.x, routed.slot_idx, channel=f"{self.channel}/dispatch")
+
+    def run(self, routed: Routed, in_flight: InFlight[tuple[ReceivedRows, Any]], hide_behind: Any = None) -> Returning:
+        """Receive rows behind the shared experts and the tree of arrays `hide_behind`, run the experts over them, and
+        send the outputs back."""
+        shared = None if self.shared is None else shared_ffn(after_start(in_flight, routed.x), self.shared)
+        with jax.named_scope("dispatch"):
+            received, handle = in_flight.done((shared, hide_behind))
+        with jax.named_scope("moe"):
+            num_choices, num_slots = math.prod(routed.slot_idx.shape), self.experts.w13.shape[1]
+            # A rank can expect to receive as many rows as it sends; an expert gets each token at most once.
+            max_rows = max(1, received.messages.shape[0] // min(routed.slot_idx.shape[1], num_slots))
+            rows = expert_ffn(
+                received,
+                self.experts,
+                self.layer,
+                rows_per_block=block_rows(num_choices, num_slots, max_rows),
+                expected_rows=num_choices,
+                dtype=routed.x.dtype,
+            )
+        with jax.named_scope("combine"):
+            exchange = cast(SplitExchange, self.exchange)
+            back = exchange.combine_start(rows, routed.weights, handle, channel=f"{self.channel}/combine")
+        return Returning(back, received.num_tokens_per_expert, shared)
+
+    def combine(self, returning: Returning, hide_behind: Any = None) -> jax.Array:
+        """Receive the outputs behind `hide_behind` and sum them, see `__call__`."""
+        with jax.named_scope("combine"):
+            y = returning.in_flight.done(hide_behind)
+            return y if returning.shared is None else y + returning.shared

@@ -24,7 +24,7 @@ from cmjax.model import (
     mtp_pass,
     stack_loads,
 )
-from cmjax.moe import MlpParams
+from cmjax.moe import MlpParams, shared_ffn
 from cmjax.quant import einsum_f32
 from cmjax.training.experts import moe_ffn_blocks
 
@@ -94,7 +94,8 @@ def training_pass(
 
     def moe(x: jax.Array, mlp: MoeParams, experts: MlpParams, place: LayerPlace) -> tuple[jax.Array, jax.Array]:
         router, bias, layer = mlp.router, mlp.router_bias, place.stack
-        return moe_ffn_blocks(x, router, bias, experts, layer, config=config.router, rows_per_block=rows_per_block)
+        y, load = moe_ffn_blocks(x, router, bias, experts, layer, config=config.router, rows_per_block=rows_per_block)
+        return (y if mlp.shared is None else y + shared_ffn(x, mlp.shared)), load
 
     context = PassContext(
         config=config, channel="train", attend=attend_whole(config, batch, length), moe=moe, unroll=True

@@ -1,4 +1,4 @@
-"""The expert layer on one device with a derivative: what `moe_ffn` computes, in static shapes.
+"""The expert layer on one device with a derivative: what `MoeLayer` computes, in static shapes.
 
 `expert_ffn` loops over what was received, a trip count known only at run time, which JAX cannot differentiate in
 reverse. Here the chosen rows are laid out by expert in blocks of a fixed size, each expert's last block filled up, in
@@ -119,7 +119,7 @@ def moe_ffn_blocks(
     config: RouterConfig,
     rows_per_block: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
-    """`moe_ffn` on one device, with a derivative: `(float32[tokens, hidden], tokens of each expert int32[experts])`.
+    """The routed experts on one device, with a derivative: `(float32[tokens, hidden], tokens of each int32[experts])`.
 
     The router's bias takes part in the choice alone, so it has no gradient (loss-free balancing moves it).
     """

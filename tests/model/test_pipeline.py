@@ -132,7 +132,7 @@ def test_arithmetic_is_a_lane_in_prefill(traced):
 
 
 def test_the_check_sees_a_start_that_may_come_late(traced, monkeypatch):
-    monkeypatch.setattr(pipeline, "_after", lambda in_flight, x: x)
+    monkeypatch.setattr(pipeline, "after_start", lambda in_flight, x: x)
     jax.clear_caches()
     found = list(faults(traced()))
     jax.clear_caches()
@@ -141,7 +141,7 @@ def test_the_check_sees_a_start_that_may_come_late(traced, monkeypatch):
 
 def test_the_check_sees_work_that_waits(traced, monkeypatch):
     """As in a step that does one after the other: B attends once A's rows have arrived."""
-    after = pipeline._after
+    after = pipeline.after_start
 
     def after_the_end(in_flight, x):
         if isinstance(in_flight, DispatchInFlight) and x.ndim == 2:
@@ -150,7 +150,7 @@ def test_the_check_sees_work_that_waits(traced, monkeypatch):
             x = x + 0 * received.messages[0, 0]
         return after(in_flight, x)
 
-    monkeypatch.setattr(pipeline, "_after", after_the_end)
+    monkeypatch.setattr(pipeline, "after_start", after_the_end)
     jax.clear_caches()
     found = list(faults(traced()))
     jax.clear_caches()

@@ -16,9 +16,9 @@ from cmjax.moe import (
     FabricExchange,
     LayerRouter,
     MlpParams,
+    MoeLayer,
     ReceivedRows,
     RouterConfig,
-    moe_ffn,
     route_to_slots,
 )
 from tests.helpers import assert_close, tiny_config
@@ -45,7 +45,7 @@ def run_layer(mesh, config, moe, x, is_valid, make_exchange=FabricExchange, **co
 
     def rank(x, is_valid, experts, maps):
         router = LayerRouter(moe.router[1], moe.router_bias[1], maps[1, 0], config.router)
-        y, load = moe_ffn(x[0], is_valid[0], router, experts, 1, exchange=exchange, channel="test")
+        y, load = MoeLayer(router, experts, 1, None, exchange, "test")(x[0], is_valid[0])
         return y[None], load[None]
 
     specs = (P("ep"), P("ep"), P(None, "ep"), P(None, "ep"))
@@ -120,6 +120,36 @@ def test_a_dispatch_of_ones_own_takes_the_place(make_mesh, rng, layer):
     y, load = run_layer(make_mesh(8), config, moe, x, is_valid)
     assert_close(own, y, scale=10)
     np.testing.assert_array_equal(own_load, load)
+
+
+@pytest.mark.parametrize("ep_size", [1, 8])
+def test_the_stages_with_work_between_them_are_the_layer(make_mesh, rng, layer, ep_size):
+    """Bit for bit, with a shared MLP that every rank has; that MLP is what the layer without it lacks."""
+    config, moe = layer
+    num_local = config.num_routed_experts // ep_size
+    x = rng.normal(size=(ep_size, NUM_TOKENS, config.hidden_size)).astype(np.float32)
+
+    def rank(x, experts):
+        x, is_valid = x[0], jnp.arange(NUM_TOKENS) > 0
+        router = LayerRouter(moe.router[1], moe.router_bias[1], jnp.arange(config.num_routed_experts), config.router)
+        exchange = FabricExchange(axis_name="ep", num_local_experts=num_local)
+        shared = MlpParams(moe.shared.w13[1], moe.shared.w2[1])
+        whole = MoeLayer(router, experts, 1, shared, exchange, "whole")
+        stages = dataclasses.replace(whole, channel="stages")
+        routed = stages.route(x, is_valid)
+        returning = stages.run(routed, stages.dispatch(routed), jnp.sin(x))
+        without = dataclasses.replace(whole, shared=None, channel="without")
+        outputs = (whole(x, is_valid), (stages.combine(returning, jnp.cos(x)), returning.num_tokens_per_expert))
+        return jax.tree.map(lambda a: a[None], (*outputs, without(x, is_valid)[0]))
+
+    step = jax.shard_map(
+        rank, mesh=make_mesh(ep_size), in_specs=(P("ep"), P(None, "ep")), out_specs=P("ep"), check_vma=False
+    )
+    whole, stages, without = jax.jit(step)(x, MlpParams(moe.experts.w13, moe.experts.w2))
+    jax.tree.map(np.testing.assert_array_equal, whole, stages)
+    flat = x.reshape(-1, config.hidden_size).astype(np.float64)
+    shared = reference.mlp(flat, moe.shared.w13[1], moe.shared.w2[1])
+    assert_close((whole[0] - without).reshape(flat.shape), shared, scale=10)
 
 
 def test_choices_in_slots_have_the_shared_experts():

@@ -1,4 +1,4 @@
-"""The expert layer with a derivative: its blocks, against `moe_ffn`, and its gradient against a plain dense form's."""
+"""The expert layer with a derivative: its blocks, against `MoeLayer`, and its gradient against a plain dense form's."""
 
 import functools
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from cmjax.moe import FabricExchange, LayerRouter, MlpParams, moe_ffn, route
+from cmjax.moe import FabricExchange, LayerRouter, MlpParams, MoeLayer, route
 from cmjax.training import block_layout, moe_ffn_blocks
 from tests.helpers import TOLERANCES, assert_close, skewed_topk, tiny_config
 
@@ -51,12 +51,12 @@ def make_layer(rng, tokens, dtype=np.float32):
 
 
 def make_exchanged(mesh):
-    """`moe_ffn` on one device."""
+    """`MoeLayer` on one device."""
 
     def rank(x, router, bias, experts):
         exchange = FabricExchange(axis_name="ep", num_local_experts=NUM_EXPERTS)
         routed = LayerRouter(router, bias, jnp.arange(NUM_EXPERTS), CONFIG)
-        return moe_ffn(x, jnp.ones(len(x), bool), routed, experts, 1, exchange=exchange, channel="test")
+        return MoeLayer(routed, experts, 1, None, exchange, "test")(x, jnp.ones(len(x), bool))
 
     return jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
 
@@ -65,8 +65,8 @@ def make_exchanged(mesh):
     ("tokens", "rows_per_block", "dtype"),
     [(1, 4, "float32"), (23, 64, "float32"), (150, 32, "float32"), (150, 7, "bfloat16")],
 )
-def test_equals_moe_ffn(make_mesh, rng, tokens, rows_per_block, dtype):
-    """In bfloat16 `moe_ffn` rounds what is between the products, and this form does not."""
+def test_equals_the_layer_that_serves(make_mesh, rng, tokens, rows_per_block, dtype):
+    """In bfloat16 `MoeLayer` rounds what is between the products, and this form does not."""
     x, router, experts = make_layer(rng, tokens, dtype)
     exchanged = make_exchanged(make_mesh(1))
     for bias in BIASES:
