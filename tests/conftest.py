@@ -20,6 +20,8 @@ from hypothesis import settings
 from jax.sharding import Mesh
 
 from cmjax.mesh import EP_AXIS, virtual_devices
+from cmjax.schedule import SERVING_SHAPES
+from cmjax.serve.instances import JaxExecutor
 
 NUM_DEVICES = 384
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,9 @@ DEVICES = virtual_devices(NUM_DEVICES)
 # Tracing makes millions of short-lived objects, and at Python's own thresholds the collector takes a tenth of the time.
 gc.freeze()
 gc.set_threshold(200_000, 20, 100)
+
+# Of a process, before its compiled programs are dropped; a module of tests makes some more.
+MOST_MAPPINGS = 20_000
 
 # A test that fails must fail again in the same way, on a slow machine too.
 settings.register_profile("cmjax", deadline=None, derandomize=True, max_examples=25, database=None)
@@ -58,11 +63,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
-    """Drop a module's compiled programs after it: hundreds of them, each mapped into memory in many pieces, bring the
-    process to the kernel's limit of mappings (vm.max_map_count), where XLA crashes."""
+    """Drop compiled programs between two modules where they have become many: each is mapped into memory in many
+    pieces, and at the kernel's limit of mappings (vm.max_map_count, 65,530) XLA crashes."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    num_maps = maps.read_bytes().count(b"\n") if maps.exists() else MOST_MAPPINGS
+    if num_maps >= MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def one_shape_of_sampling() -> Iterator[None]:
+    """Engines that are started have the steps for whatever may be asked for, without those for greedy requests alone:
+    half as many to compile. What goes on with both is in `tests/serve/test_startup.py`, and behind HTTP."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JaxExecutor, "serving_shapes", SERVING_SHAPES[-1:])
+        yield
 
 
 @pytest.fixture

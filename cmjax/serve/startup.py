@@ -53,7 +53,11 @@ class Startup:
         self, fleet: Fleet, tell: Callable[[StartProgress], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._fleet, self._tell, self._clock = fleet, tell, clock
-        self._steps = {name: in_order(one.serving_variants()) for name, one in fleet.executors.items()}
+        executors = fleet.executors
+        # One of each kind first: what it traces and lowers the others need not do again.
+        kinds = [one.spec for one in executors.values()]
+        names = sorted(executors, key=lambda name: kinds.index(executors[name].spec) < [*executors].index(name))
+        self._steps = {name: in_order(executors[name].serving_variants()) for name in names}
         self._lock = threading.Lock()
         self._num_done = 0
         self._is_stopped = False

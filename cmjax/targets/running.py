@@ -1,8 +1,10 @@
 """Run a compiled step where its devices are here, on random weights: its times beside what the compiler expects."""
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,19 +47,20 @@ def _random(tree: Any, seed: int) -> Any:
     made = []
     for number, leaf in enumerate(leaves):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        made.append(jax.jit(_draw(leaf), out_shardings=leaf.sharding)(key))
+        made.append(_drawing(leaf.shape, leaf.dtype, leaf.sharding)(key))
     return jax.tree.unflatten(structure, made)
 
 
-def _draw(leaf: jax.ShapeDtypeStruct) -> Any:
+@functools.lru_cache(maxsize=64)  # a program for each kind of leaf: trees have many of one kind
+def _drawing(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> Callable:
     def draw(key: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jax.random.randint(key, leaf.shape, -127, 128, jnp.int32).astype(leaf.dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, -127, 128, jnp.int32).astype(dtype)
         # Small enough that int8 values times their scales stay near 1 over a sum of any width.
-        scale = 1 / math.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 1.0
-        return (jax.random.normal(key, leaf.shape, jnp.bfloat16) * scale).astype(leaf.dtype)
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 1.0
+        return (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(dtype)
 
-    return draw
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def _zeros(tree: Any) -> Any:

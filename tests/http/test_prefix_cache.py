@@ -18,6 +18,7 @@ from cmjax.serve.http.keys import namespace_of
 from tests.http.serving import PATIENCE, served, serving_app, wait_until_idle
 from tests.http.test_counters import growth, usage_of
 
+pytestmark = pytest.mark.usefixtures("one_shape_of_sampling")
 BLOCK = 16
 NUM_TOKENS = 3 * BLOCK + 5
 KEYS = ("key of one", "key of two")

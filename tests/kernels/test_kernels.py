@@ -43,6 +43,39 @@ def by_xla(function, *arguments):
         kernels.configure(before)
 
 
+_MADE = {}
+
+
+@pytest.fixture
+def once(request):
+    """`once(make)`: what a test has made for one form of the inner loops, for the others too: the form is chosen when a
+    program runs, and compiling is most of a test's time."""
+    parameters = {name: value for name, value in request.node.callspec.params.items() if name != "form"}
+    key = request.node.originalname, repr(parameters)
+
+    def made(make):
+        if key not in _MADE:
+            _MADE[key] = make()
+        return _MADE[key]
+
+    return made
+
+
+def compiled(function, *arguments):
+    """For such arguments, with the kernels."""
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def in_both(function, *arguments):
+    """`(arguments, compiled with the kernels, what the XLA forms make of the arguments)`."""
+    return arguments, compiled(function, *arguments), jax.tree.map(np.asarray, by_xla(function, *arguments))
+
+
+def floats(values, dtype):
+    """On the host: each conversion on a device would be a program."""
+    return np.asarray(values).astype(np.dtype(dtype))
+
+
 def wide(array):
     return np.asarray(array, np.float64)
 
@@ -50,49 +83,58 @@ def wide(array):
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product(rng, form, dtype, shape):
+def test_product(rng, form, once, dtype, shape):
     """Against float64; and a row's result is the same alone, bit for bit."""
     rows, out, width = shape
-    x = jnp.asarray(rng.normal(size=(rows, width)), dtype)
-    weight = jnp.asarray(rng.normal(size=(3, out, width)) * width**-0.5, dtype)
-    y = jax.jit(linear)(x, LayerMatrix(weight, jnp.int32(2)))
+    x = floats(rng.normal(size=(rows, width)), dtype)
+    weight = floats(rng.normal(size=(3, out, width)) * width**-0.5, dtype)
+    matrix = LayerMatrix(weight, np.int32(2))
+    of_all, of_one = once(lambda: (compiled(linear, x, matrix), compiled(linear, x[-1:], weight[2])))
+    y = np.asarray(of_all(x, matrix))
     assert y.dtype == dtype
     rtol, atol = TOLERANCES[np.dtype(dtype).name]
     np.testing.assert_allclose(wide(y), wide(x) @ wide(weight[2]).T, rtol=rtol, atol=3 * atol)
-    alone = jax.jit(linear)(x[-1:], weight[2])
-    np.testing.assert_array_equal(np.asarray(alone), np.asarray(y[-1:]))
+    alone = of_one(x[-1:], weight[2])
+    np.testing.assert_array_equal(np.asarray(alone), y[-1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_an_int8_product_is_that_of_xla(rng, form, dtype, shape, is_quantized):
+def test_an_int8_product_is_that_of_xla(rng, form, once, dtype, shape, is_quantized):
     rows, out, width = shape
-    x = jnp.asarray(rng.normal(size=(rows, width)), dtype).at[0].set(0)
-    weight = jax.tree.map(jnp.asarray, quantize(rng.normal(size=(out, width)).astype(np.float32)))
-    given = QuantizedRows(*quantize_rows(x), np.dtype(dtype)) if is_quantized else x
-    np.testing.assert_array_equal(np.asarray(jax.jit(linear)(given, weight)), np.asarray(by_xla(linear, given, weight)))
+    x = floats(rng.normal(size=(rows, width)), dtype)
+    x[0] = 0
+    weight = quantize(rng.normal(size=(out, width)).astype(np.float32))
+
+    def make():
+        given = QuantizedRows(*jax.jit(quantize_rows)(x), np.dtype(dtype)) if is_quantized else x
+        return in_both(linear, given, weight)
+
+    arguments, run, expected = once(make)
+    np.testing.assert_array_equal(np.asarray(run(*arguments)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant", [False, True])
-def test_experts(rng, form, dtype, quant):
+def test_experts(rng, form, once, dtype, quant):
     """Against the XLA form, which `tests/moe/test_experts.py` holds to a plain loop; rows beyond are not touched."""
     counts = np.array([0, 3, 97, 1, 0, 49, 8], np.int32)
     hidden, ffn, capacity = 37, 66, 170
     w13 = rng.normal(size=(2, len(counts), 2 * ffn, hidden)).astype(np.float32) * hidden**-0.5
     w2 = rng.normal(size=(2, len(counts), hidden, ffn)).astype(np.float32) * ffn**-0.5
-    make = quantize if quant else functools.partial(jnp.asarray, dtype=dtype)
-    params = jax.tree.map(jnp.asarray, MlpParams(make(w13), make(w2)))
-    messages = jnp.asarray(rng.normal(size=(capacity, hidden)), dtype).at[counts.sum() :].set(np.nan)
+    make = quantize if quant else functools.partial(floats, dtype=dtype)
+    params = MlpParams(make(w13), make(w2))
+    messages = floats(rng.normal(size=(capacity, hidden)), dtype)
+    messages[counts.sum() :] = np.nan
 
     def run(messages, counts, params, layer):
         received = ReceivedRows(messages, counts)
         return expert_ffn(received, params, layer, rows_per_block=8, expected_rows=60, dtype=messages.dtype)
 
-    arguments = (messages, counts, params, jnp.int32(1))
+    arguments, program, expected = once(lambda: in_both(run, messages, counts, params, np.int32(1)))
     total = counts.sum()  # what lies behind is whatever the memory held
-    y, expected = wide(jax.jit(run)(*arguments)[:total]), wide(by_xla(run, *arguments)[:total])
+    y, expected = (wide(np.asarray(rows)[:total]) for rows in (program(*arguments), expected))
     # In bfloat16 a value between the two products may round the other way, and moves an int8 step.
     limit = 1e-6 if dtype == jnp.float32 else 1.5e-2
     assert np.linalg.norm(y - expected) <= limit * np.linalg.norm(expected)
@@ -106,21 +148,23 @@ ROWS = [(1, 1), (3, 7), (5, 64), (40, 130)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("shape", ROWS)
-def test_norm(rng, form, dtype, weight_dtype, shape):
-    x, weight = (jnp.asarray(rng.normal(size=size)) for size in (shape, shape[1:]))
-    x, weight = x.astype(dtype).at[0].set(0), weight.astype(weight_dtype)
-    y, alone = (jax.jit(rms_norm, static_argnums=2)(rows, weight, 1e-6) for rows in (x, x[-1:]))
+def test_norm(rng, form, once, dtype, weight_dtype, shape):
+    x, weight = floats(rng.normal(size=shape), dtype), floats(rng.normal(size=shape[1:]), weight_dtype)
+    x[0] = 0
+    norm = functools.partial(rms_norm, eps=1e-6)
+    programs = once(lambda: [compiled(norm, rows, weight) for rows in (x, x[-1:])])
+    y, alone = (np.asarray(run(rows, weight)) for run, rows in zip(programs, (x, x[-1:]), strict=True))
     squares = np.square(wide(x)).mean(1, keepdims=True)
     assert y.dtype == dtype
     rtol, atol = TOLERANCES[np.dtype(dtype).name]
     np.testing.assert_allclose(wide(y), wide(x) / np.sqrt(squares + 1e-6) * wide(weight), rtol=rtol, atol=atol)
-    np.testing.assert_array_equal(np.asarray(alone), np.asarray(y[-1:]))
+    np.testing.assert_array_equal(alone, y[-1:])
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", [("sigmoid", "noaux_tc"), ("softmax", "greedy"), ("softmax", "group_limited_greedy")])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (24, 3, 6, 2), (24, 6, 24, 3), (96, 8, 8, 4)])
-def test_choose(rng, form, kind, sizes, has_bias):
+def test_choose(rng, form, once, kind, sizes, has_bias):
     """The very choices of the XLA form, ties included (`tests/moe/test_router.py` holds both to the reference)."""
     (experts, topk, groups, topk_groups), (scoring, topk_method) = sizes, kind
     config = RouterConfig(
@@ -133,25 +177,24 @@ def test_choose(rng, form, kind, sizes, has_bias):
         norm_topk_prob=has_bias,
         routed_scaling_factor=2.5,
     )
-    x = jnp.asarray(rng.integers(-2, 3, (40, experts)), jnp.float32).at[0].set(0)
-    bias = jnp.asarray(rng.integers(-2, 3, experts) / 8, jnp.float32) if has_bias else None
-    slots, is_valid = jnp.asarray(rng.permutation(experts + 2), jnp.int32), jnp.arange(40) % 5 > 0
+    x = floats(rng.integers(-2, 3, (40, experts)), np.float32)
+    x[0] = 0
+    bias = floats(rng.integers(-2, 3, experts) / 8, np.float32) if has_bias else None
+    slots, is_valid = rng.permutation(experts + 2).astype(np.int32), np.arange(40) % 5 > 0
 
     def run(x, bias, slots, is_valid):
         return route_to_slots(x, jnp.eye(experts), bias, config, slots, is_valid)
 
-    arguments = (x, bias, slots, is_valid)
-    slot_idx, weights = jax.jit(run)(*arguments)
-    expected_idx, expected = by_xla(run, *arguments)
+    arguments, program, (expected_idx, expected) = once(lambda: in_both(run, x, bias, slots, is_valid))
+    slot_idx, weights = map(np.asarray, program(*arguments))
     np.testing.assert_array_equal(slot_idx, expected_idx)
     np.testing.assert_allclose(weights[is_valid], expected[is_valid], rtol=1e-6)
 
 
 def test_a_router_of_numbers_that_are_none_still_chooses_experts(rng, form):
     config = RouterConfig(num_experts=8, num_topk=4, num_expert_groups=4, num_topk_groups=2)
-    x = jnp.asarray(rng.choice([np.nan, np.inf, -np.inf, 0], (50, 8)), jnp.float32)
-    slots = jnp.arange(8, dtype=jnp.int32)
-    arguments = (x, jnp.ones(50, bool), slots, None)
+    x = floats(rng.choice([np.nan, np.inf, -np.inf, 0], (50, 8)), np.float32)
+    arguments = (x, np.ones(50, bool), np.arange(8, dtype=np.int32), None)
     slot_idx, _ = jax.jit(functools.partial(kernels.choose, no_form, spec=config))(*arguments)
     assert all(len(set(row)) == 4 and set(row) <= set(range(8)) for row in slot_idx.tolist())
 
@@ -164,19 +207,19 @@ def no_form(logits, is_valid, expert_to_slot, bias, spec):
 @pytest.mark.parametrize("wire", [None, "int8", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (7, 3, 5, 2, 33), (64, 8, 1, 24, 96), (9, 2, 40, 1, 16)])
-def test_pack(rng, form, sizes, dtype, wire):
+def test_pack(rng, form, once, sizes, dtype, wire):
     """Bit for bit what the XLA form makes, but for the messages that no slot gets."""
     tokens, topk, ranks, local, hidden = sizes
-    x = jnp.asarray(rng.normal(size=(tokens, hidden)), dtype)
-    slot_idx = jnp.asarray(rng.integers(-1, ranks * local, (tokens, topk)), jnp.int32)
+    x = floats(rng.normal(size=(tokens, hidden)), dtype)
+    slot_idx = rng.integers(-1, ranks * local, (tokens, topk)).astype(np.int32)
 
     def run(x, slot_idx):
         return packed_rows(x, slot_idx, ranks, local, wire)
 
-    packed, *rest = jax.jit(run)(x, slot_idx)
-    expected, *expected_rest = by_xla(run, x, slot_idx)
+    arguments, program, (expected, *expected_rest) = once(lambda: in_both(run, x, slot_idx))
+    packed, *rest = program(*arguments)
     count = int((slot_idx >= 0).sum())
-    np.testing.assert_array_equal(np.asarray(packed)[:count], np.asarray(expected)[:count])
+    np.testing.assert_array_equal(np.asarray(packed)[:count], expected[:count])
     for one, other in zip(rest, expected_rest, strict=True):
         np.testing.assert_array_equal(one, other)
 

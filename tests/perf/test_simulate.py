@@ -19,6 +19,8 @@ from tests.helpers import tiny_config
 
 R1 = find_config("deepseek-r1").config
 DIE = hardware("ascend-910")
+# Every form of a layout is traced: searches share their model, whose forms are traced once.
+SMALL = tiny_config(max_position_embeddings=4096, num_nextn_predict_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +188,8 @@ def test_what_does_not_fit_is_priced_and_said(tmp_path):
 
 
 def test_a_plan_keeps_the_targets_and_can_be_served(tmp_path):
-    config = tiny_config(max_position_embeddings=4096, num_nextn_predict_layers=1)
     workload = Workload(devices=32, input_len=256, output_len=64, price=2.0)
-    found = search(config, DIE, workload, 0.05, 2.0)
+    found = search(SMALL, DIE, workload, 0.05, 2.0)
     plan = found["plan"]
     assert plan.devices <= 32
     assert plan.decode.latency_s <= 0.05
@@ -208,27 +209,25 @@ def test_a_plan_keeps_the_targets_and_can_be_served(tmp_path):
 
 
 def test_targets_that_nothing_keeps():
-    config = tiny_config(max_position_embeddings=4096)
     with pytest.raises(UserError, match=r"--tpot 1ms cannot be kept; the nearest is \d+\.\dms"):
-        search(config, DIE, Workload(devices=32, input_len=256, output_len=64), 0.001, 2.0)
+        search(SMALL, DIE, Workload(devices=32, input_len=256, output_len=64), 0.001, 2.0)
     with pytest.raises(UserError, match=r"--ttft 0\.1ms cannot be kept"):
-        search(config, DIE, Workload(devices=32, input_len=256, output_len=64), 0.05, 0.0001)
+        search(SMALL, DIE, Workload(devices=32, input_len=256, output_len=64), 0.05, 0.0001)
     with pytest.raises(UserError, match="no layout of the model fits in the memory"):
         search(R1, DIE, Workload(devices=9), 0.05, 2.0)
     with pytest.raises(UserError, match="--devices 1 is too few"):
-        search(config, DIE, Workload(devices=1, input_len=256, output_len=64), 0.05, 2.0)
+        search(SMALL, DIE, Workload(devices=1, input_len=256, output_len=64), 0.05, 2.0)
     with pytest.raises(UserError, match=r"are 4200 tokens; the model's max_position_embeddings are 4096"):
-        search(config, DIE, Workload(devices=32, input_len=4000, output_len=200), 0.05, 2.0)
+        search(SMALL, DIE, Workload(devices=32, input_len=4000, output_len=200), 0.05, 2.0)
 
 
 def test_a_plan_of_two_devices():
-    config = tiny_config(max_position_embeddings=4096)
-    plan = search(config, DIE, Workload(devices=2, input_len=256, output_len=64), 0.05, 2.0)["plan"]
+    plan = search(SMALL, DIE, Workload(devices=2, input_len=256, output_len=64), 0.05, 2.0)["plan"]
     assert plan.decode.layout.ep_size == plan.prefill.layout.ep_size == 1
 
 
 def test_plan_writes_what_serve_reads(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(max_position_embeddings=4096).to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
     out = tmp_path / "serve.yaml"
     sizes = ["--devices", "32", "--input-len", "256", "--output-len", "64"]
     assert main(["simulate", "plan", "--model", str(tmp_path), "--out", str(out), *sizes, "--json"]) == 0

@@ -10,11 +10,11 @@ import pytest
 from cmjax.errors import UserError
 from cmjax.schedule import CompilePlan, DecodePlan, PrefillPlan, SendPlan
 from cmjax.serve import RequestError, SamplingParams
-from cmjax.serve.instances import JaxExecutor
 from tests.helpers import tiny_model
 from tests.serve.driving import make_engine
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 
+pytestmark = pytest.mark.usefixtures("one_shape_of_sampling")
 PROMPTS = [[1 + index, 2, 3 + index % 5] * (1 + index % 9) for index in range(24)]
 SAMPLINGS = [
     SamplingParams(
@@ -35,14 +35,6 @@ SAMPLINGS = [
 
 # Two of these fill the blocks of a rank, and nine of them on four ranks are three on one.
 LONG, NUM_LONG = ([5, 6, 7] * 3, SamplingParams(max_tokens=27)), 9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fewer_programs():
-    """Steps for whatever may be asked for, without those for greedy requests alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JaxExecutor, "serving_shapes", JaxExecutor.serving_shapes[1:])
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tests.helpers import tiny_model
 from tests.serve import driving
 from tests.serve.faults import Faults, check_nothing_is_left, make_load, under_faults
 
+pytestmark = pytest.mark.usefixtures("one_shape_of_sampling")
 BLOCK, UNIT = 4, 8  # tokens of a block of an instance, of a cached block
 LONGEST = 96
 

@@ -1,5 +1,7 @@
 """An engine that comes up: the first requests are served while most of its steps are still to be compiled."""
 
+import collections
+import dataclasses
 import itertools
 import threading
 import types
@@ -11,6 +13,7 @@ import pytest
 from cmjax.schedule import SERVING_SHAPES, CompilePlan, DecodeVariant, PrefillVariant
 from cmjax.serve import SamplingParams
 from cmjax.serve.instances import JaxExecutor
+from cmjax.serve.instances.direct import plan_prompts
 from cmjax.serve.startup import Startup, in_order
 from tests.parity import load_case
 from tests.serve.driving import make_engine, model_of
@@ -46,10 +49,10 @@ class FakeFleet:
             "prefill0": [PrefillVariant(size, ANY) for size in (128, 512)],
             "decode0": [DecodeVariant(slots, 8, shape) for shape in SERVING_SHAPES for slots in (1, 8)],
         }
-        self.executors = {name: self.executor(variants) for name, variants in steps.items()}
+        self.executors = {name: self.executor(name, variants) for name, variants in steps.items()}
 
-    def executor(self, variants):
-        return types.SimpleNamespace(serving_variants=lambda: tuple(variants), prepare=self.prepare)
+    def executor(self, spec, variants):
+        return types.SimpleNamespace(spec=spec, serving_variants=lambda: tuple(variants), prepare=self.prepare)
 
     def prepare(self, variant):
         self.now += 1.0
@@ -98,6 +101,14 @@ def test_a_step_that_cannot_be_compiled_leaves_the_others():
     assert [str(error) for error in errors] == ["does not fit"]
     assert ("prefill0", PrefillVariant(512, ANY)) in fleet.used
     assert ("decode0", failing) not in fleet.used
+
+
+def test_instances_of_a_kind_come_after_the_first_of_each():
+    fleet = FakeFleet()
+    fleet.executors = {
+        name: fleet.executor(name[:-1], [PrefillVariant(128, ANY)]) for name in ("prefill0", "prefill1", "decode0")
+    }
+    assert [*fleet.startup()._steps] == ["prefill0", "decode0", "prefill1"]
 
 
 def test_nothing_is_compiled_after_the_end():
@@ -160,24 +171,51 @@ def test_requests_are_served_before_most_steps_are_there(model, monkeypatch):
                     assert here.logprob == pytest.approx(there.logprob, abs=1e-3)
 
 
-def test_what_has_been_prepared_is_not_compiled_again(model):
-    """By JAX's own count of the compilations that its backend is asked for."""
-    counted = []
+TRACED, LOWERED, COMPILED = (
+    f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
+)
 
-    def note(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(duration)
 
-    jax.monitoring.register_event_duration_secs_listener(note)  # for good: older versions cannot take one out
+@pytest.fixture(scope="module")
+def counted():
+    """What JAX traces, lowers and compiles, by its own count."""
+    events = collections.Counter()
+    # For good: older versions cannot take a listener out.
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **_: events.update([event]))
+    return events
+
+
+def test_instances_of_a_kind_are_traced_and_lowered_once(model, counted):
+    """Each runs on devices of its own, and answers alike."""
+    sizes = {"max_num_seqs_per_rank": 2, "max_model_len": 32, "max_num_batched_tokens": 32}
+    engine = make_engine(model, 2, prefill_ep_size=2, num_prefill_instances=2, **sizes)
+    prompts = [RNG.integers(8, 90, length).tolist() for length in (3, 14)]
+    try:
+        found = []
+        for executor in engine.prefill:
+            variant = executor.serving_variants()[-1]
+            counted.clear()
+            executor.prepare(variant)
+            is_first = executor is engine.prefill[0]
+            assert [counted[name] > 0 for name in (TRACED, LOWERED)] == [is_first, is_first]
+            plan = dataclasses.replace(plan_prompts(executor, prompts), variant=variant)
+            found.append(executor.run(plan).token_ids.tolist())
+            assert set(executor.cache.devices()) == set(executor.instance.devices)
+        assert found[0] == found[1]
+    finally:
+        engine.shutdown(timeout=0)
+
+
+def test_what_has_been_prepared_is_not_compiled_again(model, counted):
     engine = make_engine(model, 2, prefill_ep_size=1, max_num_seqs_per_rank=2, max_model_len=32)
     try:
         (source,), (target,) = engine.fleet.prefill.values(), engine.fleet.decode.values()
         for executor, variant in ((source, source.serving_variants()[0]), (target, target.serving_variants()[-1])):
             executor.compile(CompilePlan(()))  # what is no step
             executor.prepare(variant)
-            assert counted
+            assert counted[COMPILED]
             counted.clear()
             executor.compile(CompilePlan((variant,)))
-            assert not counted
+            assert not counted[COMPILED]
     finally:
         engine.shutdown(timeout=0)

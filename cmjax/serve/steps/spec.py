@@ -35,14 +35,25 @@ def specs_of(output: type[T], **others: PartitionSpec | None) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What is static about an instance's steps: the rank's pass, and the mesh it runs on (abstract: traces only)."""
+    """What is static about an instance's steps: the rank's pass, and the mesh it runs on (abstract: traces only).
+
+    Specs that differ in their devices alone are equal: a step is traced and lowered once for all instances of a kind,
+    and runs where its arguments are.
+
+    Attributes:
+        form: the mesh without its devices.
+    """
 
     rank: RankSpec
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh | AbstractMesh = dataclasses.field(compare=False)
+    form: AbstractMesh = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "form", self.mesh.abstract_mesh)
 
     def on_ranks(self, function: Callable, in_specs: object, out_specs: object) -> Callable:
-        """Wrap a per-rank function for the instance's mesh."""
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        """Wrap a per-rank function for meshes of the instance's form."""
+        return jax.shard_map(function, mesh=self.form, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     @property
     def cache_width(self) -> int:
@@ -114,7 +125,7 @@ class Step(Generic[T]):
 def new_cache(spec: StepSpec, num_blocks: int, dtype: DTypeLike) -> jax.Array:
     """Return an instance's cache, `[R, cache layers, num_blocks * block_size, row width]`; nothing is cleared."""
     shape = (1, spec.rank.config.num_cache_layers, num_blocks * spec.rank.block_size, spec.cache_width)
-    return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), BY_RANK))()
+    return jax.jit(spec.on_ranks(lambda: fabric.empty(shape, dtype), (), BY_RANK), out_shardings=spec.by_rank())()
 
 
 # Logits of this many tokens at a time: those of a whole step would be its largest array by far.
