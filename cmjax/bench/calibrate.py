@@ -4,10 +4,10 @@ Nothing here runs a step of the engine, or knows one. Where N devices share the 
 between two exchanges, so that the devices take turns as they do in a step, and find their data where it then lies.
 """
 
-import functools
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,48 +17,97 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cmjax.bench.calibrate_kernels import Probe, helped, mixed, probes
+from cmjax.bench.calibrate_xla import chains
 from cmjax.bench.report import machine
 from cmjax.mesh import EP_AXIS, bring_up, fabric
-from cmjax.model.cache import PagedKeys
-from cmjax.model.config import ModelConfig
-from cmjax.model.mla import CoreAttention, Softmax, absorbed_part
-from cmjax.moe import MlpParams, ReceivedRows, expert_ffn
-from cmjax.perf.host import CROWD, PRODUCT_ROWS, HostCosts, counts
+from cmjax.model import rms_norm
+from cmjax.perf.host import HostCosts, fit
+from cmjax.perf.host_work import LAUNCHES, WAITS, HostData, total
 from cmjax.quant import linear, matrix_at
 
 Body = Callable[..., Any]  # (x, *others) -> x, on one device
-_ROUNDS = 5
+# Devices that rates of shared cores are measured with: a few a core, and so many that no core's cache has their data.
+FEW, CROWD = 8, 32
+_ROUNDS = 2
 _LEAST_S = 1e-9  # where noise would have a difference of times be none
-_ROWS, _WIDTH = 8, 64  # of a small operator
-_LARGE = 512  # width of one whose arithmetic counts
-_EXPERTS, _HIDDEN, _FFN = 16, 256, 128
 _LAUNCH_ARGUMENTS = 64  # arrays that a step takes, about
+_OWN_FLOATS = 2**17  # of a device
+_PROBE_BYTES = 2**17
+_WIDTH = 64  # of a row that is exchanged
+_NO_DATA = HostData()
 
 
 def calibrate(
-    ranks: Sequence[int], tell: Callable[[str, int, int], None] = lambda what, done, total: None
+    ranks: Sequence[int],
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    *,
+    passes: int = 3,
 ) -> HostCosts:
-    """Measure; the operators of `ranks` devices each, and the rates of one device and of a crowd."""
-    ranks = sorted({1, CROWD, *ranks})
-    devices = bring_up(max(ranks))
-    ranks = [count for count in ranks if count <= len(devices)]  # costs of more are held
-    cores = int(machine()["cores"])
-    costs = HostCosts(cores=cores, machine=machine())
-    for index, count in enumerate(ranks):
-        tell(f"{count} devices", index, len(ranks) + 2)
-        _overheads(_Devices(devices[:count]), costs)
-    for index, count in enumerate((1, CROWD)):
-        tell("arithmetic", len(ranks) + index, len(ranks) + 2)
-        _rates(_Devices(devices[:count]), costs)
+    """Measure; launches and exchanges of `ranks` devices each, and operators of one device, of few and of a crowd.
+
+    All is measured `passes` times over: what slows a shared machine down for a while slows one of them.
+    """
+    costs = HostCosts(cores=int(machine()["cores"]), machine=machine())
+    devices = bring_up(max(*ranks, CROWD))
+    shared = [count for count in (FEW, CROWD) if count <= len(devices)]
+    ranks = [count for count in sorted({1, FEW, *ranks}) if count <= len(devices)]  # costs of more are held
+    todo: list[tuple[str, int, Callable[[_Devices, HostCosts], None]]] = [("a launch", one, _launch) for one in ranks]
+    todo += [("exchanges", one, _exchanges) for one in ranks if one > 1]
+    todo += [("XLA's operators", one, _operators) for one in (1, *shared)]
+    todo += [("kernels", one, _kernels) for one in shared]
+    todo += [("memory", one, _memory) for one in (1, *shared)]
+    todo += [("all operators in a row", one, _in_a_row) for one in (1, *shared)]
+    todo.append(("kernels that are helped", 1, _helped))
+    places = [_Devices(devices[:count], costs.turns(count)) for _, count, _ in todo]
+    for number in range(passes):
+        costs = HostCosts(cores=costs.cores, machine=costs.machine)
+        for index, (on, (what, count, measure)) in enumerate(zip(places, todo, strict=True)):
+            tell(f"{what} of {count} devices", number * len(todo) + index, passes * len(todo))
+            on.rewind()
+            measure(on, costs)
     return costs
+
+
+@dataclasses.dataclass
+class _Timed:
+    """A compiled loop, and what a trip of it took each time.
+
+    Attributes:
+        run: `(trips) -> seconds`.
+        more: trips that are timed beyond the first.
+        text: of the program.
+        found: seconds of a trip, one of each pass.
+    """
+
+    run: Callable[[int], float]
+    more: int
+    text: str
+    found: list[float] = dataclasses.field(default_factory=list)
+
+    def seconds(self) -> float:
+        """Of a trip, once more: launches are not in it. The median over passes."""
+        several = [(self.run(1 + self.more) - self.run(1)) / self.more for _ in range(_ROUNDS)]
+        self.found.append(max(min(several), _LEAST_S))
+        return statistics.median_low(self.found)
 
 
 class _Devices:
     """Runs loops of operators on some devices at once."""
 
-    def __init__(self, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, devices: Sequence[jax.Device], turns: float) -> None:
+        self.turns = turns  # that a core takes
         self.mesh = Mesh(np.array(devices, dtype=object), (EP_AXIS,))
         self.count = len(devices)
+        self._turn = _in_turns(self.count)
+        self._alone: dict[Any, tuple[float, str]] = {}
+        self._programs: list[_Timed] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """What was timed is timed again, in the same order."""
+        self._next = 0
+        self._alone.clear()
 
     def put(self, local: np.ndarray) -> jax.Array:
         """The same array on each device."""
@@ -71,234 +120,231 @@ class _Devices:
         mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=specs, out_specs=P(EP_AXIS), check_vma=False)
         return jax.jit(mapped)
 
-    def seconds(self, body: Body, x: np.ndarray, *others: np.ndarray, least_s: float = 4e-3) -> tuple[float, Any]:
+    def seconds(self, body: Body, x: np.ndarray, *others: np.ndarray, least_s: float = 4e-3) -> tuple[float, str]:
         """Of one turn of `body` on all devices together, and the compiled program; launches are not in it."""
+        if self._next == len(self._programs):
+            self._programs.append(self._timed(body, least_s, x, *others))
+        timed, self._next = self._programs[self._next], self._next + 1
+        return timed.seconds(), timed.text
 
+    def _timed(self, body: Body, least_s: float, x: np.ndarray, *others: np.ndarray) -> _Timed:
         def loop(trips: jax.Array, x: jax.Array, *others: jax.Array) -> jax.Array:
             return lax.fori_loop(0, trips, lambda _, x: body(x, *others), x)
 
         arrays = [self.put(one) for one in (x, *others)]
         compiled = self.jit(loop, len(others)).lower(np.int32(1), *arrays).compile()
 
-        def timed(trips: int) -> float:
+        def run(trips: int) -> float:
             begin = time.perf_counter()
             jax.block_until_ready(compiled(np.int32(trips), *arrays))
             return time.perf_counter() - begin
 
-        timed(1)
+        run(1)
         more = 4
-        while (first := timed(1 + more)) < least_s + (launch := timed(1)) and more < 4096:
+        while (first := run(1 + more)) < least_s + (launch := run(1)) and more < 4096:
             more *= max(2, min(16, round(least_s / max(first - launch, 1e-6))))
-        found = [(timed(1 + more) - timed(1)) / more for _ in range(_ROUNDS)]
-        return max(statistics.median(found), _LEAST_S), compiled
+        return _Timed(run, more, compiled.as_text())
+
+    def between(
+        self, body: Body, x: np.ndarray, *others: np.ndarray, data: HostData = _NO_DATA
+    ) -> tuple[dict[str, float], float]:
+        """`(amounts, seconds)` of a body on a device and its core, where each device then waits for the others."""
+        turn, key = self._turn, (x.shape, x.dtype.name)
+        if key not in self._alone:
+            self._alone[key] = self.seconds(turn, x)
+        alone, base = self._alone[key]
+        found, text = self.seconds(lambda x, *others: turn(body(x, *others)), x, *others)
+        amounts = _less(total(text, data), total(base, _NO_DATA))
+        return amounts, max(found - alone, found / 16) / self.turns
 
 
-def _overheads(on: _Devices, costs: HostCosts) -> None:
-    """Of operators that compute next to nothing, and of exchanges, by the number of devices."""
-    count = on.count
-    per_core = min(count, costs.cores) / count  # of all devices' time to one operator of one device on its core
-    x, others = np.ones((_ROWS, _WIDTH), np.float32), np.eye(_WIDTH, dtype=np.float32)
-    turn = _in_turns(count)
-    between, program = on.seconds(turn, x)
-    before = counts(program.as_text()).operators
-    found, program = on.seconds(lambda x: turn(_norms(x)), x)
-    per_operator = per_core / (counts(program.as_text()).operators - before)
-    costs.put("operator_s", count, max(found - between, _LEAST_S) * per_operator)
-    found, _ = on.seconds(lambda x, w: turn(_products(x, w)), x, others)
-    costs.put("kernel_s", count, max(found - between, _LEAST_S) / _REPEATS * per_core)
-    if count > 1:
-        costs.put("exchange_s", count, between)
-        small, _ = on.seconds(_ragged(count), np.ones((count, _WIDTH), np.float32))
-        costs.put("ragged_s", count, small)
-        many = 16
-        large, _ = on.seconds(_ragged(count), np.ones((count * many, _WIDTH), np.float32))
-        moved = count * count * (many - 1) * _WIDTH * 4
-        costs.put("sent_bytes_per_s", count, moved / max(large - small, _LEAST_S))
-    costs.put("launch_s", count, _launch(on))
-
-
-_REPEATS = 24
-
-
-def _by_mean_square(x: jax.Array) -> jax.Array:
-    """A norm by XLA's operators: that of the layers is a kernel."""
-    wide = x.astype(jnp.float32)
-    return (wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def _norms(x: jax.Array) -> jax.Array:
-    """A row of operators that XLA keeps apart, as between the products of a layer."""
-    for _ in range(_REPEATS):
-        left, right = jnp.split(x, 2, axis=-1)
-        x = _by_mean_square(jnp.concatenate([right, -left], axis=-1) * jnp.cos(x))
-    return x
-
-
-def _normalized(x: jax.Array) -> jax.Array:
-    """What stands between two products."""
-    for _ in range(4):
-        left, right = jnp.split(x, 2, axis=-1)
-        x = _by_mean_square(jnp.concatenate([right, -left], axis=-1)) + x
-    return x
-
-
-def _softmax(x: jax.Array) -> jax.Array:
-    for _ in range(4):
-        x = jnp.where(x > 0, jnp.exp(x - x.max(-1, keepdims=True)), x)
-    return x
-
-
-def _products(x: jax.Array, weight: jax.Array) -> jax.Array:
-    for _ in range(_REPEATS):
-        x = linear(x, weight)
-    return x
+def _less(amounts: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
+    found = {name: amount - base.get(name, 0.0) for name, amount in amounts.items()}
+    return {name: amount for name, amount in found.items() if amount > 0}
 
 
 def _in_turns(count: int) -> Body:
-    """An exchange of next to nothing, which every device waits in; alone there is nobody to wait for."""
+    """An exchange of next to nothing, which every device waits in; alone there is nobody to wait for.
+
+    A kernel stands for it then: XLA makes one function of a small loop that has no call, where a step has operators.
+    """
     if count == 1:
-        return lambda x: x
+        unit = jnp.ones(1, jnp.float32)
+        return lambda x: x + (rms_norm(x.reshape(-1)[:1].reshape(1, 1), unit, 1e-6)[0, 0] * 1e-9).astype(x.dtype)
 
     def turn(x: jax.Array) -> jax.Array:
-        sent = jnp.broadcast_to(x[:1, :1], (count, 1))
-        return x + fabric.all_to_all(sent, EP_AXIS, 0, 0)[0, 0] * 1e-9
+        flat = x.reshape(-1)[:1]
+        sent = jnp.broadcast_to(flat.reshape(1, 1), (count, 1))
+        return x + fabric.all_to_all(sent, EP_AXIS, 0, 0)[0, 0] * jnp.asarray(1e-9, x.dtype)
 
     return turn
 
 
-def _ragged(count: int) -> Body:
-    """An exchange of equally many rows with each device."""
+def _put(costs: HostCosts, count: int, names: Sequence[str], measured: list[tuple[dict[str, float], float]]) -> None:
+    """The costs `names` from what was measured, beside those that are known; others are taken for nothing."""
+    rest = []
+    for amounts, seconds in measured:
+        known = {name: amount for name, amount in amounts.items() if count in costs.values.get(name, {})}
+        left = max(seconds - costs.of(known, count), seconds / 8)
+        rest.append(({name: amounts.get(name, 0.0) for name in names}, left))
+    for name, value in fit(rest, names).items():
+        costs.put(name, count, value)
+
+
+def _operators(on: _Devices, costs: HostCosts) -> None:
+    """XLA's own."""
+    rng = np.random.default_rng(0)
+    for names, family in chains():
+        if 2 * on.count > costs.cores:  # nobody is waited for where no thread has nothing to do
+            for name in set(names) & set(WAITS):
+                costs.put(name, on.count, 0.0)
+            names = tuple(name for name in names if name not in WAITS)
+        _put(costs, on.count, names, [on.between(one.body, *one.make(rng)) for one in family])
+
+
+def _kernels(on: _Devices, costs: HostCosts) -> None:
+    for family in probes().values():
+        measured = [_of_probe(on, one) for one in family]
+        names = {name for amounts, _ in measured for name in amounts if on.count not in costs.values.get(name, {})}
+        _put(costs, on.count, sorted(names), measured)
+
+
+def _of_probe(on: _Devices, probe: Probe, pause: Body | None = None) -> tuple[dict[str, float], float]:
+    rng = np.random.default_rng(0)
+    made = [probe.make(rng)]
+    size = len(made[0])
+    repeats = max(1, min(probe.repeats, _PROBE_BYTES // sum(array.nbytes for array in made[0])))
+    repeats = repeats if pause is None else probe.repeats
+    made += [probe.make(rng) for _ in range(repeats - 1)]
+
+    def body(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        first = []
+        for repeat in range(repeats):
+            # What depends on `x` stays in the loop.
+            x = x if pause is None else pause(x)
+            *own, _ = lax.optimization_barrier((*arrays[repeat * size : (repeat + 1) * size], x))
+            first.append(probe.call(*own).reshape(-1)[:1].astype(jnp.float32))
+            x = x if pause is None else x + first[-1] * 1e-20
+        return x + sum(first) * 1e-20
+
+    arrays = [array for one in made for array in one]
+    x = np.zeros(1, np.float32)
+    if pause is None:
+        return on.between(body, x, *arrays, data=probe.data)
+
+    def pauses(x: jax.Array) -> jax.Array:
+        for _ in range(repeats):
+            x = pause(x)
+        return x
+
+    alone, base = on.seconds(pauses, x)
+    found, text = on.seconds(body, x, *arrays)
+    amounts = _less(total(text, probe.data), total(base, _NO_DATA))
+    return {name: amount / repeats for name, amount in amounts.items()}, max(found - alone, found / 16) / repeats
+
+
+def _in_a_row(on: _Devices, costs: HostCosts) -> None:
+    """What each takes more among others than where it is repeated, its code and data close by.
+
+    The devices read so much of their own in between that little of it stays in the cache of a core that many share.
+    """
+    probe, small = mixed(), chains()[0][1][0]
+    rng = np.random.default_rng(0)
+    (x, *others), kernels, own = small.make(rng), probe.make(rng), np.ones(_OWN_FLOATS, np.float32)
+    count = len(kernels)
+
+    def alone(x: jax.Array, own: jax.Array, *arrays: jax.Array) -> jax.Array:
+        own, x = lax.optimization_barrier((own, x))
+        return _in_turns(on.count)(x + own.sum() * 1e-20)
+
+    def among(x: jax.Array, own: jax.Array, *arrays: jax.Array) -> jax.Array:
+        *given, x = lax.optimization_barrier((*arrays[:count], x))
+        return alone(small.body(x + probe.call(*given) * 1e-20, *arrays[count:]), own)
+
+    base, base_text = on.seconds(alone, x, own, *kernels, *others)
+    found, text = on.seconds(among, x, own, *kernels, *others)
+    amounts = _less(total(text, probe.data), total(base_text, _NO_DATA))
+    operators = sum(amount for name, amount in amounts.items() if name in LAUNCHES)
+    more = (found - base) / on.turns - costs.of(amounts, on.count)
+    costs.put("among_others_s", on.count, max(more, 0.0) / operators)
+
+
+def _helped(on: _Devices, costs: HostCosts) -> None:
+    """Where other threads are asleep when they are called, as between the operators of a step."""
+
+    def pause(x: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 10_000, lambda _, x: x * 0.9999 + 1e-20, turn(x))
+
+    turn = _in_turns(1)
+    if 2 * on.count > costs.cores:
+        return
+    found = []
+    for probe in helped():
+        amounts, seconds = _of_probe(on, probe, pause)
+        kernels = {name: amount for name, amount in amounts.items() if name.startswith("attend")}
+        beside = {name: amount for name, amount in amounts.items() if name not in kernels}
+        left = max(seconds - costs.of(beside, 1), seconds / 8)
+        found.append((costs.of(kernels, FEW), left))
+    costs.help = sorted(found)
+
+
+def _exchanges(on: _Devices, costs: HostCosts) -> None:
+    """Costs of a rank, as are those of operators: what all wait for, over their turns."""
+    count, turns = on.count, costs.turns(on.count)
+    x = np.ones(1, np.float32)
+    between, _ = on.seconds(_in_turns(count), x)
+    small = np.ones((count, _WIDTH), np.float32)
+    empty, _ = on.seconds(_ragged(count, 1, 0), small)
+    many = 16
+    entries, _ = on.seconds(_ragged(count, many, 0), small)
+    rows, _ = on.seconds(_ragged(count, 1, 1), small)
+    each = 8
+    large, _ = on.seconds(_ragged(count, 1, each), np.ones((count * each, _WIDTH), np.float32))
+    entry = max(entries - empty, _LEAST_S) / (count * (many - 1))
+    sent = max(large - rows, _LEAST_S) / (count * (each - 1) * _WIDTH * 4)
+    segment = max(rows - empty, _LEAST_S) / count - _WIDTH * 4 * sent
+    costs.put("exchange_s", count, between / turns)
+    costs.put("ragged_s", count, max(empty - count * entry, empty / 4) / turns)
+    costs.put("entry_s", count, entry / turns)
+    costs.put("segment_s", count, max(segment, 0.0) / turns)
+    costs.put("sent_byte_s", count, sent / turns)
+
+
+def _ragged(count: int, updates: int, each: int) -> Body:
+    """An exchange of equally many rows with each device, in the first of some updates."""
 
     def exchange(x: jax.Array) -> jax.Array:
-        each = x.shape[0] // count
-        sizes = jnp.full(count, each, jnp.int32)
-        offsets = jnp.arange(count, dtype=jnp.int32) * each
-        there = jnp.full(count, each, jnp.int32) * lax.axis_index(EP_AXIS).astype(jnp.int32)
+        is_first = jnp.arange(count * updates, dtype=jnp.int32) % updates == 0
+        sizes = jnp.where(is_first, each, 0).astype(jnp.int32)
+        offsets = jnp.repeat(jnp.arange(count, dtype=jnp.int32) * each, updates)
+        there = jnp.full(count * updates, each, jnp.int32) * lax.axis_index(EP_AXIS).astype(jnp.int32)
         buffer = fabric.empty(x.shape, x.dtype)
-        return fabric.ragged_all_to_all(x, buffer, offsets, sizes, there, sizes, axis_name=EP_AXIS)
+        received = fabric.ragged_all_to_all(x, buffer, offsets, sizes, there, sizes, axis_name=EP_AXIS)
+        return received if each else x + received[0, 0] * 0
 
     return exchange
 
 
-def _launch(on: _Devices) -> float:
+def _launch(on: _Devices, costs: HostCosts) -> None:
     """Of a program with as many arrays as a step has, which leaves them alone."""
     arrays = [on.put(np.ones((1, 8), np.float32)) for _ in range(_LAUNCH_ARGUMENTS)]
     fn = on.jit(lambda _, x, *others: x + sum(one[0, 0] for one in others), len(arrays) - 1)
     compiled = fn.lower(np.int32(0), *arrays).compile()
     found = []
-    for _ in range(2 * _ROUNDS):
+    for _ in range(3 * _ROUNDS):
         begin = time.perf_counter()
         jax.block_until_ready(compiled(np.int32(0), *arrays))
         found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+    costs.put("launch_s", on.count, statistics.median(found))
 
 
-def _rates(on: _Devices, costs: HostCosts) -> None:
-    """Of arithmetic and memory, by one device that has the machine, or by a crowd; of the whole machine."""
-    count, rng = on.count, np.random.default_rng(0)
-    launch = costs.at("kernel_s", count) * costs.turns(count)  # of each, all devices together
-    for dtype in (jnp.bfloat16, jnp.float32):
-        name, square = jnp.dtype(dtype).name, (rng.standard_normal((_LARGE, _LARGE)) / _LARGE**0.5).astype(dtype)
-        for rows in PRODUCT_ROWS:
-            found, _ = on.seconds(linear, np.ones((rows, _LARGE), dtype), square)
-            flops = count * 2 * rows * _LARGE**2
-            costs.put(f"product_{name}_{rows}", count, flops / max(found - launch, found / 4))
-    cold = np.zeros((16 if count > 1 else 64, 1024, 1024), jnp.bfloat16)
-    found, _ = on.seconds(_all_layers, np.ones((1, 1024), jnp.bfloat16), cold)
-    costs.put("memory_bytes_per_s", count, count * cold.nbytes / found)
-    wide = np.ones((_LARGE, _LARGE), np.float32)
-    # The same counts that price a step, so that what they leave out is in the rates.
-    found, program = on.seconds(_normalized, wide.astype(jnp.bfloat16))
-    counted = counts(program.as_text())
-    overhead = counted.operators * costs.at("operator_s", count) * costs.turns(count)
-    costs.put("elementwise_bytes_per_s", count, count * counted.touched / max(found - overhead, found / 4))
-    found, program = on.seconds(_softmax, wide)
-    counted = counts(program.as_text())
-    plain = counted.operators * costs.at("operator_s", count) * costs.turns(count)
-    plain += count * counted.touched / costs.at("elementwise_bytes_per_s", count)
-    costs.put("bent_elements_per_s", count, count * counted.bent / max(found - plain, found / 8))
-    drawn = rng.standard_normal((64, 256)).astype(np.float32)
-    # Values that differ each time, so that no turn finds them in order.
-    found, _ = on.seconds(lambda x: jnp.sin(x * 97) + lax.top_k(x, 8)[0][:, :1], drawn)
-    costs.put("top_k_elements_per_s", count, count * 64 * 256 / found)
-    found, _ = on.seconds(lambda x: jnp.sort(x * 31 % 977), rng.integers(0, 977, 4096).astype(np.int32))
-    costs.put("compare_s", count, found / (count * 4096 * 12))
-    found, _ = on.seconds(lambda x, w: jnp.einsum("hqd,hdk->hqk", x, w), *(np.ones((8, 128, 128), np.float32),) * 2)
-    costs.put("dot_ops_per_s", count, count * 2 * 8 * 128**3 / found)
-    _attention(on, costs, launch)
-    narrow = np.eye(_WIDTH, dtype=jnp.bfloat16)
-    found, _ = on.seconds(linear, np.ones((_LARGE, _WIDTH), jnp.bfloat16), narrow)
-    arithmetic = count * 2 * _LARGE * narrow.size / costs.product_rate("bfloat16", _LARGE, count)
-    through = max(found - launch - arithmetic, found / 4)
-    costs.put("value_s", count, through / (count * 2 * _LARGE * _WIDTH))
-    _grouped(on, costs, launch)
+def _memory(on: _Devices, costs: HostCosts) -> None:
+    """Of weights that are in no cache."""
+    megabytes = max(2, 128 // on.count)
+    cold = np.zeros((megabytes, 512, 1024), jnp.bfloat16)
 
+    def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, matrix_at(stack, i))[:, :1], x)
 
-def _grouped(on: _Devices, costs: HostCosts, launch: float) -> None:
-    """Experts of one row each, and of many: what one costs, and what a value of a row does."""
-    count, each, moved = on.count, 3 * _HIDDEN * _FFN, 2 * _HIDDEN + 3 * _FFN
-    for rows in (1, 32):
-        x = np.ones((_EXPERTS * rows, _HIDDEN), jnp.bfloat16)
-        found, _ = on.seconds(_one_layer_of_experts, x, *_experts(rows))
-        arithmetic = count * _EXPERTS * 2 * rows * each / costs.product_rate("bfloat16", rows, count)
-        left = max(found - launch - arithmetic, found / 8)
-        if rows == 1:
-            costs.put("expert_s", count, left / _EXPERTS / costs.turns(count))
-        else:
-            left -= _EXPERTS * costs.at("expert_s", count) * costs.turns(count)
-            costs.put("expert_value_s", count, max(left, 0.0) / (count * _EXPERTS * rows * moved))
-
-
-def _all_layers(x: jax.Array, stack: jax.Array) -> jax.Array:
-    """Weights that are in no cache."""
-    return lax.fori_loop(0, stack.shape[0], lambda i, x: linear(x, matrix_at(stack, i)), x)
-
-
-def _attention(on: _Devices, costs: HostCosts, launch: float) -> None:
-    """Absorbed attention, of few and narrow and of many and wide queries: a key's cost, and a multiply-add's."""
-    requests, keys, block = 8, 256, 16
-    found = []
-    for rows, width in ((4, 32), (32, 256)):
-        cache = np.ones((1, requests * keys, width), jnp.bfloat16)
-        table = np.arange(requests * keys // block, dtype=np.int32).reshape(requests, -1)
-        body = functools.partial(_attend, config=_config(rows, width), block=block)
-        query = np.ones((requests, rows, width), jnp.bfloat16)
-        seconds, _ = on.seconds(body, query, cache, table, np.full(requests, keys, np.int32))
-        found.append((max(seconds - launch, seconds / 4) / (on.count * requests * keys), rows * width))
-    (few_s, few), (many_s, many) = found
-    each = max((many_s - few_s) / (many - few), 1e-15)
-    costs.put("attended_s", on.count, each)
-    costs.put("key_s", on.count, max(few_s - each * few, 1e-12))
-
-
-def _config(heads: int, width: int) -> ModelConfig:
-    """As far as attention asks."""
-    return ModelConfig(
-        model_type="deepseek_v3", vocab_size=8, hidden_size=width, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=heads, q_lora_rank=None, kv_lora_rank=width - 8, qk_nope_head_dim=8, qk_rope_head_dim=8,
-        v_head_dim=8, moe_intermediate_size=8, num_routed_experts=0, num_shared_experts=0, num_topk=0,
-        num_expert_groups=1, num_topk_groups=1, routed_scaling_factor=1.0, first_k_dense_replace=1,
-        max_position_embeddings=1024,
-    )  # fmt: skip
-
-
-def _attend(
-    query: jax.Array, cache: jax.Array, table: jax.Array, lengths: jax.Array, *, config: ModelConfig, block: int
-) -> jax.Array:
-    state = Softmax.start(query.shape[:2], query.shape[2])
-    keys = PagedKeys(cache, 0, table, block, query.shape[2])
-    done = absorbed_part(config, CoreAttention(query, state, query.shape[0]), keys, lengths)
-    return query + done.state.mixed.astype(query.dtype) * 1e-9
-
-
-def _experts(rows_each: int) -> tuple[np.ndarray, ...]:
-    counts = np.full(_EXPERTS, rows_each, np.int32)
-    w13 = np.full((1, _EXPERTS, 2 * _FFN, _HIDDEN), 1 / _HIDDEN, jnp.bfloat16)
-    return counts, w13, np.full((1, _EXPERTS, _HIDDEN, _FFN), 1 / _FFN, jnp.bfloat16)
-
-
-def _one_layer_of_experts(x: jax.Array, counts: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
-    received = ReceivedRows(x, counts, None)
-    return expert_ffn(
-        received, MlpParams(w13, w2), 0, rows_per_block=1, expected_rows=x.shape[0], dtype=jnp.dtype(x.dtype)
-    )
+    found, _ = on.seconds(layers, np.ones((1, 1024), jnp.bfloat16), cold)
+    costs.put("memory_bytes_per_s", on.count, on.count * cold.nbytes / found)

@@ -22,7 +22,8 @@ from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, bring_up
 from cmjax.model import ModelConfig, head_shards
-from cmjax.perf.host import HostCosts, HostData, price_program
+from cmjax.perf.host import HostCosts, price_program
+from cmjax.perf.host_work import HostData
 from cmjax.serve import EngineSettings
 from cmjax.serve.instances import AbstractInstance
 from cmjax.targets.running import run_step

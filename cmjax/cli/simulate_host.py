@@ -63,7 +63,8 @@ def _calibrated(is_anew: bool) -> "HostCosts":
 def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, is_anew: bool, as_json: bool) -> None:
     """Steps of virtual devices on this machine: what is predicted of them from single operators, then measured.
 
-    The costs of operators are measured once (half a minute), alone and never in a step, and kept for `--hardware host`.
+    The costs of operators are measured once (a minute and more), alone and never in a step, and kept for
+    `--hardware host`.
     The steps run on random weights, which must fit in memory as often as there are devices.
     """
     from cmjax.bench import host as bench

@@ -65,7 +65,14 @@ def route_to_slots(
         `(slot_idx int32[tokens, topk + shared], weights float32 of the same shape)`. Shared experts get every token,
         with weight 1; -1 is nowhere, and its weight says nothing.
     """
-    return choose(_choose_form, router_logits(x, weight), is_valid, expert_to_slot, bias, config)
+    return choose_slots(router_logits(x, weight), bias, config, expert_to_slot, is_valid)
+
+
+def choose_slots(
+    logits: jax.Array, bias: jax.Array | None, config: RouterConfig, expert_to_slot: jax.Array, is_valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`route_to_slots`, once `logits float32[tokens, experts]` are there."""
+    return choose(_choose_form, logits, is_valid, expert_to_slot, bias, config)
 
 
 def _choose_form(

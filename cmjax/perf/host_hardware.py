@@ -5,12 +5,14 @@ Coarser than `cmjax.perf.host.price_program`: a trace does not say how many oper
 
 from cmjax.perf.hardware import Figure, Hardware, Mark
 from cmjax.perf.host import HostCosts
+from cmjax.perf.host_work import matrix_amounts
 
 NAME = "host"
 _GIB = 2**30
-# Operators that XLA launches for one product of a layer: what decode's compiled program had for each of its kernels
-# before norms, the router's choices and packing became kernels themselves.
-_BESIDE_A_KERNEL = 8
+_ROWS, _WIDTH = 64, 512
+# Operators of XLA, and kernels that are no product, for each product that decode's compiled program has
+# (`tests/perf/test_host.py` counts them in one).
+BESIDE_A_PRODUCT = {"operator_s": 4.4, "norm_s": 1.3}
 
 
 def host_hardware(costs: HostCosts) -> Hardware:
@@ -22,17 +24,22 @@ def _among(costs: HostCosts, devices: int) -> Hardware:
     """What each of so many devices has of the machine."""
     turns, measured = costs.turns(devices), "measured alone on this machine"
     rate = costs.at("memory_bytes_per_s", devices) / devices
-    bf16, f32 = (costs.product_rate(dtype, 64, devices) / devices for dtype in ("bfloat16", "float32"))
-    exchange, ragged = (costs.at(name, devices) if devices > 1 else 0.0 for name in ("exchange_s", "ragged_s"))
-    launch = turns * (costs.at("kernel_s", devices) + _BESIDE_A_KERNEL * costs.at("operator_s", devices)) / 2
-    sent = costs.at("sent_bytes_per_s", devices) / devices
+    flops = 2.0 * _ROWS * _WIDTH**2
+    bf16, f32 = (
+        flops / (turns * costs.of(matrix_amounts(kind, _ROWS, _WIDTH, _WIDTH)[0], devices)) for kind in ("bf16", "f32")
+    )
+    exchange, ragged = (turns * costs.at(name, devices) if devices > 1 else 0.0 for name in ("exchange_s", "ragged_s"))
+    beside = costs.of(BESIDE_A_PRODUCT, devices)
+    beside += (1 + sum(BESIDE_A_PRODUCT.values())) * costs.at("among_others_s", devices)
+    launch = turns * (costs.at("product_s", devices) + beside) / 2
+    sent = 1 / max(turns * costs.at("sent_byte_s", devices), 1e-15)
     given: list[tuple[str, float, str, str, Mark]] = [
         ("memory_bytes", costs.machine["memory_gib"] * _GIB / devices, "bytes", "a share of the machine's", "measured"),
         ("memory_bytes_per_s", rate, "bytes/s", measured, "measured"),
         ("peak_int8", bf16, "ops/s", "as bfloat16", "assumed"),
-        ("peak_bf16", bf16, "ops/s", f"{measured}: products of 64 rows", "measured"),
-        ("peak_f32", f32, "ops/s", f"{measured}: products of 64 rows", "measured"),
-        ("launch_s", launch, "s", f"half of a kernel and {_BESIDE_A_KERNEL} operators beside it", "assumed"),
+        ("peak_bf16", bf16, "ops/s", f"{measured}: products of {_ROWS} rows", "measured"),
+        ("peak_f32", f32, "ops/s", f"{measured}: products of {_ROWS} rows", "measured"),
+        ("launch_s", launch, "s", "half of a product and what runs beside it", "assumed"),
         ("step_overhead_s", costs.at("launch_s", devices), "s", f"{measured}: a program's launch", "measured"),
         ("dispatch_latency_s", 2 * exchange + ragged, "s", "counts, offsets and rows", "measured"),
         ("combine_latency_s", ragged, "s", "an exchange of rows", "measured"),

@@ -4,15 +4,20 @@ import ast
 import inspect
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cmjax.bench import calibrate as calibration
+from cmjax.bench import calibrate_kernels, calibrate_xla
 from cmjax.bench import host as bench
 from cmjax.bench.report import machine
 from cmjax.cli.command import main
 from cmjax.errors import UserError
-from cmjax.perf.host import PRODUCT_ROWS, HostCosts, price_program
-from cmjax.perf.host_hardware import host_hardware
+from cmjax.perf.host import HostCosts, fit, price_program
+from cmjax.perf.host_hardware import BESIDE_A_PRODUCT, host_hardware
+from cmjax.perf.host_work import HostData, runs, total
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
 from cmjax.serve.instances import AbstractInstance
@@ -21,20 +26,100 @@ from tests.helpers import tiny_config
 CONFIG = tiny_config(max_position_embeddings=512)
 
 
+FEW, CROWD = 2, 4
+
+
 @pytest.fixture(scope="module")
 def costs():
-    return calibration.calibrate([1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "FEW", FEW)
+        patch.setattr(calibration, "CROWD", CROWD)
+        return calibration.calibrate([1], passes=1)
 
 
 def test_a_calibration_measures_every_cost(costs):
-    rates = [f"product_{dtype}_{rows}" for dtype in ("bfloat16", "float32") for rows in PRODUCT_ROWS]
-    assert set(rates) <= set(costs.values)
+    """Of whatever a step can hold; none is below zero, and a launch is never free."""
+    for role, batch in (("decode", 4), ("prefill", 512)):
+        text, data = program(role, 2, batch)
+        assert set(total(text, data)) <= set(costs.values)
     for name, points in costs.values.items():
         assert all(value >= 0 for value in points.values()), name
-        assert set(points) <= {1, 8}
-    for name in ("operator_s", "kernel_s", "launch_s", "memory_bytes_per_s", *rates):
+        assert set(points) <= {1, FEW, CROWD}
+    for name in ("operator_s", "launch_s", "memory_bytes_per_s", "exchange_s"):
         assert min(costs.values[name].values()) > 0
+    if costs.cores > 1:
+        alone = [seconds for seconds, _ in costs.help]
+        assert alone == sorted(alone)
+        assert alone[0] > 0
     assert costs.machine == machine()
+
+
+def test_costs_are_found_from_what_was_measured():
+    """Those that are there, whatever they are mixed with; and none below zero."""
+    measured = [({"a": a, "b": b}, 2e-6 * a + 3e-9 * b) for a, b in ((1, 0), (1, 1000), (3, 10), (8, 100_000))]
+    found = fit(measured, ("a", "b"))
+    assert found == pytest.approx({"a": 2e-6, "b": 3e-9})
+    falling = fit([({"a": 1, "b": 0}, 2.0), ({"a": 1, "b": 1}, 1.0)], ("a", "b"))
+    assert falling["b"] == 0
+    assert 1 < falling["a"] < 2
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected"),
+    [
+        (calibrate_kernels._norm(8, 60), {"norm_s": 1, "norm_row_s": 8, "norm_value_s": 8 * 64}),
+        (
+            calibrate_kernels._choose(8, 64, 4),
+            {"choose_s": 1, "choose_score_s": 8 * 64, "choose_compare_s": 8 * 4 * 64},
+        ),
+        (
+            calibrate_kernels._pack(8, 64, 4, 32),
+            {"pack_s": 1, "pack_row_s": 32, "pack_slot_s": 32, "pack_byte_s": 32 * 128},
+        ),
+        (calibrate_kernels._lay_out(16, 2), {"lay_out_s": 1, "lay_out_segment_s": 32}),
+        (
+            calibrate_kernels._attend(2, 4, 32, 64),
+            {"attend_s": 1, "attend_key_s": 128, "attend_read_s": 128 * 32, "attend_value_s": 128 * 4 * 32},
+        ),
+        (
+            calibrate_kernels._product(12, 64, 96),
+            {"product_s": 1, "tile_bf16_s": 2 * 64 * 96, "value_bf16_s": 12 * 64 * 96, "stored_s": 12 * 96},
+        ),
+        (
+            calibrate_kernels._expert(4, 6, 64, 32),
+            {"experts_s": 1, "expert_s": 4, "value_bf16_s": 24 * 3 * 64 * 32, "gated_s": 24 * 32},
+        ),
+    ],
+)
+def test_amounts_of_a_kernel(probe, expected):
+    """What its inner loops run over, from the text of a program that calls it once."""
+    arrays = probe.make(np.random.default_rng(0))
+    text = jax.jit(probe.call).lower(*arrays).compile().as_text()
+    found = total(text, probe.data)
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected)
+
+
+def test_amounts_of_xla_operators():
+    x = np.ones((64, 64), np.float32)
+    found = total(jax.jit(lambda x: jnp.exp(x)).lower(x).compile().as_text(), HostData())
+    assert (found["operator_s"], found["bent_s"], found["touched_s"]) == (1, 64 * 64, 2 * x.nbytes)
+    found = total(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text(), HostData())
+    assert found["dot_s"] == 2 * 64**3
+    assert found["dot_value_s"] == 3 * 64 * 64
+    index = np.arange(8, dtype=np.int32)
+    found = total(
+        jax.jit(lambda x, i: jnp.take(x, i, axis=0, mode="clip")).lower(x, index).compile().as_text(), HostData()
+    )
+    assert found["gathered_s"] == 8 * 64
+
+
+def test_help_is_for_kernels_that_take_long():
+    costs = HostCosts(2, {}, help=[(1e-5, 1e-5), (1e-4, 8e-5), (1e-3, 5e-4)])
+    assert costs.helped(1e-6) == 1e-6
+    assert costs.helped(1e-3) == pytest.approx(5e-4)
+    assert costs.helped(4e-3) == pytest.approx(2e-3)
+    assert 3e-5 * 0.8 < costs.helped(3e-5) < 3e-5
+    assert HostCosts(2, {}).helped(1.0) == 1.0
 
 
 def test_a_calibration_is_kept_for_the_same_machine_only(costs, tmp_path):
@@ -62,7 +147,8 @@ def step_modules(names):
 
 def test_a_calibration_knows_no_step(monkeypatch):
     """Neither by what it imports, nor by what it runs: no step can be traced meanwhile."""
-    assert not step_modules(modules_of(calibration))
+    for module in (calibration, calibrate_kernels, calibrate_xla):
+        assert not step_modules(modules_of(module))
     assert step_modules(modules_of(bench))  # the check sees one that does
 
     def fail(*args, **kwargs):
@@ -71,8 +157,21 @@ def test_a_calibration_knows_no_step(monkeypatch):
     monkeypatch.setattr(bench, "run_step", fail)
     monkeypatch.setattr(AbstractInstance, "trace", fail)
     found = HostCosts(2, machine())
-    calibration._overheads(calibration._Devices(calibration.bring_up(1)[:1]), found)
-    assert found.values["operator_s"][1] > 0
+    on = calibration._Devices(calibration.bring_up(2)[:2], 1)
+    calibration._launch(on, found)
+    calibration._exchanges(on, found)
+    assert found.values["exchange_s"][2] > 0
+
+
+def test_what_stands_beside_a_product_is_what_decode_has():
+    """The trace of `--hardware host` has products only; what else runs is counted in a program."""
+    text, data = program("decode", 1, 8)
+    found = {"xla": 0.0, "kernel": 0.0, "product": 0.0}
+    for run in runs(text, data):
+        kind = run.kind if run.kind in found else "kernel"
+        found[kind] += run.times if run.kind != "exchange" else 0
+    assert BESIDE_A_PRODUCT["operator_s"] == pytest.approx(found["xla"] / found["product"], rel=0.4)
+    assert BESIDE_A_PRODUCT["norm_s"] == pytest.approx(found["kernel"] / found["product"], rel=0.4)
 
 
 def program(role, ep_size, batch):
@@ -88,11 +187,17 @@ def test_a_compiled_step_is_priced_by_stage(costs, role, batch):
     assert min(found.values()) > 0
     # Each cost is in it: twice of all is twice the price, and of rates half.
     slower = {
-        name: {at: value / 2 if name.endswith("per_s") or name.startswith("product") else value * 2 for at, value in of}
-        for name, of in ((name, points.items()) for name, points in costs.values.items())
+        name: {at: value / 2 if name.endswith("per_s") else value * 2 for at, value in points.items()}
+        for name, points in costs.values.items()
     }
     twice = price_program(text, HostCosts(costs.cores, costs.machine, slower), 2, data)
     assert sum(twice.values()) == pytest.approx(2 * sum(found.values()))
+    # And so is each kernel's own: where it is free, the step takes less.
+    for name in ("norm_s", "choose_score_s", "pack_row_s", "value_bf16_s", "expert_s"):
+        dearer = {**costs.values, name: {1: 1e-3}}
+        assert sum(price_program(text, HostCosts(costs.cores, costs.machine, dearer), 2, data).values()) > sum(
+            found.values()
+        )
     more = price_program(text, costs, 64, data)
     assert sum(more.values()) > sum(found.values())
 
@@ -116,7 +221,7 @@ def test_predicted_beside_measured(costs, tmp_path, monkeypatch, capsys):
     for one in report["results"]:
         assert one["predicted_s"] == pytest.approx(sum(one["stages_s"].values()))
         assert one["error"] == pytest.approx(one["predicted_s"] / one["measured_s"] - 1)
-    assert report["costs"]["values"]["kernel_s"].keys() == {"1", "8"}
+    assert report["costs"]["values"]["product_s"].keys() == {str(FEW), str(CROWD)}
     assert bench.tables(report)
     assert (
         main(["simulate", "step", "--model", str(tmp_path), "--hardware", "host", "--ep", "2", "--context", "100"]) == 0

@@ -1,0 +1,217 @@
+"""C++ kernels, each alone at a few sizes: what `cmjax.bench.calibrate` fits their costs to."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cmjax.model.cache import PagedKeys
+from cmjax.model.config import ModelConfig
+from cmjax.model.mla import CoreAttention, Softmax, absorbed_end, absorbed_part, absorbed_start, rms_norm
+from cmjax.model.params import AttentionParams
+from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn
+from cmjax.moe.dispatch import laid_out, packed_rows
+from cmjax.moe.router import choose_slots
+from cmjax.perf.host_work import HostData
+from cmjax.quant import linear
+
+_BLOCK = 16
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A kernel at one size.
+
+    Attributes:
+        call: of arrays, the first of which is made anew each time by adding next to nothing.
+        make: the arrays of one device.
+        repeats: calls in a row at most, each with arrays of its own, so that they are found where they then lie.
+        data: what the arrays say.
+    """
+
+    call: Callable[..., jax.Array]
+    make: Callable[[np.random.Generator], Arrays]
+    repeats: int = 4
+    data: HostData = dataclasses.field(default_factory=HostData)
+
+
+def probes() -> dict[str, list[Probe]]:
+    """Families of kernels whose costs are fitted together."""
+    return {
+        "norm": [_norm(*size) for size in ((8, 64), (8, 32), (8, 512), (512, 64), (64, 1024))],
+        "choose": [_choose(*size) for size in ((8, 256, 8), (2, 64, 4), (64, 64, 8), (256, 256, 8))],
+        "pack": [_pack(*size) for size in ((8, 64, 8, 256), (256, 64, 8, 64), (8, 512, 8, 512), (8, 64, 1, 16))],
+        "lay_out": [_lay_out(*size) for size in ((8, 1), (320, 1), (16, 64))],
+        "absorb": [_absorb(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
+        "release": [_release(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
+        "attend": [
+            _attend(*size)
+            for size in ((8, 4, 32, 256), (2, 4, 32, 256), (8, 16, 64, 128), (4, 4, 256, 128), (2, 32, 256, 128))
+        ],
+        "matrices": [*_products(), *_some_experts()],
+    }
+
+
+def mixed() -> Probe:
+    """Small kernels of all kinds in a row, with `float32[]` that depends on each."""
+    several = [_norm(8, 64), _product(8, 64, 96), _norm(8, 32), _absorb(8, 4, 16, 24), _attend(8, 4, 32, 256),
+               _release(8, 4, 16, 24), _product(8, 64, 64), _norm(8, 96), _product(8, 64, 256, np.float32),
+               _choose(8, 256, 8), _pack(8, 64, 8, 256), _lay_out(8, 8), _expert(16, 2, 64, 16),
+               _product(8, 32, 64)]  # fmt: skip
+    sizes: list[int] = []
+
+    def make(rng: np.random.Generator) -> Arrays:
+        made = [one.make(rng) for one in several]
+        sizes[:] = [len(arrays) for arrays in made]
+        return tuple(array for arrays in made for array in arrays)
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        found = jnp.zeros((), jnp.float32)
+        for one, size in zip(several, sizes, strict=True):
+            own, arrays = arrays[:size], arrays[size:]
+            found = found + one.call(*own).reshape(-1)[0].astype(jnp.float32)
+        return found
+
+    return Probe(call, make, 1, HostData(keys=256, rows=32, experts=16))
+
+
+def helped() -> list[Probe]:
+    """Kernels that take from a little to much longer than a helper takes to come."""
+    return [_attend(requests, 4, 32, 256, repeats=8 if requests < 16 else 2) for requests in (1, 3, 8, 24, 96, 384)]
+
+
+def _normal(rng: np.random.Generator, *shape: int, dtype: Any = jnp.bfloat16) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _norm(rows: int, width: int) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        return _normal(rng, rows, width), np.ones(width, np.float32)
+
+    return Probe(lambda x, weight: rms_norm(x, weight, 1e-6), make, 8)
+
+
+def _choose(tokens: int, experts: int, topk: int) -> Probe:
+    config = RouterConfig(num_experts=experts, num_topk=topk, num_expert_groups=4, num_topk_groups=2)
+
+    def make(rng: np.random.Generator) -> Arrays:
+        slots = np.arange(experts, dtype=np.int32)
+        return _normal(rng, tokens, experts, dtype=np.float32), slots, np.zeros(experts, np.float32)
+
+    def call(logits: jax.Array, slots: jax.Array, bias: jax.Array) -> jax.Array:
+        return choose_slots(logits, bias, config, slots, jnp.ones(tokens, jnp.bool_))[1]
+
+    return Probe(call, make)
+
+
+def _pack(tokens: int, width: int, topk: int, slots: int) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        return _normal(rng, tokens, width), rng.integers(0, slots, (tokens, topk)).astype(np.int32)
+
+    return Probe(lambda x, chosen: packed_rows(x, chosen, 1, slots, None)[0], make)
+
+
+def _lay_out(ranks: int, local: int) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        return (np.ones((ranks, 2, local), np.int32),)
+
+    return Probe(lambda announced: laid_out(announced)[0], make, 8)
+
+
+def _mla(heads: int, nope: int, latent: int, rope: int = 8) -> ModelConfig:
+    """As far as attention asks."""
+    return ModelConfig(
+        model_type="deepseek_v3", vocab_size=8, hidden_size=latent, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=heads, q_lora_rank=None, kv_lora_rank=latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope,
+        v_head_dim=nope, moe_intermediate_size=8, num_routed_experts=0, num_shared_experts=0, num_topk=0,
+        num_expert_groups=1, num_topk_groups=1, routed_scaling_factor=1.0, first_k_dense_replace=1,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+
+
+def _heads(kv_b: jax.Array) -> AttentionParams:
+    """Parameters of which only `kv_b` is looked at."""
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(AttentionParams)}
+    return AttentionParams(**{**fields, "kv_b": kv_b})
+
+
+def _absorb(tokens: int, heads: int, nope: int, latent: int) -> Probe:
+    config = _mla(heads, nope, latent)
+
+    def make(rng: np.random.Generator) -> Arrays:
+        q_nope, q_pe = (_normal(rng, tokens, heads, width) for width in (nope, 8))
+        return q_nope, q_pe, _normal(rng, heads, 2 * nope, latent)
+
+    def call(q_nope: jax.Array, q_pe: jax.Array, kv_b: jax.Array) -> jax.Array:
+        return absorbed_start(_heads(kv_b), config, q_nope, q_pe, tokens).query
+
+    return Probe(call, make)
+
+
+def _release(tokens: int, heads: int, value: int, latent: int) -> Probe:
+    config = _mla(heads, value, latent)
+
+    def make(rng: np.random.Generator) -> Arrays:
+        mixed = _normal(rng, tokens, heads, latent + 8, dtype=np.float32)
+        return np.ones((tokens, heads), np.float32), mixed, _normal(rng, heads, 2 * value, latent)
+
+    def call(total: jax.Array, mixed: jax.Array, kv_b: jax.Array) -> jax.Array:
+        core = CoreAttention(jnp.zeros(mixed.shape, kv_b.dtype), Softmax(total, total, mixed), tokens)
+        return absorbed_end(_heads(kv_b), config, core)
+
+    return Probe(call, make)
+
+
+def _attend(requests: int, rows: int, width: int, keys: int, repeats: int = 2) -> Probe:
+    config = _mla(rows, 8, width - 8)
+
+    def make(rng: np.random.Generator) -> Arrays:
+        table = rng.permutation(requests * keys // _BLOCK).astype(np.int32).reshape(requests, -1)
+        return _normal(rng, requests, rows, width), _normal(rng, 1, requests * keys, width), table
+
+    def call(query: jax.Array, cache: jax.Array, table: jax.Array) -> jax.Array:
+        state = Softmax.start(query.shape[:2], width)
+        paged = PagedKeys(cache, 0, table, _BLOCK, width)
+        lengths = jnp.full(requests, keys, jnp.int32)
+        return absorbed_part(config, CoreAttention(query, state, requests), paged, lengths).state.mixed
+
+    return Probe(call, make, repeats, HostData(keys=keys))
+
+
+def _products() -> Iterator[Probe]:
+    sizes = (
+        (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (256, 64, 256), (128, 512, 256),
+    )  # fmt: skip
+    for dtype in (jnp.bfloat16, np.float32):
+        yield from (_product(*size, dtype) for size in sizes)
+
+
+def _product(rows: int, width: int, out: int, dtype: Any = jnp.bfloat16) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        return _normal(rng, rows, width, dtype=dtype), _normal(rng, out, width, dtype=dtype)
+
+    return Probe(linear, make)
+
+
+def _some_experts() -> Iterator[Probe]:
+    sizes = ((16, 1, 64, 16), (8, 1, 256, 128), (32, 2, 64, 16), (1, 64, 64, 16), (16, 48, 64, 16), (4, 32, 256, 64))
+    return (_expert(*size) for size in sizes)
+
+
+def _expert(count: int, each: int, hidden: int, ffn: int) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        x, counts = _normal(rng, count * each, hidden), np.full(count, each, np.int32)
+        w13, w2 = _normal(rng, 1, count, 2 * ffn, hidden), _normal(rng, 1, count, hidden, ffn)
+        return x, counts, (w13 / hidden**0.5).astype(x.dtype), (w2 / ffn**0.5).astype(x.dtype)
+
+    def call(x: jax.Array, counts: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+        received, rows = ReceivedRows(x, counts, None), x.shape[0]
+        return expert_ffn(
+            received, MlpParams(w13, w2), 0, rows_per_block=1, expected_rows=rows, dtype=jnp.dtype(x.dtype)
+        )
+
+    return Probe(call, make, data=HostData(rows=count * each, experts=count))
