@@ -17,7 +17,7 @@ from cmjax.mesh.devices import (
     stored_width,
     virtual_devices,
 )
-from cmjax.mesh.memory import Memory
+from cmjax.mesh.memory import Memory, use_huge_pages
 from cmjax.mesh.planes import LinkFigures, Operation, Path, Plane, PlaneName, UbSwitches
 from cmjax.mesh.topology import InstanceSpec, Location, Role, Supernode, plan_instances
 
@@ -45,5 +45,6 @@ __all__ = [
     "num_cores",
     "plan_instances",
     "stored_width",
+    "use_huge_pages",
     "virtual_devices",
 ]

@@ -1,8 +1,13 @@
-"""The memory that an instance's devices may fill."""
+"""The memory that an instance's devices may fill, and its pages."""
 
+import ctypes
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+import mmap
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import psutil
@@ -31,3 +36,44 @@ class Memory:
 def _left(device: jax.Device) -> float:
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+
+
+_HUGE_PAGE = 2 << 20
+_MADV_COLLAPSE = 25  # Linux 6.1
+
+
+def use_huge_pages(arrays: Any) -> int:
+    """Have the host keep what it holds of a tree of arrays in huge pages, where it gives them: what is read from end to
+    end then misses the table of pages less often. Values and addresses stay.
+
+    Returns:
+        The bytes that are asked for: of arrays on CPU devices, without the ends that fill no huge page; 0 where the
+        system has none.
+    """
+    advise, total, seen = _advise(), 0, set()
+    if advise is None:
+        return 0
+    for array in jax.tree.leaves(arrays):
+        if array.nbytes < _HUGE_PAGE or next(iter(array.sharding.device_set)).platform != "cpu":
+            continue
+        for shard in array.addressable_shards:
+            first, num_bytes = shard.data.unsafe_buffer_pointer(), shard.data.nbytes
+            begin, end = -(-first // _HUGE_PAGE) * _HUGE_PAGE, (first + num_bytes) // _HUGE_PAGE * _HUGE_PAGE
+            if begin < end and begin not in seen:
+                seen.add(begin)  # a replicated array may be one buffer for all devices
+                advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+                advise(
+                    begin, end - begin, _MADV_COLLAPSE
+                )  # at once: pages that are there already are not looked at soon
+                total += end - begin
+    return total
+
+
+@functools.cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    """The C library's madvise; what it refuses stays as it is."""
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from cmjax.mesh import use_huge_pages
 from cmjax.model.config import ModelConfig
 from cmjax.model.params import LayerParams, MoeParams, Params, expert_kind, leaf_name, split_experts
 from cmjax.moe import ExpertPlacement, MlpParams, WireDtype
@@ -159,4 +160,6 @@ def place_params(params: Params, placement: ExpertPlacement | None, mesh: Mesh) 
     if mtp is not None:
         layer = _place_layers(mtp.layer, maps[num_moe:], placement, mesh)
         layers["mtp"] = dataclasses.replace(placed.mtp, layer=layer)
-    return dataclasses.replace(placed, **layers)
+    placed = dataclasses.replace(placed, **layers)
+    use_huge_pages(placed)
+    return placed
