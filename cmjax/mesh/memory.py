@@ -4,9 +4,8 @@ import ctypes
 import dataclasses
 import functools
 import math
-import mmap
-import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,40 +39,37 @@ def _left(device: jax.Device) -> float:
 
 _HUGE_PAGE = 2 << 20
 _MADV_COLLAPSE = 25  # Linux 6.1
+_TOLD = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages(arrays: Any) -> int:
     """Have the host keep what it holds of a tree of arrays in huge pages, where it gives them: what is read from end to
-    end then misses the table of pages less often. Values and addresses stay.
+    end then misses the table of pages less often. Values and addresses stay. Waits for the arrays.
 
     Returns:
-        The bytes that are asked for: of arrays on CPU devices, without the ends that fill no huge page; 0 where the
-        system has none.
+        The bytes that are in them then: of arrays on CPU devices, without the ends that fill no huge page; 0 where the
+        system has none, or is told not to use any.
     """
-    advise, total, seen = _advise(), 0, set()
-    if advise is None:
+    if not _TOLD.exists() or "[never]" in _TOLD.read_text():
         return 0
+    total, seen = 0, set()
     for array in jax.tree.leaves(arrays):
-        if array.nbytes < _HUGE_PAGE or next(iter(array.sharding.device_set)).platform != "cpu":
+        shard_bytes = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        if shard_bytes < _HUGE_PAGE or next(iter(array.sharding.device_set)).platform != "cpu":
             continue
         for shard in array.addressable_shards:
-            first, num_bytes = shard.data.unsafe_buffer_pointer(), shard.data.nbytes
-            begin, end = -(-first // _HUGE_PAGE) * _HUGE_PAGE, (first + num_bytes) // _HUGE_PAGE * _HUGE_PAGE
+            first = shard.data.unsafe_buffer_pointer()
+            begin, end = -(-first // _HUGE_PAGE) * _HUGE_PAGE, (first + shard_bytes) // _HUGE_PAGE * _HUGE_PAGE
             if begin < end and begin not in seen:
                 seen.add(begin)  # a replicated array may be one buffer for all devices
-                advise(begin, end - begin, mmap.MADV_HUGEPAGE)
-                advise(
-                    begin, end - begin, _MADV_COLLAPSE
-                )  # at once: pages that are there already are not looked at soon
-                total += end - begin
+                # At once: pages that are there already would not be looked at soon. What is refused stays as it is.
+                total += 0 if _madvise()(begin, end - begin, _MADV_COLLAPSE) else end - begin
     return total
 
 
 @functools.cache
-def _advise() -> Callable[[int, int, int], int] | None:
-    """The C library's madvise; what it refuses stays as it is."""
-    if sys.platform != "linux":
-        return None
+def _madvise() -> Callable[[int, int, int], int]:
+    """The C library's; 0 where the system did it."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return madvise

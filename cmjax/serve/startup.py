@@ -54,9 +54,10 @@ class Startup:
     ) -> None:
         self._fleet, self._tell, self._clock = fleet, tell, clock
         executors = fleet.executors
-        # One of each kind first: what it traces and lowers the others need not do again.
-        kinds = [one.spec for one in executors.values()]
-        names = sorted(executors, key=lambda name: kinds.index(executors[name].spec) < [*executors].index(name))
+        # One of each kind first: what it traces and lowers the others need not do again, where they come later.
+        kinds = {name: (one.role, one.spec) for name, one in executors.items()}
+        firsts = {kind: name for name, kind in reversed(kinds.items())}
+        names = sorted(executors, key=lambda name: firsts[kinds[name]] != name)
         self._steps = {name: in_order(executors[name].serving_variants()) for name in names}
         self._lock = threading.Lock()
         self._num_done = 0

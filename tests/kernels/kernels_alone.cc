@@ -120,6 +120,32 @@ void TestExperts(Type type, std::vector<int32_t> counts, int64_t hidden, int64_t
   }
 }
 
+// An expert's rows are the same alone as among others, however many they are and in whatever parts they are taken.
+void TestExpertRows(Type type, Type w2_type, const Helpers& helpers) {
+  const int64_t hidden = 130, ffn = 33, most = 330;
+  const Type dtype = type == Type::kS8 ? Type::kBF16 : type;
+  const auto scales = [](Type type, const std::vector<float>& all) { return type == Type::kS8 ? all.data() : nullptr; };
+  const std::vector<float> scale(2 * ffn + hidden, 0.01f);
+  Array x(dtype, most * hidden), w13(type, 2 * ffn * hidden), w2(w2_type, hidden * ffn);
+  const Experts one{{w13.data(), scales(type, scale), 2 * ffn, hidden, type},
+                    {w2.data(), scales(w2_type, scale), hidden, ffn, w2_type}, 1};
+  const int64_t stride = hidden * ItemBytes(dtype);
+  const auto run = [&](int64_t first, int32_t count, std::vector<char>& y) {
+    RunExperts({x.data() + first * stride, stride, hidden, dtype, nullptr, 0}, &count, one, {y.data(), hidden, dtype},
+               helpers);
+  };
+  std::vector<char> each(most * stride), alone(stride);
+  for (int64_t r = 0; r < most; ++r) {
+    run(r, 1, alone);
+    std::memcpy(each.data() + r * stride, alone.data(), stride);
+  }
+  for (int32_t count : {2, 12, 23, 24, 25, 48, 49, 79, 80, 84, 97, 144, 145, 160, 289, 330}) {
+    std::vector<char> y(count * stride);
+    run(0, count, y);
+    Check(std::memcmp(y.data(), each.data(), y.size()) == 0, "rows of an expert", count, ffn, hidden);
+  }
+}
+
 // Two tokens of a request, of which the second sees one key more, which is no number: the first is what it is alone.
 void TestUnseen(const Mla& mla, Array& cache, int64_t block_size, int32_t length) {
   const int64_t width = mla.latent + mla.rope, rows = 2 * mla.heads;
@@ -239,16 +265,21 @@ int main() {
     if (!UseForm(form)) continue;
     std::printf("%s\n", form);
     for (Type type : {Type::kF32, Type::kBF16, Type::kS8}) {
+      for (int64_t rows : {23, 24, 79, 80, 81}) TestProduct(type, rows, 70, 130);
       for (int64_t rows : {0, 1, 2, 5, 7, 49, 97, 200}) {
         for (int64_t out : {1, 3, 4, 65, 130}) {
           for (int64_t in : {1, 7, 16, 31, 64, 97}) TestProduct(type, rows, out, in);
         }
       }
       TestProduct(type, 3, 700, 512);  // large enough for helpers
+      TestProduct(type, 300, 384, 1100);  // rows of more than one group
       TestExperts(type, {}, 5, 3);
       TestExperts(type, {0}, 5, 3);
       TestExperts(type, {1, 0, 49, 7, 0, 97}, 37, 29);
       TestExperts(type, {0, 0, 130}, 64, 66);
+      TestExpertRows(type, type, kThreads);
+      TestExpertRows(type, type, {0, nullptr});
+      if (type == Type::kS8) TestExpertRows(type, Type::kBF16, kThreads);
       for (int64_t tokens : {1, 5, 400}) TestPack(type, tokens, 3, 4, 3, 31, false);
       if (type == Type::kS8) continue;
       for (int64_t tokens : {1, 5, 400}) TestPack(type, tokens, 8, 1, 7, 33, true);

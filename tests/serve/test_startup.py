@@ -52,7 +52,10 @@ class FakeFleet:
         self.executors = {name: self.executor(name, variants) for name, variants in steps.items()}
 
     def executor(self, spec, variants):
-        return types.SimpleNamespace(spec=spec, serving_variants=lambda: tuple(variants), prepare=self.prepare)
+        role = "decode" if spec == "decode" else "prefill"
+        return types.SimpleNamespace(
+            role=role, spec="of one size", serving_variants=lambda: tuple(variants), prepare=self.prepare
+        )
 
     def prepare(self, variant):
         self.now += 1.0
@@ -187,6 +190,7 @@ def counted():
 
 def test_instances_of_a_kind_are_traced_and_lowered_once(model, counted):
     """Each runs on devices of its own, and answers alike."""
+    jax.clear_caches()
     sizes = {"max_num_seqs_per_rank": 2, "max_model_len": 32, "max_num_batched_tokens": 32}
     engine = make_engine(model, 2, prefill_ep_size=2, num_prefill_instances=2, **sizes)
     prompts = [RNG.integers(8, 90, length).tolist() for length in (3, 14)]

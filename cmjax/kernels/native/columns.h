@@ -81,12 +81,13 @@ class Columns {
 
  public:
   static constexpr int64_t kCols = M::kManyVecs * D::kLanes;
+  static_assert(kCols <= kLaid);
 
   // `memory` is aligned, and has ColumnsScratch bytes. Where columns are fewer than kCols, the last one is there again.
   Columns(const Matrix& matrix, int64_t first, int64_t count, char* memory)
       : units_(U(matrix.in).of_lane),
         offsets_(reinterpret_cast<int32_t*>(memory)),
-        data_(reinterpret_cast<float*>(memory + kColBlock * 4)) {
+        data_(reinterpret_cast<float*>(memory + Padded(kLaid * 4))) {
     for (int64_t col = 0; col < kCols; col += 8) {
       const W* w[8];
       for (int64_t o = 0; o < 8; ++o) {

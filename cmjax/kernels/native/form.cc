@@ -86,7 +86,7 @@ inline void PutStaged(float* floats, int64_t width, bool is_by_lane, char* to) {
   PutByLane<D>(floats, width, reinterpret_cast<float*>(to));
 }
 
-void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const StagedTo& staged,
+void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const Staged& staged,
            float* floats) {
   const int64_t width = rows.width, padded = Padded(width);
   for (int64_t r = 0; r < count; ++r) {
@@ -225,33 +225,43 @@ inline void Write(const float* values, int64_t num_rows, int64_t row, int64_t co
   }
 }
 
+// Rows of a product whose columns are laid side by side stay in the second-level cache.
+constexpr int64_t kRowsBytes = 1 << 20;
+
 template <class D>
 void ProductOf(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
                const Target& target, char* scratch) {
-  const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
   // Of some columns: for each block of rows, about as large as the others, what `put` makes the sums.
-  const auto each_block = [&](int64_t col, int64_t cols, const auto& put) {
+  const auto each_block = [&](int64_t begin, int64_t end, int64_t col, int64_t cols, const auto& put) {
+    const int64_t blocks = (end - begin + kRowBlock - 1) / kRowBlock;
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t row = num_rows * i / blocks, here = num_rows * (i + 1) / blocks - row;
-      const float* scales = rows.scales == nullptr ? nullptr : rows.scales + row;
+      const int64_t row = begin + (end - begin) * i / blocks, here = begin + (end - begin) * (i + 1) / blocks - row;
+      float* scales = rows.scales == nullptr ? nullptr : rows.scales + row;
       const Staged block{rows.data + row * rows.stride, rows.stride, scales, rows.is_by_lane};
       put(block, here, reinterpret_cast<typename D::Sum*>(scratch));
       Scale<D>(block, here, w, col, cols, scratch);
       Write(reinterpret_cast<float*>(scratch), here, row, col, cols, target);
     }
   };
-  const int64_t step = rows.is_by_lane ? Columns<D>::kCols : kColBlock;
-  for (int64_t col = first; col < first + count; col += step) {
-    const int64_t cols = Least(step, first + count - col);
-    if (rows.is_by_lane) {
-      const Columns<D> columns(w, col, cols, scratch + kRowBlock * kColBlock * 4);
-      each_block(col, cols, [&](const Staged& block, int64_t here, typename D::Sum* sums) {
-        columns.Sums(block, here, sums, kColBlock);
-      });
-    } else {
-      each_block(col, cols, [&](const Staged& block, int64_t here, typename D::Sum* sums) {
+  if (!rows.is_by_lane) {
+    for (int64_t col = first; col < first + count; col += kColBlock) {
+      const int64_t cols = Least(kColBlock, first + count - col);
+      each_block(0, num_rows, col, cols, [&](const Staged& block, int64_t here, typename D::Sum* sums) {
         Sums<D>(block, here, w, col, cols, sums, kColBlock);
       });
+    }
+    return;
+  }
+  const int64_t groups =
+      Least((num_rows * rows.stride + kRowsBytes - 1) / kRowsBytes, (num_rows + kManyBlock - 1) / kManyBlock);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t col = first; col < first + count; col += Columns<D>::kCols) {
+      const int64_t cols = Least(Columns<D>::kCols, first + count - col);
+      const Columns<D> columns(w, col, cols, scratch + kRowBlock * kColBlock * 4);
+      each_block(num_rows * g / groups, num_rows * (g + 1) / groups, col, cols,
+                 [&](const Staged& block, int64_t here, typename D::Sum* sums) {
+                   columns.Sums(block, here, sums, kColBlock);
+                 });
     }
   }
 }
@@ -263,10 +273,9 @@ void Product(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t firs
   if (w.type == Type::kS8) ProductOf<DotS8>(rows, num_rows, w, first, count, target, scratch);
 }
 
-void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
+void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, const Matrix& w13, const Matrix& w2,
             const Target& target, char* scratch) {
   const int64_t ffn = w2.in, middle_stride = Padded(ffn);
-  const bool is_many = IsByLane(w13.type, num_rows);
   const auto take = [&scratch](int64_t bytes) {
     char* taken = scratch;
     scratch += Padded(bytes);
@@ -274,20 +283,19 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
   };
   const auto staged = [&](int64_t width) {
     char* data = take(num_rows * StagedStride(width));
-    return StagedTo{data, StagedStride(width), reinterpret_cast<float*>(take(num_rows * 4)), is_many};
+    return Staged{data, StagedStride(width), reinterpret_cast<float*>(take(num_rows * 4)), is_by_lane};
   };
-  const StagedTo in = staged(rows.width), between = staged(ffn);
+  const Staged in = staged(rows.width), between = staged(ffn);
   auto* middle = reinterpret_cast<float*>(take(num_rows * middle_stride * 4));
   auto* floats = reinterpret_cast<float*>(take(StagedStride(rows.width > ffn ? rows.width : ffn)));
   char *gate = take(num_rows * kColBlock * 4), *up = take(num_rows * kColBlock * 4);
 
   const auto values = w13.type == Type::kF32 ? Values<DotF32> : w13.type == Type::kBF16 ? Values<DotBF16> : Values<DotS8>;
   Stage(rows, first, num_rows, w13.type, target.type, in, floats);
-  const Staged read{in.data, in.stride, in.scales, is_many};
   for (int64_t col = 0; col < ffn; col += kColBlock) {
     const int64_t cols = Least(kColBlock, ffn - col);
-    values(read, num_rows, w13, col, cols, gate, scratch);
-    values(read, num_rows, w13, ffn + col, cols, up, scratch);
+    values(in, num_rows, w13, col, cols, gate, scratch);
+    values(in, num_rows, w13, ffn + col, cols, up, scratch);
     for (int64_t r = 0; r < num_rows; ++r) {
       const float* g = reinterpret_cast<const float*>(gate) + r * kColBlock;
       const float* u = reinterpret_cast<const float*>(up) + r * kColBlock;
@@ -305,7 +313,7 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
   }
   const Rows middle_rows{reinterpret_cast<const char*>(middle), middle_stride * 4, ffn, Type::kF32, nullptr, 0};
   Stage(middle_rows, 0, num_rows, w2.type, Type::kF32, between, floats);
-  Product({between.data, between.stride, between.scales, is_many}, num_rows, w2, 0, w2.out, target, scratch);
+  Product(between, num_rows, w2, 0, w2.out, target, scratch);
 }
 
 #include "attention.h"
@@ -314,7 +322,7 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
-const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, IsByLane, Stage, Product, Expert, Quantize, Norm, Choose,
-                                             Absorb, Attend, Release};
+const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, IsByLane, Stage, Product, Expert,
+                                         Quantize, Norm, Choose, Absorb, Attend, Release};
 
 }  // namespace cmjax

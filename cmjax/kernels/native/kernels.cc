@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -108,7 +109,7 @@ void Parallel(const Helpers& helpers, int64_t count, std::function<void(int64_t)
 
 // Below this much work a helper comes too late: bytes of weights and multiplications, as nanoseconds of one core.
 bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
-  return values * item_bytes / 12 + num_rows * values / 40 > 15000;
+  return values * item_bytes / 12 + num_rows * values / 40 > 8000;
 }
 
 // task(row) for all rows, each of which takes about `values` cheap operations.
@@ -145,28 +146,28 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
   const Form& form = CurrentForm();
   const Helpers alone{0, nullptr};
   const Helpers& help = IsWorthHelp(num_rows, w.out * w.in, ItemBytes(w.type)) ? helpers : alone;
-  Staged staged{rows.data, rows.stride, nullptr, form.is_by_lane(w.type, num_rows)};
+  Staged staged{const_cast<char*>(rows.data), rows.stride, nullptr, form.is_by_lane(w.type, num_rows)};
   if (staged.is_by_lane || !form.reads_in_place(rows, w.type)) {
-    const int64_t stride = StagedStride(rows.width);
-    char* memory = Scratch(0, num_rows * (stride + 4));
-    auto* scales = reinterpret_cast<float*>(memory + num_rows * stride);
+    staged.stride = StagedStride(rows.width);
+    staged.data = Scratch(0, num_rows * (staged.stride + 4));
+    staged.scales = reinterpret_cast<float*>(staged.data + num_rows * staged.stride);
     const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
-    Parallel(num_rows >= 4 * kRowBlock ? help : alone, blocks, [&](int64_t i) {
+    Parallel(staged.is_by_lane || num_rows >= 4 * kRowBlock ? help : alone, blocks, [&](int64_t i) {
       const int64_t first = i * kRowBlock, here = std::min(kRowBlock, num_rows - first);
       auto* floats = reinterpret_cast<float*>(Scratch(1, StagedStride(rows.width)));
-      const StagedTo to{memory + first * stride, stride, scales + first, staged.is_by_lane};
+      const Staged to{staged.data + first * staged.stride, staged.stride, staged.scales + first, staged.is_by_lane};
       form.stage(rows, first, here, w.type, dtype, to, floats);
     });
-    staged = {memory, stride, scales, staged.is_by_lane};
   }
   // A few tasks a thread, so that none waits long for another; whole blocks of columns where there are many.
   const int64_t wanted = help.count == 0 ? 1 : 4 * (help.count + 1);
-  const int64_t step = w.out / wanted >= kColBlock ? kColBlock : 16;
+  const int64_t step = w.out / wanted >= kColBlock ? kColBlock : staged.is_by_lane ? kLaid : 16;
   const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step);
   Parallel(help, (w.out + cols - 1) / cols, [&](int64_t i) {
     const int64_t first = i * cols;
     form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target,
                  Scratch(1, ProductScratch(w.in, staged.is_by_lane)));
+    TrimScratch(1);
   });
   TrimScratch(0);
 }
@@ -176,15 +177,21 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
   const Form& form = CurrentForm();
   struct Part {
     int64_t expert, first, num_rows;
+    bool is_by_lane;
   };
   std::vector<Part> parts;
+  const int64_t total = std::accumulate(counts, counts + experts.count, int64_t{0});
+  const int64_t share = (total + helpers.count) / (helpers.count + 1);  // of a thread
   int64_t first = 0;
   for (int64_t e = 0; e < experts.count; ++e) {
     // Blocks of about one size, in whole tiles of rows.
-    const int64_t most = form.is_by_lane(experts.w13.type, counts[e]) ? kManyBlock : kRowBlock, blocks = (counts[e] + most - 1) / most;
-    const int64_t size = blocks == 0 ? 0 : ((counts[e] + blocks - 1) / blocks + 11) / 12 * 12;
-    for (int64_t done = 0; done < counts[e]; done += size) {
-      parts.push_back({e, first + done, std::min(size, counts[e] - done)});
+    const bool is_by_lane = form.is_by_lane(experts.w13.type, counts[e]);
+    const int64_t most = is_by_lane ? std::min(kManyBlock, std::max(kRowBlock, share)) : kRowBlock;
+    const int64_t blocks = (counts[e] + most - 1) / most;
+    for (int64_t i = 0, done = 0; i < blocks; ++i) {
+      const int64_t end = i + 1 == blocks ? counts[e] : (counts[e] * (i + 1) / blocks + 6) / 12 * 12;
+      parts.push_back({e, first + done, end - done, is_by_lane});
+      done = end;
     }
     first += counts[e];
   }
@@ -202,8 +209,9 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
     };
     Target to = target;
     to.data += part.first * target.width * ItemBytes(target.type);
-    form.expert(rows, part.first, part.num_rows, own(experts.w13), own(experts.w2), to,
-                Scratch(1, ExpertScratch(hidden, ffn, part.num_rows, form.is_by_lane(experts.w13.type, part.num_rows))));
+    form.expert(rows, part.first, part.num_rows, part.is_by_lane, own(experts.w13), own(experts.w2), to,
+                Scratch(1, ExpertScratch(hidden, ffn, part.num_rows, part.is_by_lane)));
+    TrimScratch(1);
   });
 }
 

@@ -28,17 +28,9 @@ struct Matrix {
 
 // Rows in the form that products read: padded with zeros up to whole vectors; or by lane, see columns.h.
 struct Staged {
-  const char* data;
-  int64_t stride;       // bytes
-  const float* scales;  // of int8 rows
-  bool is_by_lane;
-};
-
-// Where staged rows are put.
-struct StagedTo {
   char* data;
-  int64_t stride;
-  float* scales;
+  int64_t stride;  // bytes
+  float* scales;   // of int8 rows
   bool is_by_lane;
 };
 
@@ -68,16 +60,17 @@ struct Softmax {
   float *peak, *total, *mixed;
 };
 
-// Rows that an expert takes at a time, and rows and columns whose results stay in the first-level cache; rows that it
-// takes at a time where they are staged by lane; the widest vector, and keys that attention takes at a time.
-constexpr int64_t kRowBlock = 48, kColBlock = 64, kManyBlock = 144, kPad = 64, kChunk = 64;
+// Rows that an expert takes at a time, and how many where they are staged by lane; columns of a block of results, which
+// stays in the first-level cache; at most so many columns laid side by side, see columns.h; the widest vector; and keys
+// that attention takes at a time.
+constexpr int64_t kRowBlock = 48, kManyBlock = 144, kColBlock = 64, kLaid = 32, kPad = 64, kChunk = 64;
 
 inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
 inline int64_t ItemBytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBF16 ? 2 : 1; }
 
-// Bytes that one row takes when staged, at most, and the scratch memory of the two calls below.
+// Bytes that one row takes when staged, at most, and the scratch memory of a form's calls.
 inline int64_t StagedStride(int64_t width) { return Padded(width) * 4; }
-inline int64_t ColumnsScratch(int64_t in) { return kColBlock * (StagedStride(in) + 4); }
+inline int64_t ColumnsScratch(int64_t in) { return Padded(kLaid * 4) + kLaid * StagedStride(in); }
 inline int64_t ProductScratch(int64_t in, bool is_by_lane) {
   return kRowBlock * kColBlock * 4 + (is_by_lane ? ColumnsScratch(in) : 0);
 }
@@ -115,18 +108,19 @@ struct Form {
   const char* name;
   // Whether products by matrices of `weights` can read these rows where they are.
   bool (*reads_in_place)(const Rows& rows, Type weights);
-  // Whether so many rows are staged by lane for matrices of `weights`, whose columns are then laid side by side.
+  // Whether so many rows are faster staged by lane for matrices of `weights`, whose columns are then laid side by side:
+  // 12 of them or more.
   bool (*is_by_lane)(Type weights, int64_t num_rows);
   // Stages `count` rows from `first` on for matrices of `weights`, to `staged` as that says; floats are first rounded to
   // `dtype`. `floats` is scratch memory for one padded row.
-  void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const StagedTo& staged,
+  void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const Staged& staged,
                 float* floats);
   // target[0:num_rows, first:first + count] = rows * matrix^T for outputs from `first` on.
   void (*product)(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
                   const Target& target, char* scratch);
   // target[0:num_rows] = w2 (silu(gate) * up), where w13 gives gate and up. Values between the two products are rounded
   // to the target's type.
-  void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, const Matrix& w13, const Matrix& w2,
+  void (*expert)(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, const Matrix& w13, const Matrix& w2,
                  const Target& target, char* scratch);
   // to = the row in int8; its scale is returned. `floats` is scratch memory for one padded row.
   float (*quantize)(const Rows& rows, int64_t row, int8_t* to, float* floats);
