@@ -25,8 +25,10 @@ def _among(costs: HostCosts, devices: int) -> Hardware:
     turns, measured = costs.turns(devices), "measured alone on this machine"
     rate = costs.at("memory_bytes_per_s", devices) / devices
     flops = 2.0 * _ROWS * _WIDTH**2
+    # Not below what it takes to read the matrix, whatever noise made of the costs.
+    counted = {kind: matrix_amounts(kind, _ROWS, _WIDTH, _WIDTH) for kind in ("bf16", "f32")}
     bf16, f32 = (
-        flops / (turns * costs.of(matrix_amounts(kind, _ROWS, _WIDTH, _WIDTH)[0], devices)) for kind in ("bf16", "f32")
+        flops / max(turns * costs.of(amounts, devices), num_bytes / rate) for amounts, num_bytes in counted.values()
     )
     exchange, ragged = (turns * costs.at(name, devices) if devices > 1 else 0.0 for name in ("exchange_s", "ragged_s"))
     beside = costs.of(BESIDE_A_PRODUCT, devices)

@@ -1,6 +1,7 @@
 """This machine: calibrated by single operators, steps priced by their compiled programs, predicted beside measured."""
 
 import ast
+import dataclasses
 import inspect
 import json
 
@@ -236,6 +237,16 @@ def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
     assert "GiB for weights and cache" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(UserError, match="EP 1000 needs 1000 devices"):
         bench.instance_of(CONFIG, bench.Case("decode", 1000, 1), 2)
+
+
+def test_a_product_takes_no_less_than_reading_its_matrix(costs):
+    """Where noise had its costs come out as nothing."""
+    values = {name: dict.fromkeys(points, 0.0) if "tile" in name or "value" in name else points
+              for name, points in costs.values.items()}  # fmt: skip
+    free = dataclasses.replace(costs, values=values | {"staged_s": {1: 0.0}, "stored_s": {1: 0.0}})
+    one = host_hardware(free)
+    assert one.peak_bf16 == pytest.approx(64 * one.memory_bytes_per_s)  # 64 rows, two operations for two bytes
+    assert one.peak_f32 == pytest.approx(32 * one.memory_bytes_per_s)
 
 
 def test_devices_share_the_machine(costs):
