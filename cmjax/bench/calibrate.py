@@ -99,7 +99,7 @@ class _Devices:
         self.turns = turns  # that a core takes
         self.mesh = Mesh(np.array(devices, dtype=object), (EP_AXIS,))
         self.count = len(devices)
-        self._turn = _in_turns(self.count)
+        self.turn = _in_turns(self.count)
         self._alone: dict[Any, tuple[float, str]] = {}
         self._programs: list[_Timed] = []
         self._next = 0
@@ -149,7 +149,7 @@ class _Devices:
         self, body: Body, x: np.ndarray, *others: np.ndarray, data: HostData = _NO_DATA
     ) -> tuple[dict[str, float], float]:
         """`(amounts, seconds)` of a body on a device and its core, where each device then waits for the others."""
-        turn, key = self._turn, (x.shape, x.dtype.name)
+        turn, key = self.turn, (x.shape, x.dtype.name)
         if key not in self._alone:
             self._alone[key] = self.seconds(turn, x)
         alone, base = self._alone[key]
@@ -255,7 +255,7 @@ def _in_a_row(on: _Devices, costs: HostCosts) -> None:
 
     def alone(x: jax.Array, own: jax.Array, *arrays: jax.Array) -> jax.Array:
         own, x = lax.optimization_barrier((own, x))
-        return _in_turns(on.count)(x + own.sum() * 1e-20)
+        return on.turn(x + own.sum() * 1e-20)
 
     def among(x: jax.Array, own: jax.Array, *arrays: jax.Array) -> jax.Array:
         *given, x = lax.optimization_barrier((*arrays[:count], x))
@@ -273,9 +273,8 @@ def _helped(on: _Devices, costs: HostCosts) -> None:
     """Where other threads are asleep when they are called, as between the operators of a step."""
 
     def pause(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 10_000, lambda _, x: x * 0.9999 + 1e-20, turn(x))
+        return lax.fori_loop(0, 10_000, lambda _, x: x * 0.9999 + 1e-20, on.turn(x))
 
-    turn = _in_turns(1)
     if 2 * on.count > costs.cores:
         return
     found = []
@@ -290,9 +289,9 @@ def _helped(on: _Devices, costs: HostCosts) -> None:
 
 def _exchanges(on: _Devices, costs: HostCosts) -> None:
     """Costs of a rank, as are those of operators: what all wait for, over their turns."""
-    count, turns = on.count, costs.turns(on.count)
+    count, turns = on.count, on.turns
     x = np.ones(1, np.float32)
-    between, _ = on.seconds(_in_turns(count), x)
+    between, _ = on.seconds(on.turn, x)
     small = np.ones((count, _WIDTH), np.float32)
     empty, _ = on.seconds(_ragged(count, 1, 0), small)
     many = 16

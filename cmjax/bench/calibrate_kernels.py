@@ -12,8 +12,7 @@ from cmjax.model.cache import PagedKeys
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import CoreAttention, Softmax, absorbed_end, absorbed_part, absorbed_start, rms_norm
 from cmjax.model.params import AttentionParams
-from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn
-from cmjax.moe.dispatch import laid_out, packed_rows
+from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn, laid_out, packed_rows
 from cmjax.moe.router import choose_slots
 from cmjax.perf.host_work import HostData
 from cmjax.quant import linear
@@ -62,12 +61,10 @@ def mixed() -> Probe:
                _release(8, 4, 16, 24), _product(8, 64, 64), _norm(8, 96), _product(8, 64, 256, np.float32),
                _choose(8, 256, 8), _pack(8, 64, 8, 256), _lay_out(8, 8), _expert(16, 2, 64, 16),
                _product(8, 32, 64)]  # fmt: skip
-    sizes: list[int] = []
+    sizes = [len(one.make(np.random.default_rng(0))) for one in several]
 
     def make(rng: np.random.Generator) -> Arrays:
-        made = [one.make(rng) for one in several]
-        sizes[:] = [len(arrays) for arrays in made]
-        return tuple(array for arrays in made for array in arrays)
+        return tuple(array for one in several for array in one.make(rng))
 
     def call(*arrays: jax.Array) -> jax.Array:
         found = jnp.zeros((), jnp.float32)

@@ -55,7 +55,7 @@ def carve(layout: InstanceLayout) -> Pools:
 
 def ease_collector() -> None:
     """Have Python's collector pass over what is there now, model and compiled steps, and look less often at what comes:
-    tracing and serving make many small objects, each of which would bring the next look at everything nearer."""
+    a server makes many small objects, each of which would bring the next look at everything nearer."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -130,7 +130,6 @@ def start_engine(
     `Engine.start`; `cache`: its prefix cache, by default none."""
     pools = carve(layout)
     model = load_in(path, formats, engine.get("max_num_seqs_per_rank"))
-    ease_collector()
     settings = engine.make(max_model_len=min(DEFAULT_MODEL_LEN, model.config.max_position_embeddings))
     with memory_errors(settings):
         started = Engine(model, pools, settings=settings, cache=cache)

@@ -137,12 +137,13 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
     held = program.held(one) or [one]
     inside = {each.name: each.shape for each in held} if held != [one] else dict(shapes)
     dots = [inner for inner in held if inner.operation == "dot"]
+    touched = _touched(held, inside)
     return {
         "operator_s": 1,
         # What several threads are to do waits for them.
         "parted_s": float('"outer_dimension_partitions":["' in one.rest),
-        "library_s": float("__ynn_fusion" in one.rest and _touched(held, inside) > _CLOSE_BYTES),
-        "touched_s": (touched := _touched(held, inside)),
+        "library_s": float("__ynn_fusion" in one.rest and touched > _CLOSE_BYTES),
+        "touched_s": touched,
         "spilled_s": max(touched - _CLOSE_BYTES, 0.0),
         "worked_s": sum(shape_elements(inner.shape) for inner in held if not _is_plain(inner)),
         "bent_s": sum(shape_elements(inner.shape) for inner in held if inner.operation in _BENDING),

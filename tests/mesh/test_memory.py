@@ -28,7 +28,7 @@ def test_large_arrays_are_in_huge_pages_and_what_they_were():
     np.testing.assert_array_equal(np.asarray(tree["cut"]), values)
     np.testing.assert_array_equal(np.asarray(tree["all"]), values)
     assert use_huge_pages({"small": tree["small"]}) == 0
-    if not moved:
+    if not moved:  # before Linux 6.1, where none are free, and where an administrator wants none
         pytest.skip("the system gives no huge pages")
     # Whole huge pages of each shard, all but the ends; a replicated buffer once, or once a device.
     assert moved % HUGE == 0

@@ -33,7 +33,7 @@ inline void PutByLane(const float* from, int64_t in, float* to) {
 // sums[0:kTileOfMany, 0:columns laid side by side] of rows by lane, `units` of each lane, which are `stride` apart.
 template <class M>
 inline void ManyTile(const float* x, int64_t stride, const float* columns, const int32_t* offsets, int64_t units,
-                      typename M::Sum* sums, int64_t width) {
+                     typename M::Sum* sums, int64_t width) {
   constexpr int kVecs = M::kManyVecs, kRows = M::kTileOfMany;
   const int64_t count = units * M::kLanes / M::kParts;
   typename M::Acc acc[kRows][kVecs], waiting[M::kLevels][kRows][kVecs];
