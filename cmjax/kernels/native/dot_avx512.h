@@ -127,8 +127,12 @@ struct DotS8 : Whole {
   static XVec SpreadUnit(const float* unit) { return _mm512_castps_si512(_mm512_set1_ps(*unit)); }
   static WVec LoadW(const W* w) { return _mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return _mm512_loadu_si512(x); }
-  static Acc Add(Acc acc, XVec x, WVec w) { return _mm512_dpbusd_epi32(acc, x, w); }
-  static Acc Offset(Acc acc, WVec w) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), w); }
+  // By the intrinsic, GCC 12 moves each sum out and in again around every instruction, a third of the time.
+  static Acc Add(Acc acc, XVec x, WVec w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    return acc;
+  }
+  static Acc Offset(Acc acc, WVec w) { return Add(acc, _mm512_set1_epi8(1), w); }
   static X Stage(int value) { return static_cast<X>(value + 128); }
 };
 
