@@ -24,6 +24,7 @@ from cmjax.mesh import EP_AXIS, bring_up
 from cmjax.model import ModelConfig, head_shards
 from cmjax.perf.host import HostCosts, price_program
 from cmjax.perf.host_work import HostData
+from cmjax.quant import QuantMode
 from cmjax.serve import EngineSettings
 from cmjax.serve.instances import AbstractInstance
 from cmjax.targets.running import run_step
@@ -59,16 +60,17 @@ def run(
     costs: HostCosts,
     cases: Sequence[Case],
     *,
+    quant: QuantMode | None = None,
     num_steps: int = 4,
     rounds: int = 7,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> JsonObject:
-    """Predict and measure each case; the report that JSON can hold."""
+    """Predict and measure each case, of a model whose large matrices are stored so; the report that JSON can hold."""
     bring_up(max(case.ep_size for case in cases))
     results = []
     for index, case in enumerate(cases):
         tell(f"{case.role} at EP{case.ep_size}", index, len(cases))
-        instance = instance_of(config, case, num_steps)
+        instance = instance_of(config, case, num_steps, quant)
         _check_fits(instance, case)
         compiled = instance.trace().lower().compile()
         calls = num_steps if case.role == "decode" else 1
@@ -89,6 +91,7 @@ def run(
     return {
         "benchmark": "host",
         "machine": machine(),
+        "weights": quant or "bfloat16",
         "costs": costs.to_json(),
         "results": results,
         "mean_absolute_error": sum(errors) / len(errors),
@@ -106,7 +109,7 @@ def kept(path: Path) -> HostCosts | None:
     return costs if costs.machine == machine() else None
 
 
-def instance_of(config: ModelConfig, case: Case, num_steps: int) -> AbstractInstance:
+def instance_of(config: ModelConfig, case: Case, num_steps: int, quant: QuantMode | None = None) -> AbstractInstance:
     """On the virtual devices that are here."""
     is_decode = case.role == "decode"
     settings = EngineSettings(
@@ -120,7 +123,7 @@ def instance_of(config: ModelConfig, case: Case, num_steps: int) -> AbstractInst
     if len(devices) < case.ep_size:
         raise UserError(f"EP {case.ep_size} needs {case.ep_size} devices, there are {len(devices)}")
     mesh = Mesh(np.array(devices[: case.ep_size], dtype=object), (EP_AXIS,))
-    return AbstractInstance(case.role, config, settings, mesh, jnp.dtype(jnp.bfloat16))
+    return AbstractInstance(case.role, config, settings, mesh, jnp.dtype(jnp.bfloat16), quant)
 
 
 def _check_fits(instance: AbstractInstance, case: Case) -> None:

@@ -13,6 +13,7 @@ from cmjax.cli.tables import print_report
 if TYPE_CHECKING:
     from cmjax.perf.hardware import Hardware
     from cmjax.perf.host import HostCosts
+    from cmjax.quant import QuantMode
 
 _RANKS = (1, 8, 64, 320)
 
@@ -71,10 +72,11 @@ def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, 
     from cmjax.checkpoint.configs import find_config
     from cmjax.mesh import bring_up
 
-    config = find_config(model).config
+    found = find_config(model)
     bring_up(max(*ep, *_RANKS))
     costs = _calibrated(is_anew)
     cases = [bench.Case("decode", one, batch) for one in ep] + [bench.Case("prefill", one, tokens) for one in ep]
     with shown_progress("steps") as tell:
-        report = bench.run(config, costs, cases, rounds=rounds, tell=tell)
+        quant: QuantMode | None = "int8" if found.is_int8 else None
+        report = bench.run(found.config, costs, cases, quant=quant, rounds=rounds, tell=tell)
     print_report(report, bench.tables(report), as_json)

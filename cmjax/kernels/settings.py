@@ -1,5 +1,6 @@
 """Which form of the operators runs: C++ or XLA's."""
 
+import ctypes
 import dataclasses
 import logging
 import threading
@@ -21,6 +22,32 @@ class KernelStatus:
 
     form: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How C++ products by matrices of one type are made on this CPU.
+
+    Attributes:
+        step: values of a row that a product takes at a time.
+        tile_rows: rows that take the weights as they are read once, at most.
+        many_rows: from so many rows on, these are staged by lane and columns laid side by side.
+        many_tile: rows that take the weights as they are read once, there.
+        is_read_in_place: whether fewer rows of the matrix's own type are read where they are, if whole steps.
+        many_block: rows of an expert that columns are laid for at a time, at most; of a product, at least.
+        many_bytes: of staged rows of a product that columns are laid for at a time, at most.
+    """
+
+    step: int
+    tile_rows: int
+    many_rows: int
+    many_tile: int
+    is_read_in_place: bool
+    many_block: int
+    many_bytes: int
+
+
+_TYPES = ("f32", "bf16", "s8")  # in the order of the library's own
 
 
 class _Settings:
@@ -90,3 +117,18 @@ def status(platform: str) -> dict[str, KernelStatus]:
         form = f"native {loaded.library.cmjax_kernels_form().decode()}" if loaded.library else "xla"
         status = KernelStatus(form, loaded.reason)
     return dict.fromkeys(build.HANDLERS, status)
+
+
+def tiling(kind: str) -> Tiling:
+    """Of products by matrices of "f32", "bf16" or "s8", in the form in use.
+
+    Raises:
+      UserError: the kernels cannot be built here.
+    """
+    loaded = build.load()
+    if loaded.library is None:
+        raise UserError(f"no C++ kernels: {loaded.reason}")
+    found = (ctypes.c_int64 * len(dataclasses.fields(Tiling)))()
+    loaded.library.cmjax_kernels_tiling(_TYPES.index(kind), found)
+    step, tile_rows, many_rows, many_tile, is_read_in_place, many_block, many_bytes = found
+    return Tiling(step, tile_rows, many_rows, many_tile, bool(is_read_in_place), many_block, many_bytes)

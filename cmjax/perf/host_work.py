@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from cmjax.kernels import Tiling, tiling
 from cmjax.perf.work import STAGES
 from cmjax.targets.hlo import Instruction, Program, array_shapes, shape_bytes, shape_elements
 
@@ -42,10 +43,9 @@ _PLAIN = (
     "dynamic-update-slice", "reshape", "transpose", "copy", "concatenate", "dot", *_INDEXED, *_REDUCING, *_BENDING,
 )  # fmt: skip
 _WHOLE = ("parameter", "dynamic-update-slice", "bitcast", "constant", "scatter", "tuple")
-_TILE_ROWS = {"bf16": 6, "f32": 6, "s8": 6}
-_STEP = {"bf16": 32, "f32": 16, "s8": 64}  # values of a row that a product takes at a time
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s8": 1}
 _LANES = 16
+_PADDED = 64  # values that a staged row is padded to
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
 
@@ -246,11 +246,12 @@ def _choose(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 
 def _pack(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    (kind, (rows, width)), (_, offsets) = results[0], results[2]
+    (given, (tokens, hidden)), (kind, (rows, width)), (_, offsets) = arrays[0], results[0], results[2]
     return {
         "pack_row_s": rows,
         "pack_slot_s": math.prod(offsets),
         "pack_byte_s": rows * shape_bytes(f"{kind}[{width}]"),
+        "quantized_s": tokens * _whole(hidden) if kind == "s8" and given != kind else 0.0,
     }, 0.0
 
 
@@ -271,10 +272,11 @@ def _absorb(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 def _release(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     kind, (_, heads, _, latent) = next(one for one in arrays if len(one[1]) == 4)
     tokens, values = results[0][1]
-    each = values / heads * _whole(latent, _STEP[kind])
+    how = tiling(kind)
+    each = values / heads * _whole(latent, how.step)
     return {
         "release_row_s": tokens * heads * (_whole(latent) + values / heads),
-        "release_tile_s": heads * math.ceil(tokens / _TILE_ROWS[kind]) * each,
+        "release_tile_s": heads * math.ceil(tokens / how.tile_rows) * each,
         "release_value_s": tokens * heads * each,
     }, 0.0
 
@@ -290,34 +292,58 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     }, 0.0
 
 
-def matrix_amounts(kind: str, rows: float, out: float, width: float, matrices: float = 1.0) -> _Counted:
-    """Of `matrices` products `[rows, width] x [out, width]` each: a tile reads the weights for a few rows."""
-    values = out * _whole(width, _STEP[kind])
+def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str | None = None) -> _Counted:
+    """Of a product `[rows, width] x [out, width]`, of rows that are `given` as another type than the matrix."""
+    how, given = tiling(kind), given or kind
+    amounts = _multiplied(how, kind, rows, out, width)
+    if rows >= how.many_rows:
+        whole = math.ceil(rows * 4 * _whole(width, _PADDED) / how.many_bytes)
+        amounts[f"laid_{kind}_s"] *= min(whole, math.ceil(rows / how.many_block))
+    if rows >= how.many_rows or width % how.step or not (how.is_read_in_place and given == kind):
+        _add(amounts, _staged(how, kind, given, rows, width))
+    return amounts, out * width * _ITEM_BYTES[kind]
+
+
+def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float) -> dict[str, float]:
+    """A tile of few rows reads the weights as they are; for many rows columns are laid side by side, once."""
+    values, many = out * _whole(width, how.step), rows >= how.many_rows
+    tile = how.many_tile if many else how.tile_rows
     # At most one tile has fewer rows, and rows of an expectation are no whole number.
-    tiles = max(1.0, rows / _TILE_ROWS[kind] + (0.5 if rows % _TILE_ROWS[kind] else 0.0))
-    return {
-        f"tile_{kind}_s": matrices * tiles * values,
-        f"value_{kind}_s": matrices * rows * values,
-        "staged_s": matrices * rows * _whole(width),
-        "stored_s": matrices * rows * out,
-    }, matrices * out * width * _ITEM_BYTES[kind]
+    tiles = max(1.0, rows / tile + (0.5 if rows % tile else 0.0))
+    found = {"stored_s": rows * out, "scaled_s": rows * out if kind == "s8" else 0.0}
+    if many:
+        return {f"laid_{kind}_s": values, f"many_{kind}_s": tiles * tile * values, **found}
+    return {f"tile_{kind}_s": tiles * values, f"value_{kind}_s": rows * values, **found}
+
+
+def _staged(how: Tiling, kind: str, given: str, rows: float, width: float) -> dict[str, float]:
+    """Rows made what products read."""
+    values = rows * _whole(width)
+    name = "quantized_s" if kind == "s8" and given != kind else "staged_s"
+    return {name: values, "by_lane_s": values if rows >= how.many_rows and kind != "s8" else 0.0}
+
+
+def _add(amounts: dict[str, float], more: Amounts, times: float = 1.0) -> None:
+    for name, amount in more.items():
+        amounts[name] = amounts.get(name, 0.0) + times * amount
 
 
 def _product(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    (_, (rows, width)), (kind, weight) = arrays[0], arrays[2]
-    return matrix_amounts(kind, rows, weight[-2], width)
+    (given, (rows, width)), (kind, weight) = arrays[0], arrays[2]
+    return matrix_amounts(kind, rows, weight[-2], width, given)
 
 
 def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     (kind, w13), (_, w2) = [one for one in arrays if len(one[1]) == 4][:2]
-    found, size, count = {"expert_s": data.experts}, 0.0, max(data.experts, 1e-9)
-    for out, width in (w13[2:], w2[2:]):
-        amounts, weight_bytes = matrix_amounts(kind, data.rows / count, out, width, data.experts)
-        size += weight_bytes
-        for name, amount in amounts.items():
-            found[name] = found.get(name, 0.0) + amount
+    found, how, each = {"expert_s": data.experts}, tiling(kind), data.rows / max(data.experts, 1e-9)
+    for given, (out, width) in ((arrays[0][0], w13[2:]), ("f32", w2[2:])):
+        amounts = _multiplied(how, kind, each, out, width)
+        if each >= how.many_rows:
+            amounts[f"laid_{kind}_s"] *= math.ceil(each / how.many_block)
+        _add(amounts, _staged(how, kind, given, each, width))
+        _add(found, amounts, data.experts)
     found["gated_s"] = data.rows * w2[3]
-    return found, size
+    return found, data.experts * (math.prod(w13[2:]) + math.prod(w2[2:])) * _ITEM_BYTES[kind]
 
 
 _KERNELS = {

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from cmjax.bench import host as bench
 from cmjax.bench.report import machine
 from cmjax.cli.command import main
 from cmjax.errors import UserError
+from cmjax.kernels import tiling
+from cmjax.kernels.native import build
 from cmjax.perf.host import HostCosts, fit, price_program
 from cmjax.perf.host_hardware import BESIDE_A_PRODUCT, host_hardware
 from cmjax.perf.host_work import HostData, runs, total
@@ -82,14 +85,6 @@ def test_costs_are_found_from_what_was_measured():
             calibrate_kernels._attend(2, 4, 32, 64),
             {"attend_s": 1, "attend_key_s": 128, "attend_read_s": 128 * 32, "attend_value_s": 128 * 4 * 32},
         ),
-        (
-            calibrate_kernels._product(12, 64, 96),
-            {"product_s": 1, "tile_bf16_s": 2 * 64 * 96, "value_bf16_s": 12 * 64 * 96, "stored_s": 12 * 96},
-        ),
-        (
-            calibrate_kernels._expert(4, 6, 64, 32),
-            {"experts_s": 1, "expert_s": 4, "value_bf16_s": 24 * 3 * 64 * 32, "gated_s": 24 * 32},
-        ),
     ],
 )
 def test_amounts_of_a_kernel(probe, expected):
@@ -98,6 +93,54 @@ def test_amounts_of_a_kernel(probe, expected):
     text = jax.jit(probe.call).lower(*arrays).compile().as_text()
     found = total(text, probe.data)
     assert {name: found.get(name) for name in expected} == pytest.approx(expected)
+
+
+@pytest.fixture(params=[name for name in build.FORMS if build.load().library.cmjax_kernels_use(name.encode())])
+def form(request):
+    """Each form of the inner loops that this CPU runs."""
+    assert build.load().library.cmjax_kernels_use(request.param.encode())
+    yield request.param
+    build.load().library.cmjax_kernels_use(b"")
+
+
+def amounts_of(probe):
+    arrays = probe.make(np.random.default_rng(0))
+    return total(jax.jit(probe.call).lower(*arrays).compile().as_text(), probe.data)
+
+
+def test_amounts_of_products(form):
+    """Of few rows and of many, as the form takes them: which it is the kernels say."""
+    values, rows = 64 * 96, 240
+    few, many = (amounts_of(calibrate_kernels._product(count, 64, 96)) for count in (12, rows))
+    how = tiling("bf16")
+    assert (few["tile_bf16_s"], few["value_bf16_s"]) == (math.ceil(12 / how.tile_rows) * values, 12 * values)
+    assert few["stored_s"] == 12 * 96
+    assert ("staged_s" in few) == (not how.is_read_in_place)
+    if form == "Portable":
+        assert many["value_bf16_s"] == rows * values
+        assert not {"laid_bf16_s", "many_bf16_s", "by_lane_s"} & {name for name, amount in many.items() if amount}
+    else:
+        assert (many["laid_bf16_s"], many["many_bf16_s"], many["by_lane_s"]) == (values, rows * values, rows * 64)
+        assert "value_bf16_s" not in many
+    # Columns are laid once more for rows that do not fit beside them.
+    large = amounts_of(calibrate_kernels._product(6000, 64, 96)).get("laid_bf16_s", 0.0)
+    assert large == (2 * values if form != "Portable" else 0)
+
+
+def test_amounts_of_int8_products(form):
+    """Rows are quantized where they come as floats; and int8 has many rows earlier."""
+    few, many = (amounts_of(calibrate_kernels._quantized(count, 64, 96)) for count in (8, 48))
+    assert (few["value_s8_s"], few["scaled_s"], few["quantized_s"]) == (8 * 64 * 96, 8 * 96, 8 * 64)
+    assert many["quantized_s"] == 48 * 64
+    assert many.get("many_s8_s", 0) == (0 if form == "Portable" else 48 * 64 * 96)
+    each = 200
+    found = amounts_of(calibrate_kernels._expert(2, each, 64, 32, is_quantized=True))
+    assert found["quantized_s"] == 2 * each * (64 + 32)
+    if form != "Portable":  # two parts of an expert's rows
+        assert found["laid_s8_s"] == 2 * 2 * 3 * 64 * 32
+    packed = amounts_of(calibrate_kernels._pack(64, 256, 8, 64, "int8"))
+    assert packed["quantized_s"] == 64 * 256
+    assert not amounts_of(calibrate_kernels._pack(64, 256, 8, 64))["quantized_s"]
 
 
 def test_amounts_of_xla_operators():
@@ -175,8 +218,9 @@ def test_what_stands_beside_a_product_is_what_decode_has():
     assert BESIDE_A_PRODUCT["norm_s"] == pytest.approx(found["kernel"] / found["product"], rel=0.4)
 
 
-def program(role, ep_size, batch):
-    instance = bench.instance_of(CONFIG, bench.Case(role, ep_size, batch), 2)
+def program(role, ep_size, batch, quant=None, dtype=jnp.bfloat16):
+    instance = bench.instance_of(CONFIG, bench.Case(role, ep_size, batch), 2, quant)
+    instance = dataclasses.replace(instance, dtype=jnp.dtype(dtype))
     return instance.trace().lower().compile().as_text(), bench.data_of(instance)
 
 
@@ -201,6 +245,20 @@ def test_a_compiled_step_is_priced_by_stage(costs, role, batch):
         )
     more = price_program(text, costs, 64, data)
     assert sum(more.values()) > sum(found.values())
+
+
+@pytest.mark.parametrize(("quant", "dtype", "kind"), [("int8", jnp.bfloat16, "s8"), (None, jnp.float32, "f32")])
+def test_other_formats_have_a_price(costs, quant, dtype, kind):
+    """Their own products are in it: dearer ones make the step so."""
+    for role, batch in (("decode", 4), ("prefill", 512)):
+        text, data = program(role, 2, batch, quant, dtype)
+        amounts = total(text, data)
+        assert set(amounts) <= set(costs.values)
+        assert amounts[f"value_{kind}_s"] + amounts.get(f"many_{kind}_s", 0) > amounts.get("value_bf16_s", 0)
+        found = sum(price_program(text, costs, 2, data).values())
+        names = [name for name in costs.values if name.endswith(f"_{kind}_s")]
+        dearer = HostCosts(costs.cores, costs.machine, costs.values | {name: {1: 1e-3} for name in names})
+        assert sum(price_program(text, dearer, 2, data).values()) > 2 * found > 0
 
 
 def test_trips_of_prefill_are_those_of_packed_prompts():
