@@ -70,10 +70,8 @@ def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, 
     """
     from cmjax.bench import host as bench
     from cmjax.checkpoint.configs import find_config
-    from cmjax.mesh import bring_up
 
     found = find_config(model)
-    bring_up(max(*ep, *_RANKS))
     costs = _calibrated(is_anew)
     cases = [bench.Case("decode", one, batch) for one in ep] + [bench.Case("prefill", one, tokens) for one in ep]
     with shown_progress("steps") as tell:

@@ -1,9 +1,11 @@
 """Which form of the operators runs: C++ or XLA's."""
 
+import contextlib
 import ctypes
 import dataclasses
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import jax
@@ -57,6 +59,7 @@ class _Settings:
         self.lock = threading.Lock()
         self.mode: KernelsMode = choice_from_environment("CMJAX_KERNELS", get_args(KernelsMode))
         self.has_warned = False
+        self.is_helped = True
 
 
 _SETTINGS = _Settings()
@@ -80,6 +83,21 @@ def configure(mode: KernelsMode) -> None:
 def mode() -> KernelsMode:
     """What was chosen last; see `configure`."""
     return _SETTINGS.mode
+
+
+@contextlib.contextmanager
+def without_help() -> Iterator[None]:
+    """What is lowered meanwhile has kernels that keep to the thread that calls them, however many cores there are."""
+    before, _SETTINGS.is_helped = _SETTINGS.is_helped, False
+    try:
+        yield
+    finally:
+        _SETTINGS.is_helped = before
+
+
+def is_helped() -> bool:
+    """Whether kernels may call other threads; see `without_help`."""
+    return _SETTINGS.is_helped
 
 
 def is_wanted() -> bool:

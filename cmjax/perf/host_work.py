@@ -308,8 +308,8 @@ def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float) -
     """A tile of few rows reads the weights as they are; for many rows columns are laid side by side, once."""
     values, many = out * _whole(width, how.step), rows >= how.many_rows
     tile = how.many_tile if many else how.tile_rows
-    # At most one tile has fewer rows, and rows of an expectation are no whole number.
-    tiles = max(1.0, rows / tile + (0.5 if rows % tile else 0.0))
+    # At most one tile has fewer rows; of an expectation, which is no whole number, half a one.
+    tiles = math.ceil(rows / tile) if rows == int(rows) else max(1.0, rows / tile + 0.5)
     found = {"stored_s": rows * out, "scaled_s": rows * out if kind == "s8" else 0.0}
     if many:
         return {f"laid_{kind}_s": values, f"many_{kind}_s": tiles * tile * values, **found}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cmjax.bench import calibrate as calibration
-from cmjax.bench import calibrate_kernels, calibrate_xla
+from cmjax.bench import calibrate_devices, calibrate_kernels, calibrate_xla
 from cmjax.bench import host as bench
 from cmjax.bench.report import machine
 from cmjax.cli.command import main
@@ -35,10 +35,7 @@ FEW, CROWD = 2, 4
 
 @pytest.fixture(scope="module")
 def costs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "FEW", FEW)
-        patch.setattr(calibration, "CROWD", CROWD)
-        return calibration.calibrate([1], passes=1)
+    return calibration.calibrate([1], passes=1, few=FEW, crowd=CROWD)
 
 
 def test_a_calibration_measures_every_cost(costs):
@@ -191,7 +188,7 @@ def step_modules(names):
 
 def test_a_calibration_knows_no_step(monkeypatch):
     """Neither by what it imports, nor by what it runs: no step can be traced meanwhile."""
-    for module in (calibration, calibrate_kernels, calibrate_xla):
+    for module in (calibration, calibrate_devices, calibrate_kernels, calibrate_xla):
         assert not step_modules(modules_of(module))
     assert step_modules(modules_of(bench))  # the check sees one that does
 
@@ -201,7 +198,7 @@ def test_a_calibration_knows_no_step(monkeypatch):
     monkeypatch.setattr(bench, "run_step", fail)
     monkeypatch.setattr(AbstractInstance, "trace", fail)
     found = HostCosts(2, machine())
-    on = calibration._Devices(calibration.bring_up(2)[:2], 1)
+    on = calibrate_devices.Devices(calibration.bring_up(2)[:2], 1)
     calibration._launch(on, found)
     calibration._exchanges(on, found)
     assert found.values["exchange_s"][2] > 0
@@ -280,7 +277,7 @@ def test_predicted_beside_measured(costs, tmp_path, monkeypatch, capsys):
     for one in report["results"]:
         assert one["predicted_s"] == pytest.approx(sum(one["stages_s"].values()))
         assert one["error"] == pytest.approx(one["predicted_s"] / one["measured_s"] - 1)
-    assert report["costs"]["values"]["product_s"].keys() == {str(FEW), str(CROWD)}
+    assert report["costs"]["values"]["product_s"].keys() == {"1", str(FEW), str(CROWD)}
     assert bench.tables(report)
     assert (
         main(["simulate", "step", "--model", str(tmp_path), "--hardware", "host", "--ep", "2", "--context", "100"]) == 0
