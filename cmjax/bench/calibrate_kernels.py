@@ -46,12 +46,19 @@ def probes() -> dict[str, list[Probe]]:
         "pack": [_pack(*size) for size in ((8, 64, 8, 256), (256, 64, 8, 64), (8, 512, 8, 512), (8, 64, 1, 16))],
         "lay_out": [_lay_out(*size) for size in ((8, 1), (320, 1), (16, 64))],
         "absorb": [_absorb(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
-        "release": [_release(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
         "attend": [
             _attend(*size)
-            for size in ((8, 4, 32, 256), (2, 4, 32, 256), (8, 16, 64, 128), (4, 4, 256, 128), (2, 32, 256, 128))
+            for size in (
+                (8, 4, 32, 256),
+                (2, 4, 32, 256),
+                (8, 16, 64, 128),
+                (8, 8, 96, 256),
+                (4, 4, 256, 128),
+                (2, 32, 256, 128),
+            )
         ],
         "matrices": [*_products(), *(_expert(*size) for size in _EXPERTS)],
+        "release": [_release(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64))],
         "quantized": [
             *(_quantized(*size) for size in _QUANTIZED),
             *(_expert(*size, is_quantized=True) for size in _QUANTIZED_EXPERTS),

@@ -256,7 +256,8 @@ def _pack(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 
 def _lay_out(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    return {"lay_out_segment_s": math.prod(arrays[0][1]) / 2}, 0.0
+    ranks, _, local = arrays[0][1]
+    return {"lay_out_rank_s": ranks, "lay_out_segment_s": ranks * local}, 0.0
 
 
 def _absorb(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
@@ -272,13 +273,9 @@ def _absorb(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 def _release(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     kind, (_, heads, _, latent) = next(one for one in arrays if len(one[1]) == 4)
     tokens, values = results[0][1]
-    how = tiling(kind)
-    each = values / heads * _whole(latent, how.step)
-    return {
-        "release_row_s": tokens * heads * (_whole(latent) + values / heads),
-        "release_tile_s": heads * math.ceil(tokens / how.tile_rows) * each,
-        "release_value_s": tokens * heads * each,
-    }, 0.0
+    found = _multiplied(tiling(kind), kind, tokens, values / heads, latent, is_many=False)
+    found = {name: heads * amount for name, amount in found.items()}
+    return {**found, "release_row_s": tokens * heads * _whole(latent), "stored_s": tokens * values}, 0.0
 
 
 def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
@@ -295,25 +292,31 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str | None = None) -> _Counted:
     """Of a product `[rows, width] x [out, width]`, of rows that are `given` as another type than the matrix."""
     how, given = tiling(kind), given or kind
-    amounts = _multiplied(how, kind, rows, out, width)
-    if rows >= how.many_rows:
+    is_many = rows >= how.many_rows
+    amounts = {"stored_s": rows * out, **_multiplied(how, kind, rows, out, width, is_many)}
+    if is_many:
         whole = math.ceil(rows * 4 * _whole(width, _PADDED) / how.many_bytes)
         amounts[f"laid_{kind}_s"] *= min(whole, math.ceil(rows / how.many_block))
-    if rows >= how.many_rows or width % how.step or not (how.is_read_in_place and given == kind):
+    if is_many or width % how.step or not (how.is_read_in_place and given == kind):
         _add(amounts, _staged(how, kind, given, rows, width))
     return amounts, out * width * _ITEM_BYTES[kind]
 
 
-def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float) -> dict[str, float]:
-    """A tile of few rows reads the weights as they are; for many rows columns are laid side by side, once."""
-    values, many = out * _whole(width, how.step), rows >= how.many_rows
-    tile = how.many_tile if many else how.tile_rows
+def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float, is_many: bool) -> dict[str, float]:
+    """Sums: a tile of few rows reads the weights as they are, for many rows columns are laid side by side once."""
+    values, tile = out * _whole(width, how.step), how.many_tile if is_many else how.tile_rows
     # At most one tile has fewer rows; of an expectation, which is no whole number, half a one.
     tiles = math.ceil(rows / tile) if rows == int(rows) else max(1.0, rows / tile + 0.5)
-    found = {"stored_s": rows * out, "scaled_s": rows * out if kind == "s8" else 0.0}
-    if many:
-        return {f"laid_{kind}_s": values, f"many_{kind}_s": tiles * tile * values, **found}
-    return {f"tile_{kind}_s": tiles * values, f"value_{kind}_s": rows * values, **found}
+    scaled = rows * out if kind == "s8" else 0.0
+    if is_many:
+        return {f"laid_{kind}_s": values, f"many_{kind}_s": tiles * tile * values, "scaled_s": scaled}
+    return {
+        f"tile_{kind}_s": tiles * values,
+        f"value_{kind}_s": rows * values,
+        "summed_s": rows * out,  # a vector of sums each
+        "rest_s": tiles * out if width % how.step else 0.0,  # of rows that are no whole steps
+        "scaled_s": scaled,
+    }
 
 
 def _staged(how: Tiling, kind: str, given: str, rows: float, width: float) -> dict[str, float]:
@@ -335,14 +338,15 @@ def _product(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     (kind, w13), (_, w2) = [one for one in arrays if len(one[1]) == 4][:2]
-    found, how, each = {"expert_s": data.experts}, tiling(kind), data.rows / max(data.experts, 1e-9)
+    found = {"expert_s": data.experts, "gated_s": data.rows * w2[3], "stored_s": data.rows * w2[2]}
+    how, each = tiling(kind), data.rows / max(data.experts, 1e-9)
+    is_many = each >= how.many_rows
     for given, (out, width) in ((arrays[0][0], w13[2:]), ("f32", w2[2:])):
-        amounts = _multiplied(how, kind, each, out, width)
-        if each >= how.many_rows:
+        amounts = _multiplied(how, kind, each, out, width, is_many)
+        if is_many:
             amounts[f"laid_{kind}_s"] *= math.ceil(each / how.many_block)
         _add(amounts, _staged(how, kind, given, each, width))
         _add(found, amounts, data.experts)
-    found["gated_s"] = data.rows * w2[3]
     return found, data.experts * (math.prod(w13[2:]) + math.prod(w2[2:])) * _ITEM_BYTES[kind]
 
 

@@ -21,7 +21,7 @@ from cmjax.kernels import tiling
 from cmjax.kernels.native import build
 from cmjax.perf.host import HostCosts, fit, price_program
 from cmjax.perf.host_hardware import BESIDE_A_PRODUCT, host_hardware
-from cmjax.perf.host_work import HostData, runs, total
+from cmjax.perf.host_work import HostData, matrix_amounts, runs, total
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
 from cmjax.serve.instances import AbstractInstance
@@ -77,7 +77,7 @@ def test_costs_are_found_from_what_was_measured():
             calibrate_kernels._pack(8, 64, 4, 32),
             {"pack_s": 1, "pack_row_s": 32, "pack_slot_s": 32, "pack_byte_s": 32 * 128},
         ),
-        (calibrate_kernels._lay_out(16, 2), {"lay_out_s": 1, "lay_out_segment_s": 32}),
+        (calibrate_kernels._lay_out(16, 2), {"lay_out_s": 1, "lay_out_rank_s": 16, "lay_out_segment_s": 32}),
         (
             calibrate_kernels._attend(2, 4, 32, 64),
             {"attend_s": 1, "attend_key_s": 128, "attend_read_s": 128 * 32, "attend_value_s": 128 * 4 * 32},
@@ -113,6 +113,11 @@ def test_amounts_of_products(form):
     assert (few["tile_bf16_s"], few["value_bf16_s"]) == (math.ceil(12 / how.tile_rows) * values, 12 * values)
     assert few["stored_s"] == 12 * 96
     assert ("staged_s" in few) == (not how.is_read_in_place)
+    assert few["summed_s"] == 12 * 96
+    assert not few["rest_s"]
+    assert amounts_of(calibrate_kernels._product(12, 24, 96))["rest_s"] == (
+        96 * few["tile_bf16_s"] / values if how.step > 8 else 0
+    )
     if form == "Portable":
         assert many["value_bf16_s"] == rows * values
         assert not {"laid_bf16_s", "many_bf16_s", "by_lane_s"} & {name for name, amount in many.items() if amount}
@@ -296,9 +301,8 @@ def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
 
 def test_a_product_takes_no_less_than_reading_its_matrix(costs):
     """Where noise had its costs come out as nothing."""
-    values = {name: dict.fromkeys(points, 0.0) if "tile" in name or "value" in name else points
-              for name, points in costs.values.items()}  # fmt: skip
-    free = dataclasses.replace(costs, values=values | {"staged_s": {1: 0.0}, "stored_s": {1: 0.0}})
+    names = {name for kind in ("bf16", "f32") for name in matrix_amounts(kind, 64, 512, 512)[0]}
+    free = dataclasses.replace(costs, values=costs.values | {name: {1: 0.0} for name in names})
     one = host_hardware(free)
     assert one.peak_bf16 == pytest.approx(64 * one.memory_bytes_per_s)  # 64 rows, two operations for two bytes
     assert one.peak_f32 == pytest.approx(32 * one.memory_bytes_per_s)
