@@ -60,12 +60,12 @@ def calibrate(
         spawn = multiprocessing.get_context("spawn")
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in parts]
         tell("compiling", 0, total)
-        for begun in [pool.submit(_measure, part, True) for pool, part in zip(pools, parts, strict=True)]:
+        for begun in [pool.submit(_measure, part, False) for pool, part in zip(pools, parts, strict=True)]:
             begun.result()
         for number in range(passes):
             for index, (pool, part) in enumerate(zip(pools, parts, strict=True)):
                 tell(f"operators of {max(part.counts)} devices", 1 + number * len(parts) + index, total)
-                found = pool.submit(_measure, part, False).result()
+                found = pool.submit(_measure, part, True).result()
                 costs.help = found.help or costs.help
                 for name, points in found.values.items():
                     for count, value in points.items():
@@ -83,15 +83,13 @@ class _Part:
     crowd: int
 
 
-def _measure(part: _Part, is_first: bool) -> HostCosts:
-    """Costs so far, in a process of its own; what the first pass finds, beside others that compile, is forgotten."""
+def _measure(part: _Part, is_timed: bool) -> HostCosts:
+    """Costs so far, in a process of its own, which first compiles what it will time."""
     costs = HostCosts(cores=num_cores(), machine={})
     for on, measure in _places(part):
         on.rewind()
+        on.is_timed = is_timed
         measure(on, costs)
-    if is_first:
-        for on, _ in _places(part):
-            on.forget()
     return costs
 
 

@@ -1,6 +1,7 @@
 """Loops of operators that are timed on some devices at once, for `cmjax.bench.calibrate`."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,25 +30,42 @@ class _Timed:
 
     Attributes:
         run: `(trips) -> seconds`.
-        more: trips that are timed beyond the first.
+        least_s: that the trips beyond the first shall take.
         text: of the program.
+        more: trips that are timed beyond the first, once it is known how many.
         found: seconds of a trip, one of each pass.
     """
 
     run: Callable[[int], float]
-    more: int
+    least_s: float
     text: str
+    more: int = 0
     found: list[float] = dataclasses.field(default_factory=list)
 
     def seconds(self) -> float:
         """Of a trip, once more: launches are not in it. The median over passes."""
+        if not self.more:
+            self.more = self._enough()
         several = [(self.run(1 + self.more) - self.run(1)) / self.more for _ in range(ROUNDS)]
         self.found.append(max(min(several), LEAST_S))
         return statistics.median_low(self.found)
 
+    def _enough(self) -> int:
+        self.run(1)
+        more = 1
+        while (first := self.run(1 + more)) < self.least_s + (launch := self.run(1)) and more < 4096:
+            more = math.ceil(more * max(1.2, min(16.0, self.least_s / max(first - launch, 1e-6))))
+        return more
+
 
 class Devices:
-    """Runs loops of operators on some devices at once."""
+    """Runs loops of operators on some devices at once.
+
+    Attributes:
+        is_timed: False while programs are only compiled, each of which then takes a second.
+    """
+
+    is_timed = True
 
     def __init__(self, devices: Sequence[jax.Device], turns: float) -> None:
         self.turns = turns  # that a core takes
@@ -63,11 +81,6 @@ class Devices:
         self._next = 0
         self._alone.clear()
 
-    def forget(self) -> None:
-        """What has been timed so far; what was compiled stays."""
-        for timed in self._programs:
-            timed.found.clear()
-
     def put(self, local: np.ndarray) -> jax.Array:
         """The same array on each device."""
         whole = np.broadcast_to(local, (self.count, *local.shape)).reshape(-1, *local.shape[1:])
@@ -82,11 +95,11 @@ class Devices:
     def seconds(self, body: Body, x: np.ndarray, *others: np.ndarray, least_s: float = 4e-3) -> tuple[float, str]:
         """Of one turn of `body` on all devices together, and the compiled program; launches are not in it."""
         if self._next == len(self._programs):
-            self._programs.append(self._timed(body, least_s, x, *others))
+            self._programs.append(self._compiled(body, least_s, x, *others))
         timed, self._next = self._programs[self._next], self._next + 1
-        return timed.seconds(), timed.text
+        return timed.seconds() if self.is_timed else 1.0, timed.text
 
-    def _timed(self, body: Body, least_s: float, x: np.ndarray, *others: np.ndarray) -> _Timed:
+    def _compiled(self, body: Body, least_s: float, x: np.ndarray, *others: np.ndarray) -> _Timed:
         def loop(trips: jax.Array, x: jax.Array, *others: jax.Array) -> jax.Array:
             return lax.fori_loop(0, trips, lambda _, x: body(x, *others), x)
 
@@ -98,11 +111,7 @@ class Devices:
             jax.block_until_ready(compiled(np.int32(trips), *arrays))
             return time.perf_counter() - begin
 
-        run(1)
-        more = 4
-        while (first := run(1 + more)) < least_s + (launch := run(1)) and more < 4096:
-            more *= max(2, min(16, round(least_s / max(first - launch, 1e-6))))
-        return _Timed(run, more, compiled.as_text())
+        return _Timed(run, least_s, compiled.as_text())
 
     def between(
         self, body: Body, x: np.ndarray, *others: np.ndarray, data: HostData = NO_DATA
