@@ -24,7 +24,7 @@ from cmjax.bench.calibrate_xla import chains
 from cmjax.bench.report import machine
 from cmjax.kernels import without_help
 from cmjax.mesh import EP_AXIS, bring_up, fabric, num_cores
-from cmjax.perf.host import HostCosts, fit
+from cmjax.perf.host import READ_MIB, HostCosts, fit, read_rate
 from cmjax.perf.host_work import LAUNCHES, WAITS, total
 from cmjax.quant import linear, matrix_at
 
@@ -34,6 +34,7 @@ _LAUNCH_ARGUMENTS = 64  # arrays that a step takes, about
 _OWN_FLOATS = 2**17  # of a device
 _PROBE_BYTES = 2**17
 _CALLS = 4  # in a row, of kernels that are helped
+_PAUSE = 100_000  # additions that each wait for the one before: longer than threads look for work before they sleep
 _WIDTH = 64  # of a row that is exchanged
 
 
@@ -194,10 +195,10 @@ def _in_a_row(on: Devices, costs: HostCosts) -> None:
 
 
 def _helped(on: Devices, costs: HostCosts) -> None:
-    """Where other threads are asleep when they are called, as between the operators of a step."""
+    """Where other threads are asleep when they are called, as between the operators of a step that call them."""
 
     def pause(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 10_000, lambda _, x: x * 0.9999 + 1e-20, on.turn(x))
+        return lax.fori_loop(0, _PAUSE, lambda _, x: x * 0.9999 + 1e-20, on.turn(x))
 
     def pauses(x: jax.Array) -> jax.Array:
         for _ in range(_CALLS):
@@ -268,12 +269,13 @@ def _launch(on: Devices, costs: HostCosts) -> None:
 
 
 def _memory(on: Devices, costs: HostCosts) -> None:
-    """Of weights that are in no cache."""
-    megabytes = max(2, 128 // on.count)
-    cold = np.zeros((megabytes, 512, 1024), jnp.bfloat16)
+    """Of weights that are read in turn, so many of all devices: in a cache that cores share, or in none."""
+    for mib in READ_MIB:
+        count = max(2, mib // on.count)
+        stack = np.zeros((count, mib * 2**20 // (on.count * count * 2048), 1024), jnp.bfloat16)
 
-    def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, matrix_at(stack, i))[:, :1], x)
+        def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, matrix_at(stack, i))[:, :1], x)
 
-    found, _ = on.seconds(layers, np.ones((1, 1024), jnp.bfloat16), cold)
-    costs.put("memory_bytes_per_s", on.count, on.count * cold.nbytes / found)
+        found, _ = on.seconds(layers, np.ones((1, 1024), jnp.bfloat16), stack)
+        costs.put(read_rate(mib), on.count, on.count * stack.nbytes / found)

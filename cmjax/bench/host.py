@@ -104,7 +104,7 @@ def _results(
         _check_fits(instance, case)
         compiled = instance.trace().lower().compile()
         calls = num_steps if case.role == "decode" else 1
-        stages = price_program(compiled.as_text(), costs, case.ep_size, data_of(instance))
+        stages = price_program(compiled.as_text(), costs, case.ep_size, data_of(instance), calls)
         stages = {name: seconds / calls for name, seconds in stages.items()}
         measured = run_step(instance, compiled, rounds)["run_median"] / calls
         predicted = sum(stages.values())
