@@ -33,7 +33,7 @@ class _Timed:
         least_s: that the trips beyond the first shall take.
         text: of the program.
         more: trips that are timed beyond the first, once it is known how many.
-        found: seconds of a trip, one of each pass.
+        found: seconds of a trip, so far.
     """
 
     run: Callable[[int], float]
@@ -43,12 +43,11 @@ class _Timed:
     found: list[float] = dataclasses.field(default_factory=list)
 
     def seconds(self) -> float:
-        """Of a trip, once more: launches are not in it. The median over passes."""
+        """Of a trip, launches aside: the median of all that was found, as it is of a step's calls."""
         if not self.more:
             self.more = self._enough()
-        several = [(self.run(1 + self.more) - self.run(1)) / self.more for _ in range(ROUNDS)]
-        self.found.append(max(min(several), LEAST_S))
-        return statistics.median_low(self.found)
+        self.found += [(self.run(1 + self.more) - self.run(1)) / self.more for _ in range(ROUNDS)]
+        return max(statistics.median(self.found), LEAST_S)
 
     def _enough(self) -> int:
         self.run(1)
