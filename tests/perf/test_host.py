@@ -15,6 +15,7 @@ from cmjax.bench import calibrate as calibration
 from cmjax.bench import calibrate_devices, calibrate_kernels, calibrate_xla
 from cmjax.bench import host as bench
 from cmjax.bench.report import machine
+from cmjax.checkpoint.formats import compressed_config
 from cmjax.cli.command import main
 from cmjax.errors import UserError
 from cmjax.kernels import tiling
@@ -288,6 +289,20 @@ def test_predicted_beside_measured(costs, tmp_path, monkeypatch, capsys):
         main(["simulate", "step", "--model", str(tmp_path), "--hardware", "host", "--ep", "2", "--context", "100"]) == 0
     )
     assert "This machine" in capsys.readouterr().out
+
+
+def test_an_int8_checkpoint_runs_as_int8(costs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs.save(tmp_path / "cmjax" / "host.json")
+    hf = CONFIG.to_hf() | {"quantization_config": compressed_config([])}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    sizes = ["--ep", "1", "--batch", "2", "--tokens", "64", "--rounds", "1"]
+    assert main(["simulate", "host", "--model", str(tmp_path), *sizes, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["weights"] == "int8"
+    assert min(one["predicted_s"] for one in report["results"]) > 0
+    one = host_hardware(costs)
+    assert one.peak_int8 != one.peak_bf16
 
 
 def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
