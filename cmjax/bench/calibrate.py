@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cmjax.bench.calibrate_devices import LEAST_S, NO_DATA, ROUNDS, Body, Devices, less
+from cmjax.bench.calibrate_devices import LEAST_S, Body, Devices, less
 from cmjax.bench.calibrate_kernels import Probe, helped, mixed, probes
 from cmjax.bench.calibrate_xla import chains
 from cmjax.bench.report import machine
 from cmjax.kernels import without_help
 from cmjax.mesh import EP_AXIS, bring_up, fabric, num_cores
 from cmjax.perf.host import READ_MIB, HostCosts, fit, read_rate
-from cmjax.perf.host_work import LAUNCHES, WAITS, total
+from cmjax.perf.host_work import LAUNCHES, WAITS
 from cmjax.quant import linear, matrix_at
 
 # Devices that rates of shared cores are measured with: a few a core, and so many that no core's cache has their data.
@@ -42,7 +40,7 @@ def calibrate(
     ranks: Sequence[int],
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
     *,
-    passes: int = 3,
+    passes: int = 4,
     few: int = FEW,
     crowd: int = CROWD,
 ) -> HostCosts:
@@ -50,7 +48,7 @@ def calibrate(
 
     All is measured `passes` times over: what slows a shared machine down for a while slows one of them. One device and
     few are measured in processes that have no more: threads of others that sleep are slower to help. All processes
-    compile at once, then they take turns.
+    compile at once, then they take turns to measure.
     """
     ranks = sorted({1, few, *ranks})
     alone = [_Part((one,), tuple(ranks), few, crowd) for one in (1, few)]
@@ -61,16 +59,18 @@ def calibrate(
         spawn = multiprocessing.get_context("spawn")
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in parts]
         tell("compiling", 0, total)
-        for begun in [pool.submit(_measure, part, False) for pool, part in zip(pools, parts, strict=True)]:
+        for begun in [pool.submit(_measure, part) for pool, part in zip(pools, parts, strict=True)]:
             begun.result()
         for number in range(passes):
             for index, (pool, part) in enumerate(zip(pools, parts, strict=True)):
                 tell(f"operators of {max(part.counts)} devices", 1 + number * len(parts) + index, total)
-                found = pool.submit(_measure, part, True).result()
-                costs.help = found.help or costs.help
-                for name, points in found.values.items():
-                    for count, value in points.items():
-                        costs.put(name, count, value)
+                pool.submit(_time, part).result()
+        for pool, part in zip(pools, parts, strict=True):
+            found = pool.submit(_measure, part).result()
+            costs.help = found.help or costs.help
+            for name, points in found.values.items():
+                for count, value in points.items():
+                    costs.put(name, count, value)
     return costs
 
 
@@ -84,14 +84,18 @@ class _Part:
     crowd: int
 
 
-def _measure(part: _Part, is_timed: bool) -> HostCosts:
-    """Costs so far, in a process of its own, which first compiles what it will time."""
+def _measure(part: _Part) -> HostCosts:
+    """In a process of its own: compile what there is to time; or the costs, once it was timed."""
     costs = HostCosts(cores=num_cores(), machine={})
     for on, measure in _places(part):
         on.rewind()
-        on.is_timed = is_timed
         measure(on, costs)
     return costs
+
+
+def _time(part: _Part) -> None:
+    for on, _ in _places(part):
+        on.time()
 
 
 @functools.cache
@@ -186,9 +190,9 @@ def _in_a_row(on: Devices, costs: HostCosts) -> None:
         return alone(small.body(x + probe.call(*given) * 1e-20, *arrays[count:]), own)
 
     with without_help():
-        base, base_text = on.seconds(alone, x, own, *kernels, *others)
-        found, text = on.seconds(among, x, own, *kernels, *others)
-    amounts = less(total(text, probe.data), total(base_text, NO_DATA))
+        base, beside = on.seconds(alone, x, own, *kernels, *others)
+        found, amounts = on.seconds(among, x, own, *kernels, *others, data=probe.data)
+    amounts = less(amounts, beside)
     operators = sum(amount for name, amount in amounts.items() if name in LAUNCHES)
     more = (found - base) / on.turns - costs.of(amounts, on.count)
     costs.put("among_others_s", on.count, max(more, 0.0) / operators)
@@ -256,16 +260,8 @@ def _ragged(count: int, updates: int, each: int) -> Body:
 
 
 def _launch(on: Devices, costs: HostCosts) -> None:
-    """Of a program with as many arrays as a step has, which leaves them alone."""
-    arrays = [on.put(np.ones((1, 8), np.float32)) for _ in range(_LAUNCH_ARGUMENTS)]
-    fn = on.jit(lambda _, x, *others: x + sum(one[0, 0] for one in others), len(arrays) - 1)
-    compiled = fn.lower(np.int32(0), *arrays).compile()
-    found = []
-    for _ in range(3 * ROUNDS):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(np.int32(0), *arrays))
-        found.append(time.perf_counter() - begin)
-    costs.put("launch_s", on.count, statistics.median(found))
+    """Of a program with as many arrays as a step has."""
+    costs.put("launch_s", on.count, on.launch(_LAUNCH_ARGUMENTS))
 
 
 def _memory(on: Devices, costs: HostCosts) -> None:

@@ -21,33 +21,41 @@ from cmjax.perf.host_work import HostData, total
 Body = Callable[..., Any]  # (x, *others) -> x, on one device
 NO_DATA = HostData()
 LEAST_S = 1e-9  # where noise would have a difference of times be none
-ROUNDS = 2
 
 
 @dataclasses.dataclass
 class _Timed:
-    """A compiled loop, and what a trip of it took each time.
+    """Something compiled, its amounts, about, and what it took each time."""
+
+    once: Callable[[], float]
+    amounts: Mapping[str, float]
+    found: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """The median, as it is of a step's calls."""
+        return max(statistics.median(self.found or [1.0]), LEAST_S)
+
+
+@dataclasses.dataclass
+class _Loop:
+    """Times a trip of a loop, launches aside.
 
     Attributes:
         run: `(trips) -> seconds`.
         least_s: that the trips beyond the first shall take.
-        text: of the program.
-        more: trips that are timed beyond the first, once it is known how many.
-        found: seconds of a trip, so far.
+        more: such trips, once it is known how many.
     """
 
     run: Callable[[int], float]
     least_s: float
-    text: str
     more: int = 0
-    found: list[float] = dataclasses.field(default_factory=list)
 
-    def seconds(self) -> float:
-        """Of a trip, launches aside: the median of all that was found, as it is of a step's calls."""
+    def __call__(self) -> float:
+        """Seconds of a trip."""
         if not self.more:
             self.more = self._enough()
-        self.found += [(self.run(1 + self.more) - self.run(1)) / self.more for _ in range(ROUNDS)]
-        return max(statistics.median(self.found), LEAST_S)
+        return (self.run(1 + self.more) - self.run(1)) / self.more
 
     def _enough(self) -> int:
         self.run(1)
@@ -58,25 +66,25 @@ class _Timed:
 
 
 class Devices:
-    """Runs loops of operators on some devices at once.
-
-    Attributes:
-        is_timed: False while programs are only compiled, each of which then takes a second.
-    """
-
-    is_timed = True
+    """Runs loops of operators on some devices at once: what is asked for is compiled first, timed by `time`, and known
+    when it is asked for in the same order after `rewind`; until then all takes a second."""
 
     def __init__(self, devices: Sequence[jax.Device], turns: float) -> None:
         self.turns = turns  # that a core takes
         self.mesh = Mesh(np.array(devices, dtype=object), (EP_AXIS,))
         self.count = len(devices)
         self.turn = _in_turns(self.count)
-        self._alone: dict[Any, tuple[float, str]] = {}
+        self._alone: dict[Any, tuple[float, Mapping[str, float]]] = {}
         self._programs: list[_Timed] = []
         self._next = 0
 
+    def time(self) -> None:
+        """Everything that was asked for, once more."""
+        for one in self._programs:
+            one.found.append(one.once())
+
     def rewind(self) -> None:
-        """What was timed is timed again, in the same order."""
+        """The same is asked for again."""
         self._next = 0
         self._alone.clear()
 
@@ -91,26 +99,46 @@ class Devices:
         mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=specs, out_specs=P(EP_AXIS), check_vma=False)
         return jax.jit(mapped)
 
-    def seconds(self, body: Body, x: np.ndarray, *others: np.ndarray, least_s: float = 4e-3) -> tuple[float, str]:
-        """Of one turn of `body` on all devices together, and the compiled program; launches are not in it."""
-        if self._next == len(self._programs):
-            self._programs.append(self._compiled(body, least_s, x, *others))
-        timed, self._next = self._programs[self._next], self._next + 1
-        return timed.seconds() if self.is_timed else 1.0, timed.text
+    def seconds(
+        self, body: Body, x: np.ndarray, *others: np.ndarray, data: HostData = NO_DATA, least_s: float = 4e-3
+    ) -> tuple[float, Mapping[str, float]]:
+        """Of one turn of `body` on all devices together, and the amounts of the compiled program."""
+        timed = self._asked(lambda: self._compiled(body, data, least_s, x, *others))
+        return timed.seconds, timed.amounts
 
-    def _compiled(self, body: Body, least_s: float, x: np.ndarray, *others: np.ndarray) -> _Timed:
+    def launch(self, num_arrays: int) -> float:
+        """Seconds of a program with so many arrays, which leaves them alone."""
+        return self._asked(lambda: self._launched(num_arrays)).seconds
+
+    def _asked(self, make: Callable[[], _Timed]) -> _Timed:
+        if self._next == len(self._programs):
+            self._programs.append(make())
+        self._next += 1
+        return self._programs[self._next - 1]
+
+    def _compiled(self, body: Body, data: HostData, least_s: float, x: np.ndarray, *others: np.ndarray) -> _Timed:
         def loop(trips: jax.Array, x: jax.Array, *others: jax.Array) -> jax.Array:
             return lax.fori_loop(0, trips, lambda _, x: body(x, *others), x)
 
-        arrays = [self.put(one) for one in (x, *others)]
-        compiled = self.jit(loop, len(others)).lower(np.int32(1), *arrays).compile()
+        run, text = self._program(loop, [self.put(one) for one in (x, *others)])
+        return _Timed(_Loop(run, least_s), total(text, data))
+
+    def _launched(self, num_arrays: int) -> _Timed:
+        arrays = [self.put(np.ones((1, 8), np.float32)) for _ in range(num_arrays)]
+        run, _ = self._program(lambda _, x, *others: x + sum(one[0, 0] for one in others), arrays)
+        run(0)
+        return _Timed(lambda: statistics.median(run(0) for _ in range(3)), {})
+
+    def _program(self, fn: Body, arrays: Sequence[jax.Array]) -> tuple[Callable[[int], float], str]:
+        """`(trips) -> seconds` of `fn(trips, *arrays)`, and its text."""
+        compiled = self.jit(fn, len(arrays) - 1).lower(np.int32(1), *arrays).compile()
 
         def run(trips: int) -> float:
             begin = time.perf_counter()
             jax.block_until_ready(compiled(np.int32(trips), *arrays))
             return time.perf_counter() - begin
 
-        return _Timed(run, least_s, compiled.as_text())
+        return run, compiled.as_text()
 
     def between(
         self, body: Body, x: np.ndarray, *others: np.ndarray, data: HostData = NO_DATA
@@ -120,9 +148,8 @@ class Devices:
         if key not in self._alone:
             self._alone[key] = self.seconds(turn, x)
         alone, base = self._alone[key]
-        found, text = self.seconds(lambda x, *others: turn(body(x, *others)), x, *others)
-        amounts = less(total(text, data), total(base, NO_DATA))
-        return amounts, max(found - alone, found / 16) / self.turns
+        found, amounts = self.seconds(lambda x, *others: turn(body(x, *others)), x, *others, data=data)
+        return less(amounts, base), max(found - alone, found / 16) / self.turns
 
 
 def less(amounts: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:

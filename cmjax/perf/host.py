@@ -70,7 +70,7 @@ class HostCosts:
         if not alone or seconds <= alone[0]:
             return seconds
         ratios = [np.log(with_help / one) for one, with_help in self.help]
-        return seconds * float(np.exp(np.interp(np.log(seconds), np.log(alone), ratios)))
+        return seconds * max(float(np.exp(np.interp(np.log(seconds), np.log(alone), ratios))), 1 / self.cores)
 
     def to_json(self) -> JsonObject:
         """What a file keeps."""
@@ -122,7 +122,10 @@ def fit(measured: Sequence[tuple[Amounts, float]], names: Sequence[str]) -> dict
     gram, wanted, found = x.T @ x, x.T @ np.ones(len(x)), np.zeros(len(names))
     # One cost at a time, each to its best beside the others: the error is convex, so that this ends at its least.
     for _ in range(4000):
+        before = found.copy()
         for i in range(len(names)):
             if gram[i, i] > 0:
                 found[i] = max(0.0, found[i] + (wanted[i] - gram[i] @ found) / gram[i, i])
+        if np.abs(found - before).max(initial=0.0) <= 1e-7 * found.max(initial=0.0):
+            break
     return dict(zip(names, (found / scale).tolist(), strict=True))

@@ -18,6 +18,7 @@ KERNELS = "cmjax_kernels_"
 FABRIC = "cmjax_fabric_"
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _GIVEN = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?:custom_call|output_to|api_version|metadata)")
+_DIMENSIONS = re.compile(r"dimensions=\{([\d,]*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CHUNKS, _TILES = (
     re.compile(r"core_attention/loop_\d+/while$"),
@@ -148,6 +149,7 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
         "worked_s": sum(shape_elements(inner.shape) for inner in held if not _is_plain(inner)),
         "bent_s": sum(shape_elements(inner.shape) for inner in held if inner.operation in _BENDING),
         "reduced_s": sum(_elements_of_first(inner, inside) for inner in held if inner.operation in _REDUCING),
+        "folded_s": sum(_elements_of_first(inner, inside) for inner in held if _folds(inner, inside)),
         "rounded_s": sum(shape_elements(inner.shape) for inner in held if _rounds(inner)),
         **{_INDEXED[inner.operation]: _indexed(inner, inside) for inner in held if inner.operation in _INDEXED},
         "searched_s": sum(_searched(inner, held) for inner in held if inner.operation == "gather"),
@@ -175,6 +177,15 @@ def _is_plain(one: Instruction) -> bool:
 def _rounds(one: Instruction) -> bool:
     """To bfloat16, for which CPUs take several instructions."""
     return one.operation == "convert" and one.shape.startswith("bf16")
+
+
+def _folds(one: Instruction, shapes: Mapping[str, str]) -> bool:
+    """Whether rows become one row: a reduction that leaves the last axis."""
+    axes = _DIMENSIONS.search(one.rest)
+    given = array_shapes(shapes.get(one.operands[0], "")) if one.operands else []
+    if one.operation != "reduce" or axes is None or not given:
+        return False
+    return str(len(given[0][1]) - 1) not in axes[1].split(",")
 
 
 def _elements(one: Instruction, shapes: Mapping[str, str]) -> float:

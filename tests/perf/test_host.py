@@ -140,7 +140,7 @@ def test_amounts_of_int8_products(form):
     found = amounts_of(calibrate_kernels._expert(2, each, 64, 32, is_quantized=True))
     assert found["quantized_s"] == 2 * each * (64 + 32)
     if form != "Portable":  # two parts of an expert's rows
-        assert found["laid_s8_s"] == 2 * 2 * 3 * 64 * 32
+        assert found["laid_s8_s"] == 2 * 2 * 64 * (64 + max(32, tiling("s8").step))
     packed = amounts_of(calibrate_kernels._pack(64, 256, 8, 64, "int8"))
     assert packed["quantized_s"] == 64 * 256
     assert not amounts_of(calibrate_kernels._pack(64, 256, 8, 64))["quantized_s"]
@@ -153,6 +153,9 @@ def test_amounts_of_xla_operators():
     found = total(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text(), HostData())
     assert found["dot_s"] == 2 * 64**3
     assert found["dot_value_s"] == 3 * 64 * 64
+    for axis, folded in ((1, 0), (0, 64 * 64)):  # along rows, and rows to one
+        found = total(jax.jit(lambda x, axis=axis: x.sum(axis)).lower(x).compile().as_text(), HostData())
+        assert (found["reduced_s"], found["folded_s"]) == (64 * 64, folded)
     index = np.arange(8, dtype=np.int32)
     found = total(
         jax.jit(lambda x, i: jnp.take(x, i, axis=0, mode="clip")).lower(x, index).compile().as_text(), HostData()
@@ -165,6 +168,7 @@ def test_help_is_for_kernels_that_take_long():
     assert costs.helped(1e-6) == 1e-6
     assert costs.helped(1e-3) == pytest.approx(5e-4)
     assert costs.helped(4e-3) == pytest.approx(2e-3)
+    assert HostCosts(2, {}, help=[(1e-3, 4e-4)]).helped(2e-3) == 1e-3  # not faster than all cores are
     assert 3e-5 * 0.8 < costs.helped(3e-5) < 3e-5
     assert HostCosts(2, {}).helped(1.0) == 1.0
 
