@@ -194,7 +194,7 @@ def _attend(requests: int, rows: int, width: int, keys: int) -> Probe:
 # Rows, width and outputs: few rows, which are read where they are, rows that have to be staged, and many rows.
 _PRODUCTS = (
     (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (64, 24, 128),
-    (256, 64, 256), (128, 512, 256), (512, 64, 32),
+    (256, 64, 256), (96, 512, 256), (512, 256, 64), (512, 64, 32),
 )  # fmt: skip
 _QUANTIZED = ((8, 64, 256), (8, 256, 256), (16, 64, 32), (256, 64, 256), (32, 256, 256), (512, 64, 32))
 
