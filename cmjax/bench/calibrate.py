@@ -24,7 +24,7 @@ from cmjax.kernels import without_help
 from cmjax.mesh import EP_AXIS, bring_up, fabric, num_cores
 from cmjax.perf.host import READ_MIB, HostCosts, fit, read_rate
 from cmjax.perf.host_work import LAUNCHES, WAITS
-from cmjax.quant import linear, matrix_at
+from cmjax.quant import LayerMatrix, linear
 
 # Devices that rates of shared cores are measured with: a few a core, and so many that no core's cache has their data.
 FEW, CROWD = 8, 32
@@ -271,7 +271,7 @@ def _memory(on: Devices, costs: HostCosts) -> None:
         stack = np.zeros((count, mib * 2**20 // (on.count * count * 2048), 1024), jnp.bfloat16)
 
         def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
-            return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, matrix_at(stack, i))[:, :1], x)
+            return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, LayerMatrix(stack, i))[:, :1], x)
 
         found, _ = on.seconds(layers, np.ones((1, 1024), jnp.bfloat16), stack)
         costs.put(read_rate(mib), on.count, on.count * stack.nbytes / found)
