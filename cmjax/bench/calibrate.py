@@ -40,7 +40,7 @@ def calibrate(
     ranks: Sequence[int],
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
     *,
-    passes: int = 4,
+    passes: int = 3,
     few: int = FEW,
     crowd: int = CROWD,
 ) -> HostCosts:
@@ -59,14 +59,17 @@ def calibrate(
         spawn = multiprocessing.get_context("spawn")
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in parts]
         tell("compiling", 0, total)
-        for begun in [pool.submit(_measure, part) for pool, part in zip(pools, parts, strict=True)]:
-            begun.result()
+
+        def measured() -> list[HostCosts]:
+            begun = [pool.submit(_measure, part) for pool, part in zip(pools, parts, strict=True)]
+            return [one.result() for one in begun]
+
+        measured()
         for number in range(passes):
             for index, (pool, part) in enumerate(zip(pools, parts, strict=True)):
                 tell(f"operators of {max(part.counts)} devices", 1 + number * len(parts) + index, total)
                 pool.submit(_time, part).result()
-        for pool, part in zip(pools, parts, strict=True):
-            found = pool.submit(_measure, part).result()
+        for found in measured():
             costs.help = found.help or costs.help
             for name, points in found.values.items():
                 for count, value in points.items():
@@ -273,5 +276,5 @@ def _memory(on: Devices, costs: HostCosts) -> None:
         def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
             return lax.fori_loop(0, stack.shape[0], lambda i, x: x + linear(x, LayerMatrix(stack, i))[:, :1], x)
 
-        found, _ = on.seconds(layers, np.ones((1, 1024), jnp.bfloat16), stack)
-        costs.put(read_rate(mib), on.count, on.count * stack.nbytes / found)
+        _, each = on.between(layers, np.ones((1, 1024), jnp.bfloat16), stack)
+        costs.put(read_rate(mib), on.count, on.count * stack.nbytes / (each * on.turns))

@@ -54,15 +54,16 @@ class _Loop:
     def __call__(self) -> float:
         """Seconds of a trip."""
         if not self.more:
-            self.more = self._enough()
+            return self._first()
         return (self.run(1 + self.more) - self.run(1)) / self.more
 
-    def _enough(self) -> int:
+    def _first(self) -> float:
         self.run(1)
-        more = 1
-        while (first := self.run(1 + more)) < self.least_s + (launch := self.run(1)) and more < 4096:
-            more = math.ceil(more * max(1.2, min(16.0, self.least_s / max(first - launch, 1e-6))))
-        return more
+        launch, more = self.run(1), 1
+        while (seconds := self.run(1 + more) - launch) < self.least_s and more < 4096:
+            more = math.ceil(more * max(1.2, min(16.0, self.least_s / max(seconds, 1e-6))))
+        self.more = more
+        return seconds / more
 
 
 class Devices:

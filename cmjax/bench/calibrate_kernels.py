@@ -196,12 +196,13 @@ _PRODUCTS = (
     (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (64, 24, 128),
     (256, 64, 256), (96, 512, 256), (512, 256, 64), (512, 64, 32),
 )  # fmt: skip
+_WIDE_PRODUCTS = ((1, 64, 64), (8, 64, 256), (64, 64, 64), (256, 64, 256), (96, 512, 256), (512, 64, 32))  # float32
 _QUANTIZED = ((8, 64, 256), (8, 256, 256), (16, 64, 32), (256, 64, 256), (32, 256, 256), (512, 64, 32))
 
 
 def _products() -> Iterator[Probe]:
-    for dtype in (jnp.bfloat16, np.float32):
-        yield from (_product(*size, dtype) for size in _PRODUCTS)
+    yield from (_product(*size) for size in _PRODUCTS)
+    yield from (_product(*size, np.float32) for size in _WIDE_PRODUCTS)
 
 
 def _product(rows: int, width: int, out: int, dtype: Any = jnp.bfloat16) -> Probe:
