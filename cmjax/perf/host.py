@@ -126,6 +126,6 @@ def fit(measured: Sequence[tuple[Amounts, float]], names: Sequence[str]) -> dict
         for i in range(len(names)):
             if gram[i, i] > 0:
                 found[i] = max(0.0, found[i] + (wanted[i] - gram[i] @ found) / gram[i, i])
-        if np.abs(found - before).max(initial=0.0) <= 1e-7 * found.max(initial=0.0):
+        if np.all(np.abs(found - before) <= 1e-7 * found):
             break
     return dict(zip(names, (found / scale).tolist(), strict=True))
