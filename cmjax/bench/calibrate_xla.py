@@ -39,6 +39,7 @@ def chains() -> list[tuple[tuple[str, ...], list[Chain]]]:
         (("worked_s", "touched_s", "spilled_s", "parted_s"), [
             Chain(body, _arrays(*[shape] * 6)) for body in (_masked, _copied) for shape in (scores, scores[1:])
         ]),
+        (("far_s",), [Chain(_copied, _arrays(*[(512, 1024)] * 2))]),
         (("bent_s",), [Chain(_exponentials, _arrays(scores))]),
         (("rounded_s", "padded_s"), [
             Chain(_gated, _arrays(halves, dtype=jnp.bfloat16)),

@@ -49,6 +49,7 @@ _LANES = 16
 _PADDED = 64  # values that a staged row is padded to
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
+_FAR_BYTES = 2**20  # what no core's cache has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
         "library_s": float("__ynn_fusion" in one.rest and touched > _CLOSE_BYTES),
         "touched_s": touched,
         "spilled_s": max(touched - _CLOSE_BYTES, 0.0),
+        "far_s": max(touched - _FAR_BYTES, 0.0),
         "worked_s": sum(shape_elements(inner.shape) for inner in held if not _is_plain(inner)),
         "bent_s": sum(shape_elements(inner.shape) for inner in held if inner.operation in _BENDING),
         "reduced_s": sum(_elements_of_first(inner, inside) for inner in held if inner.operation in _REDUCING),
