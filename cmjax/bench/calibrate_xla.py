@@ -166,9 +166,9 @@ def _scored(x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
 
 def _read(x: jax.Array, cache: jax.Array, table: jax.Array) -> jax.Array:
     """The rows of a chunk of keys, through the table of their blocks."""
-    for number in range(_REPEATS):
+    for _ in range(_REPEATS):
         later = (x[0] > 1e9).astype(jnp.int32)
-        rows = _apart(read_blocks(cache, later + number % 2, table[:, :8], later, 8, _BLOCK))
+        rows = _apart(read_blocks(cache, later + 1, table[:, :8], later, 8, _BLOCK))
         x = x + rows[0, 0, :1].astype(jnp.float32) * 1e-9
     return x
 
