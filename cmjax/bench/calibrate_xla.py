@@ -39,7 +39,6 @@ def chains() -> list[tuple[tuple[str, ...], list[Chain]]]:
         (("worked_s", "touched_s", "spilled_s", "parted_s"), [
             Chain(body, _arrays(*[shape] * 6)) for body in (_masked, _copied) for shape in (scores, scores[1:])
         ]),
-        (("far_s",), [Chain(_copied, _arrays(*[(512, 1024)] * 2))]),
         (("bent_s",), [Chain(_exponentials, _arrays(scores))]),
         (("rounded_s", "padded_s"), [
             Chain(_gated, _arrays(halves, dtype=jnp.bfloat16)),
@@ -50,7 +49,7 @@ def chains() -> list[tuple[tuple[str, ...], list[Chain]]]:
             Chain(_reduced, _arrays(scores)),
             Chain(_reduced, _arrays((1, 128, 128))),
         ]),
-        (("folded_s",), [Chain(_combined, _combined_arrays)]),
+        (("folded_s", "mapped_s"), [Chain(_combined, _choices(tokens)) for tokens in (256, 2048)]),
         (("dot_s", "dot_value_s"), [
             Chain(lambda x, w: jnp.einsum("hqd,hdk->hqk", x, w), _arrays((4, 128, 128), (4, 128, 128))),
             Chain(_scored, _arrays(*[(4, 128, 24)] * 3)),
@@ -153,9 +152,12 @@ def _combined(x: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
     return (x + (rows * weights[..., None]).sum(1)).astype(x.dtype)
 
 
-def _combined_arrays(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    x, rows = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((256, 64), (256, 8, 64)))
-    return x, rows, rng.standard_normal((256, 8)).astype(np.float32)
+def _choices(tokens: int) -> Callable[[np.random.Generator], tuple[np.ndarray, ...]]:
+    def make(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        x, rows = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((tokens, 64), (tokens, 8, 64)))
+        return x, rows, rng.standard_normal((tokens, 8)).astype(np.float32)
+
+    return make
 
 
 def _scored(x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:

@@ -58,13 +58,13 @@ def _calibrated(is_anew: bool) -> "HostCosts":
 )
 @count_option("--batch", 8, "Requests of a decode device.")
 @count_option("--tokens", 2048, "Of a prefill step of all devices.", least=16)
-@count_option("--rounds", 7, "Timed runs of each; medians count.")
+@count_option("--rounds", 7, "Timed runs of each at least, after as many; medians count.")
 @click.option("--calibrate", "is_anew", is_flag=True, help="Measure the operators anew.  [default: once a commit]")
 @json_option
 def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, is_anew: bool, as_json: bool) -> None:
     """Steps of virtual devices on this machine: what is predicted of them from single operators, then measured.
 
-    The costs of operators are measured once (a minute and more), alone and never in a step, and kept for
+    The costs of operators are measured once (about a minute), alone and never in a step, and kept for
     `--hardware host`.
     The steps run on random weights, which must fit in memory as often as there are devices.
     """

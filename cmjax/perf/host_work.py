@@ -49,7 +49,7 @@ _LANES = 16
 _PADDED = 64  # values that a staged row is padded to
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
-_FAR_BYTES = 2**20  # what no core's cache has
+_MAPPED_BYTES = 2**20  # beyond them a library asks for memory that was never touched, each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +139,15 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
     held = program.held(one) or [one]
     inside = {each.name: each.shape for each in held} if held != [one] else dict(shapes)
     dots = [inner for inner in held if inner.operation == "dot"]
-    touched = _touched(held, inside)
+    touched, is_library = _touched(held, inside), "__ynn_fusion" in one.rest
     return {
         "operator_s": 1,
         # What several threads are to do waits for them.
         "parted_s": float('"outer_dimension_partitions":["' in one.rest),
-        "library_s": float("__ynn_fusion" in one.rest and touched > _CLOSE_BYTES),
+        "library_s": float(is_library and touched > _CLOSE_BYTES),
         "touched_s": touched,
         "spilled_s": max(touched - _CLOSE_BYTES, 0.0),
-        "far_s": max(touched - _FAR_BYTES, 0.0),
+        "mapped_s": is_library * max(touched - _MAPPED_BYTES, 0.0),
         "worked_s": sum(shape_elements(inner.shape) for inner in held if not _is_plain(inner)),
         "bent_s": sum(shape_elements(inner.shape) for inner in held if inner.operation in _BENDING),
         "reduced_s": sum(_elements_of_first(inner, inside) for inner in held if inner.operation in _REDUCING),

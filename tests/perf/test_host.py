@@ -156,6 +156,12 @@ def test_amounts_of_xla_operators():
     for axis, folded in ((1, 0), (0, 64 * 64)):  # along rows, and rows to one
         found = total(jax.jit(lambda x, axis=axis: x.sum(axis)).lower(x).compile().as_text(), HostData())
         assert (found["reduced_s"], found["folded_s"]) == (64 * 64, folded)
+    for tokens in (256, 2048):  # rows of choices; more than a library keeps memory for, or not
+        chain = calibrate_xla.Chain(calibrate_xla._combined, calibrate_xla._choices(tokens))
+        arrays = chain.make(np.random.default_rng(0))
+        found = total(jax.jit(chain.body).lower(*arrays).compile().as_text(), HostData())
+        assert found["folded_s"] == tokens * 8 * 64
+        assert found["mapped_s"] == max(2 * 4 * tokens * 8 * 64 - 2**20, 0)
     index = np.arange(8, dtype=np.int32)
     found = total(
         jax.jit(lambda x, i: jnp.take(x, i, axis=0, mode="clip")).lower(x, index).compile().as_text(), HostData()
