@@ -107,8 +107,10 @@ def _results(
         calls = num_steps if case.role == "decode" else 1
         stages = price_program(compiled.as_text(), costs, case.ep_size, data_of(instance), calls)
         stages = {name: seconds / calls for name, seconds in stages.items()}
-        first = run_step(instance, compiled, rounds)["run_median"]  # the machine warms up
-        measured = run_step(instance, compiled, max(rounds, int(_LEAST_S / first)))["run_median"] / calls
+        measured = run_step(instance, compiled, rounds)["run_median"]
+        if measured * rounds < _LEAST_S:  # short of what a machine takes to warm up
+            measured = run_step(instance, compiled, int(_LEAST_S / measured))["run_median"]
+        measured /= calls
         predicted = sum(stages.values())
         results.append(
             {

@@ -58,7 +58,7 @@ def _calibrated(is_anew: bool) -> "HostCosts":
 )
 @count_option("--batch", 8, "Requests of a decode device.")
 @count_option("--tokens", 2048, "Of a prefill step of all devices.", least=16)
-@count_option("--rounds", 7, "Timed runs of each at least, after as many; medians count.")
+@count_option("--rounds", 7, "Timed runs of each, more of a short one; medians count.")
 @click.option("--calibrate", "is_anew", is_flag=True, help="Measure the operators anew.  [default: once a commit]")
 @json_option
 def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, is_anew: bool, as_json: bool) -> None:
