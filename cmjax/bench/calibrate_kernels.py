@@ -12,10 +12,10 @@ from cmjax.model.cache import PagedKeys
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import CoreAttention, Softmax, absorbed_end, absorbed_part, absorbed_start, rms_norm
 from cmjax.model.params import AttentionParams
-from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn, laid_out, packed_rows
+from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, WireDtype, expert_ffn, laid_out, packed_rows
 from cmjax.moe.router import choose_slots
 from cmjax.perf.host_work import HostData
-from cmjax.quant import linear
+from cmjax.quant import QuantArray, linear
 
 _BLOCK = 16
 Arrays = tuple[np.ndarray, ...]
@@ -39,19 +39,31 @@ class Probe:
 
 
 def probes() -> dict[str, list[Probe]]:
-    """Families of kernels whose costs are fitted together."""
+    """Families of kernels whose costs are fitted together, each beside the costs before it."""
     return {
         "norm": [_norm(*size) for size in ((8, 64), (8, 32), (8, 512), (512, 64), (64, 1024))],
         "choose": [_choose(*size) for size in ((8, 256, 8), (2, 64, 4), (64, 64, 8), (256, 256, 8))],
         "pack": [_pack(*size) for size in ((8, 64, 8, 256), (256, 64, 8, 64), (8, 512, 8, 512), (8, 64, 1, 16))],
         "lay_out": [_lay_out(*size) for size in ((8, 1), (320, 1), (16, 64))],
         "absorb": [_absorb(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
-        "release": [_release(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
         "attend": [
             _attend(*size)
-            for size in ((8, 4, 32, 256), (2, 4, 32, 256), (8, 16, 64, 128), (4, 4, 256, 128), (2, 32, 256, 128))
+            for size in (
+                (8, 4, 32, 256),
+                (2, 4, 32, 256),
+                (8, 16, 64, 128),
+                (8, 8, 96, 256),
+                (4, 4, 256, 128),
+                (2, 32, 256, 128),
+            )
         ],
-        "matrices": [*_products(), *_some_experts()],
+        "matrices": [*_products(), *(_expert(*size) for size in _EXPERTS)],
+        "release": [_release(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64))],
+        "quantized": [
+            *(_quantized(*size) for size in _QUANTIZED),
+            *(_expert(*size, is_quantized=True) for size in _QUANTIZED_EXPERTS),
+            _pack(64, 256, 8, 64, "int8"),
+        ],
     }
 
 
@@ -78,7 +90,7 @@ def mixed() -> Probe:
 
 def helped() -> list[Probe]:
     """Kernels that take from a little to much longer than a helper takes to come."""
-    return [_attend(requests, 4, 32, 256, repeats=8 if requests < 16 else 2) for requests in (1, 3, 8, 24, 96, 384)]
+    return [_attend(requests, 4, 32, 256) for requests in (1, 3, 8, 24, 96)]
 
 
 def _normal(rng: np.random.Generator, *shape: int, dtype: Any = jnp.bfloat16) -> np.ndarray:
@@ -105,11 +117,11 @@ def _choose(tokens: int, experts: int, topk: int) -> Probe:
     return Probe(call, make)
 
 
-def _pack(tokens: int, width: int, topk: int, slots: int) -> Probe:
+def _pack(tokens: int, width: int, topk: int, slots: int, wire: WireDtype | None = None) -> Probe:
     def make(rng: np.random.Generator) -> Arrays:
         return _normal(rng, tokens, width), rng.integers(0, slots, (tokens, topk)).astype(np.int32)
 
-    return Probe(lambda x, chosen: packed_rows(x, chosen, 1, slots, None)[0], make)
+    return Probe(lambda x, chosen: packed_rows(x, chosen, 1, slots, wire)[0], make)
 
 
 def _lay_out(ranks: int, local: int) -> Probe:
@@ -163,7 +175,7 @@ def _release(tokens: int, heads: int, value: int, latent: int) -> Probe:
     return Probe(call, make)
 
 
-def _attend(requests: int, rows: int, width: int, keys: int, repeats: int = 2) -> Probe:
+def _attend(requests: int, rows: int, width: int, keys: int) -> Probe:
     config = _mla(rows, 8, width - 8)
 
     def make(rng: np.random.Generator) -> Arrays:
@@ -176,15 +188,21 @@ def _attend(requests: int, rows: int, width: int, keys: int, repeats: int = 2) -
         lengths = jnp.full(requests, keys, jnp.int32)
         return absorbed_part(config, CoreAttention(query, state, requests), paged, lengths).state.mixed
 
-    return Probe(call, make, repeats, HostData(keys=keys))
+    return Probe(call, make, 2, HostData(keys=keys))
+
+
+# Rows, width and outputs: few rows, which are read where they are, rows that have to be staged, and many rows.
+_PRODUCTS = (
+    (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (64, 24, 128),
+    (256, 64, 256), (96, 512, 256), (512, 256, 64), (512, 64, 32),
+)  # fmt: skip
+_WIDE_PRODUCTS = ((1, 64, 64), (8, 64, 256), (64, 64, 64), (256, 64, 256), (96, 512, 256), (512, 64, 32))  # float32
+_QUANTIZED = ((8, 64, 256), (8, 256, 256), (16, 64, 32), (256, 64, 256), (32, 256, 256), (512, 64, 32))
 
 
 def _products() -> Iterator[Probe]:
-    sizes = (
-        (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (256, 64, 256), (128, 512, 256),
-    )  # fmt: skip
-    for dtype in (jnp.bfloat16, np.float32):
-        yield from (_product(*size, dtype) for size in sizes)
+    yield from (_product(*size) for size in _PRODUCTS)
+    yield from (_product(*size, np.float32) for size in _WIDE_PRODUCTS)
 
 
 def _product(rows: int, width: int, out: int, dtype: Any = jnp.bfloat16) -> Probe:
@@ -194,21 +212,36 @@ def _product(rows: int, width: int, out: int, dtype: Any = jnp.bfloat16) -> Prob
     return Probe(linear, make)
 
 
-def _some_experts() -> Iterator[Probe]:
-    sizes = ((16, 1, 64, 16), (8, 1, 256, 128), (32, 2, 64, 16), (1, 64, 64, 16), (16, 48, 64, 16), (4, 32, 256, 64))
-    return (_expert(*size) for size in sizes)
+def _quantized(rows: int, width: int, out: int) -> Probe:
+    def make(rng: np.random.Generator) -> Arrays:
+        weight = rng.integers(-127, 128, (out, width)).astype(np.int8)
+        return _normal(rng, rows, width), weight, np.full(out, 1 / width, np.float32)
+
+    return Probe(lambda x, weight, scale: linear(x, QuantArray(weight, scale)), make)
 
 
-def _expert(count: int, each: int, hidden: int, ffn: int) -> Probe:
+# Experts, rows of each, hidden and inner width.
+_EXPERTS = (
+    (16, 1, 64, 16), (8, 1, 256, 128), (32, 2, 64, 16), (1, 64, 64, 16), (16, 48, 64, 16), (4, 32, 256, 64),
+    (2, 128, 64, 32),
+)  # fmt: skip
+_QUANTIZED_EXPERTS = ((16, 1, 64, 16), (8, 4, 256, 64), (2, 96, 64, 32))
+
+
+def _expert(count: int, each: int, hidden: int, ffn: int, is_quantized: bool = False) -> Probe:
+    def made(rng: np.random.Generator, *shape: int) -> Arrays:
+        if is_quantized:
+            return rng.integers(-127, 128, shape).astype(np.int8), np.full(shape[:-1], 1 / shape[-1], np.float32)
+        return ((rng.standard_normal(shape) / shape[-1] ** 0.5).astype(jnp.bfloat16),)
+
     def make(rng: np.random.Generator) -> Arrays:
         x, counts = _normal(rng, count * each, hidden), np.full(count, each, np.int32)
-        w13, w2 = _normal(rng, 1, count, 2 * ffn, hidden), _normal(rng, 1, count, hidden, ffn)
-        return x, counts, (w13 / hidden**0.5).astype(x.dtype), (w2 / ffn**0.5).astype(x.dtype)
+        return x, counts, *made(rng, 1, count, 2 * ffn, hidden), *made(rng, 1, count, hidden, ffn)
 
-    def call(x: jax.Array, counts: jax.Array, w13: jax.Array, w2: jax.Array) -> jax.Array:
+    def call(x: jax.Array, counts: jax.Array, *weights: jax.Array) -> jax.Array:
         received, rows = ReceivedRows(x, counts, None), x.shape[0]
-        return expert_ffn(
-            received, MlpParams(w13, w2), 0, rows_per_block=1, expected_rows=rows, dtype=jnp.dtype(x.dtype)
-        )
+        pairs = zip(weights[::2], weights[1::2], strict=True) if is_quantized else ()
+        params = MlpParams(*[QuantArray(*pair) for pair in pairs] or weights)
+        return expert_ffn(received, params, 0, rows_per_block=1, expected_rows=rows, dtype=jnp.dtype(x.dtype))
 
     return Probe(call, make, data=HostData(rows=count * each, experts=count))

@@ -48,8 +48,8 @@ def chains() -> list[tuple[tuple[str, ...], list[Chain]]]:
         (("reduced_s", "library_s"), [
             Chain(_reduced, _arrays(scores)),
             Chain(_reduced, _arrays((1, 128, 128))),
-            Chain(_combined, _arrays((256, 64), (256, 8, 64), (256, 8))),
         ]),
+        (("folded_s", "mapped_s"), [Chain(_combined, _choices(tokens)) for tokens in (256, 2048)]),
         (("dot_s", "dot_value_s"), [
             Chain(lambda x, w: jnp.einsum("hqd,hdk->hqk", x, w), _arrays((4, 128, 128), (4, 128, 128))),
             Chain(_scored, _arrays(*[(4, 128, 24)] * 3)),
@@ -148,7 +148,16 @@ def _reduced(x: jax.Array) -> jax.Array:
 
 def _combined(x: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
     """Rows of several choices, each with its weight, as one."""
-    return x * 0.5 + ((rows + x[:, None, :] * 1e-6) * weights[..., None]).sum(1)
+    rows = _apart((rows, x))[0].astype(jnp.float32)  # what depends on `x` stays in the loop
+    return (x + (rows * weights[..., None]).sum(1)).astype(x.dtype)
+
+
+def _choices(tokens: int) -> Callable[[np.random.Generator], tuple[np.ndarray, ...]]:
+    def make(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        x, rows = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((tokens, 64), (tokens, 8, 64)))
+        return x, rows, rng.standard_normal((tokens, 8)).astype(np.float32)
+
+    return make
 
 
 def _scored(x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -159,9 +168,9 @@ def _scored(x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
 
 def _read(x: jax.Array, cache: jax.Array, table: jax.Array) -> jax.Array:
     """The rows of a chunk of keys, through the table of their blocks."""
-    for number in range(_REPEATS):
+    for _ in range(_REPEATS):
         later = (x[0] > 1e9).astype(jnp.int32)
-        rows = _apart(read_blocks(cache, later + number % 2, table[:, :8], later, 8, _BLOCK))
+        rows = _apart(read_blocks(cache, later + 1, table[:, :8], later, 8, _BLOCK))
         x = x + rows[0, 0, :1].astype(jnp.float32) * 1e-9
     return x
 

@@ -13,6 +13,7 @@ from cmjax.cli.tables import print_report
 if TYPE_CHECKING:
     from cmjax.perf.hardware import Hardware
     from cmjax.perf.host import HostCosts
+    from cmjax.quant import QuantMode
 
 _RANKS = (1, 8, 64, 320)
 
@@ -57,24 +58,23 @@ def _calibrated(is_anew: bool) -> "HostCosts":
 )
 @count_option("--batch", 8, "Requests of a decode device.")
 @count_option("--tokens", 2048, "Of a prefill step of all devices.", least=16)
-@count_option("--rounds", 7, "Timed runs of each; medians count.")
+@count_option("--rounds", 7, "Timed runs of each, more of a short one; medians count.")
 @click.option("--calibrate", "is_anew", is_flag=True, help="Measure the operators anew.  [default: once a commit]")
 @json_option
 def host(model: str, ep: tuple[int, ...], batch: int, tokens: int, rounds: int, is_anew: bool, as_json: bool) -> None:
     """Steps of virtual devices on this machine: what is predicted of them from single operators, then measured.
 
-    The costs of operators are measured once (a minute and more), alone and never in a step, and kept for
+    The costs of operators are measured once (about a minute), alone and never in a step, and kept for
     `--hardware host`.
     The steps run on random weights, which must fit in memory as often as there are devices.
     """
     from cmjax.bench import host as bench
     from cmjax.checkpoint.configs import find_config
-    from cmjax.mesh import bring_up
 
-    config = find_config(model).config
-    bring_up(max(*ep, *_RANKS))
+    found = find_config(model)
     costs = _calibrated(is_anew)
     cases = [bench.Case("decode", one, batch) for one in ep] + [bench.Case("prefill", one, tokens) for one in ep]
     with shown_progress("steps") as tell:
-        report = bench.run(config, costs, cases, rounds=rounds, tell=tell)
+        quant: QuantMode | None = "int8" if found.is_int8 else None
+        report = bench.run(found.config, costs, cases, quant=quant, rounds=rounds, tell=tell)
     print_report(report, bench.tables(report), as_json)

@@ -9,7 +9,17 @@ form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS
 from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
 from cmjax.kernels.products import Weights, expert_mlp, product
 from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
-from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, mode, status
+from cmjax.kernels.settings import (
+    KernelsMode,
+    KernelStatus,
+    Tiling,
+    configure,
+    is_native,
+    mode,
+    status,
+    tiling,
+    without_help,
+)
 
 __all__ = [
     "AttentionSpec",
@@ -17,6 +27,7 @@ __all__ = [
     "KernelsMode",
     "RouterConfig",
     "Scoring",
+    "Tiling",
     "TopkMethod",
     "Weights",
     "absorb",
@@ -32,4 +43,6 @@ __all__ = [
     "product",
     "release",
     "status",
+    "tiling",
+    "without_help",
 ]

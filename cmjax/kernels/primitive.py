@@ -36,7 +36,7 @@ def _lower_cpu(
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     num_devices = 1 if mesh is None else mesh.size
     # Devices that outnumber the threads have no use for each other's help.
-    is_parallel = 2 * num_devices <= num_cores()
+    is_parallel = settings.is_helped() and 2 * num_devices <= num_cores()
     lowering = jax.ffi.ffi_lowering(f"cmjax_kernels_{name}", operand_output_aliases=aliases)
     return lowering(ctx, *operands, is_parallel=is_parallel, **dict(attributes))
 

@@ -1,8 +1,11 @@
 """Which form of the operators runs: C++ or XLA's."""
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import jax
@@ -23,6 +26,32 @@ class KernelStatus:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How C++ products by matrices of one type are made on this CPU.
+
+    Attributes:
+        step: values of a row that a product takes at a time.
+        tile_rows: rows that take the weights as they are read once, at most.
+        many_rows: from so many rows on, these are staged by lane and columns laid side by side.
+        many_tile: rows that take the weights as they are read once, there.
+        is_read_in_place: whether fewer rows of the matrix's own type are read where they are, if whole steps.
+        many_block: rows of an expert that columns are laid for at a time, at most; of a product, at least.
+        many_bytes: of staged rows of a product that columns are laid for at a time, at most.
+    """
+
+    step: int
+    tile_rows: int
+    many_rows: int
+    many_tile: int
+    is_read_in_place: bool
+    many_block: int
+    many_bytes: int
+
+
+_TYPES = ("f32", "bf16", "s8")  # in the order of the library's own
+
+
 class _Settings:
     """What the kernels are set to, for the whole process."""
 
@@ -30,6 +59,7 @@ class _Settings:
         self.lock = threading.Lock()
         self.mode: KernelsMode = choice_from_environment("CMJAX_KERNELS", get_args(KernelsMode))
         self.has_warned = False
+        self.is_helped = True
 
 
 _SETTINGS = _Settings()
@@ -53,6 +83,21 @@ def configure(mode: KernelsMode) -> None:
 def mode() -> KernelsMode:
     """What was chosen last; see `configure`."""
     return _SETTINGS.mode
+
+
+@contextlib.contextmanager
+def without_help() -> Iterator[None]:
+    """What is lowered meanwhile has kernels that keep to the thread that calls them, however many cores there are."""
+    before, _SETTINGS.is_helped = _SETTINGS.is_helped, False
+    try:
+        yield
+    finally:
+        _SETTINGS.is_helped = before
+
+
+def is_helped() -> bool:
+    """Whether kernels may call other threads; see `without_help`."""
+    return _SETTINGS.is_helped
 
 
 def is_wanted() -> bool:
@@ -90,3 +135,18 @@ def status(platform: str) -> dict[str, KernelStatus]:
         form = f"native {loaded.library.cmjax_kernels_form().decode()}" if loaded.library else "xla"
         status = KernelStatus(form, loaded.reason)
     return dict.fromkeys(build.HANDLERS, status)
+
+
+def tiling(kind: str) -> Tiling:
+    """Of products by matrices of "f32", "bf16" or "s8", in the form in use.
+
+    Raises:
+      UserError: the kernels cannot be built here.
+    """
+    loaded = build.load()
+    if loaded.library is None:
+        raise UserError(f"no C++ kernels: {loaded.reason}")
+    found = (ctypes.c_int64 * len(dataclasses.fields(Tiling)))()
+    loaded.library.cmjax_kernels_tiling(_TYPES.index(kind), found)
+    step, tile_rows, many_rows, many_tile, is_read_in_place, many_block, many_bytes = found
+    return Tiling(step, tile_rows, many_rows, many_tile, bool(is_read_in_place), many_block, many_bytes)

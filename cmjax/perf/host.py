@@ -16,6 +16,14 @@ import numpy as np
 from cmjax.perf.host_work import Amounts, HostData, Run, runs
 from cmjax.text import JsonObject
 
+# What is read in turn when a rate is measured; the last is so much that no cache has it.
+READ_MIB = (8, 24, 128)
+
+
+def read_rate(mib: int) -> str:
+    """The name of the rate at which all devices together read so much in turn."""
+    return "memory_bytes_per_s" if mib == READ_MIB[-1] else f"read_{mib}_mib_bytes_per_s"
+
 
 @dataclasses.dataclass
 class HostCosts:
@@ -24,7 +32,7 @@ class HostCosts:
     Attributes:
         cores: that all devices share.
         machine: what it was measured on.
-        values: name -> number of devices -> seconds of one; and "memory_bytes_per_s" of the whole machine.
+        values: name -> number of devices -> seconds of one; and rates of the whole machine, see `read_rate`.
         help: `(seconds alone, seconds)` of kernels that the threads of other cores help with, where one device has
             the machine; ascending.
     """
@@ -51,13 +59,18 @@ class HostCosts:
         """Seconds of a device on its core; an amount without a cost is one that nothing was measured of."""
         return sum(amount * self.at(name, devices) for name, amount in amounts.items() if amount)
 
+    def rate(self, num_bytes: float, devices: int) -> float:
+        """Bytes a second of the machine where `num_bytes` are read in turn, held below and beyond what was measured."""
+        rates = [self.at(read_rate(mib), devices) for mib in READ_MIB]
+        return float(np.interp(np.log2(max(num_bytes, 1.0)), np.log2(READ_MIB) + 20, rates))
+
     def helped(self, seconds: float) -> float:
         """What a kernel takes of one device that has the machine, which takes `seconds` on one core."""
         alone = [one for one, _ in self.help]
         if not alone or seconds <= alone[0]:
             return seconds
         ratios = [np.log(with_help / one) for one, with_help in self.help]
-        return seconds * float(np.exp(np.interp(np.log(seconds), np.log(alone), ratios)))
+        return seconds * max(float(np.exp(np.interp(np.log(seconds), np.log(alone), ratios))), 1 / self.cores)
 
     def to_json(self) -> JsonObject:
         """What a file keeps."""
@@ -75,16 +88,22 @@ class HostCosts:
         path.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
 
 
-def price_program(text: str, costs: HostCosts, devices: int, data: HostData) -> dict[str, float]:
-    """Seconds of a call by stage, of `devices` that run a compiled program together; "launch" is of the call."""
+def price_program(text: str, costs: HostCosts, devices: int, data: HostData, steps: int = 1) -> dict[str, float]:
+    """Seconds of a call by stage, of `devices` that run a compiled program together; "launch" is of the call.
+
+    Args:
+        steps: of a call, which each read the weights.
+    """
     found = {"launch": costs.at("launch_s", devices)}
-    for run in runs(text, data):
-        found[run.stage] = found.get(run.stage, 0.0) + run.times * price_run(run, costs, devices)
+    several = list(runs(text, data))
+    rate = costs.rate(devices * sum(run.times * run.weight_bytes for run in several) / steps, devices)
+    for run in several:
+        found[run.stage] = found.get(run.stage, 0.0) + run.times * price_run(run, costs, devices, rate)
     return found
 
 
-def price_run(run: Run, costs: HostCosts, devices: int) -> float:
-    """Seconds of an operator of all devices together."""
+def price_run(run: Run, costs: HostCosts, devices: int, rate: float) -> float:
+    """Seconds of an operator of all devices together, which read weights at `rate`."""
     each = costs.of(run.amounts, devices)
     if run.kind != "exchange":
         each += costs.at("among_others_s", devices)
@@ -92,7 +111,7 @@ def price_run(run: Run, costs: HostCosts, devices: int) -> float:
         return costs.turns(devices) * each
     if 2 * devices <= costs.cores:  # fewer than that, and a device's kernels use the cores that nobody else does
         each = costs.helped(each)
-    return max(costs.turns(devices) * each, devices * run.weight_bytes / costs.at("memory_bytes_per_s", devices))
+    return max(costs.turns(devices) * each, devices * run.weight_bytes / rate)
 
 
 def fit(measured: Sequence[tuple[Amounts, float]], names: Sequence[str]) -> dict[str, float]:
@@ -103,7 +122,10 @@ def fit(measured: Sequence[tuple[Amounts, float]], names: Sequence[str]) -> dict
     gram, wanted, found = x.T @ x, x.T @ np.ones(len(x)), np.zeros(len(names))
     # One cost at a time, each to its best beside the others: the error is convex, so that this ends at its least.
     for _ in range(4000):
+        before = found.copy()
         for i in range(len(names)):
             if gram[i, i] > 0:
                 found[i] = max(0.0, found[i] + (wanted[i] - gram[i] @ found) / gram[i, i])
+        if np.all(np.abs(found - before) <= 1e-7 * found):
+            break
     return dict(zip(names, (found / scale).tolist(), strict=True))

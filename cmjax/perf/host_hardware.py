@@ -26,9 +26,10 @@ def _among(costs: HostCosts, devices: int) -> Hardware:
     rate = costs.at("memory_bytes_per_s", devices) / devices
     flops = 2.0 * _ROWS * _WIDTH**2
     # Not below what it takes to read the matrix, whatever noise made of the costs.
-    counted = {kind: matrix_amounts(kind, _ROWS, _WIDTH, _WIDTH) for kind in ("bf16", "f32")}
-    bf16, f32 = (
-        flops / max(turns * costs.of(amounts, devices), num_bytes / rate) for amounts, num_bytes in counted.values()
+    rows = {"s8": "bf16", "bf16": "bf16", "f32": "f32"}
+    counted = [matrix_amounts(kind, _ROWS, _WIDTH, _WIDTH, given) for kind, given in rows.items()]
+    s8, bf16, f32 = (
+        flops / max(turns * costs.of(amounts, devices), num_bytes / rate) for amounts, num_bytes in counted
     )
     exchange, ragged = (turns * costs.at(name, devices) if devices > 1 else 0.0 for name in ("exchange_s", "ragged_s"))
     beside = costs.of(BESIDE_A_PRODUCT, devices)
@@ -38,7 +39,7 @@ def _among(costs: HostCosts, devices: int) -> Hardware:
     given: list[tuple[str, float, str, str, Mark]] = [
         ("memory_bytes", costs.machine["memory_gib"] * _GIB / devices, "bytes", "a share of the machine's", "measured"),
         ("memory_bytes_per_s", rate, "bytes/s", measured, "measured"),
-        ("peak_int8", bf16, "ops/s", "as bfloat16", "assumed"),
+        ("peak_int8", s8, "ops/s", f"{measured}: products of {_ROWS} rows", "measured"),
         ("peak_bf16", bf16, "ops/s", f"{measured}: products of {_ROWS} rows", "measured"),
         ("peak_f32", f32, "ops/s", f"{measured}: products of {_ROWS} rows", "measured"),
         ("launch_s", launch, "s", "half of a product and what runs beside it", "assumed"),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from cmjax.kernels import Tiling, tiling
 from cmjax.perf.work import STAGES
 from cmjax.targets.hlo import Instruction, Program, array_shapes, shape_bytes, shape_elements
 
@@ -17,6 +18,7 @@ KERNELS = "cmjax_kernels_"
 FABRIC = "cmjax_fabric_"
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _GIVEN = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?:custom_call|output_to|api_version|metadata)")
+_DIMENSIONS = re.compile(r"dimensions=\{([\d,]*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CHUNKS, _TILES = (
     re.compile(r"core_attention/loop_\d+/while$"),
@@ -42,12 +44,12 @@ _PLAIN = (
     "dynamic-update-slice", "reshape", "transpose", "copy", "concatenate", "dot", *_INDEXED, *_REDUCING, *_BENDING,
 )  # fmt: skip
 _WHOLE = ("parameter", "dynamic-update-slice", "bitcast", "constant", "scatter", "tuple")
-_TILE_ROWS = {"bf16": 6, "f32": 6, "s8": 6}
-_STEP = {"bf16": 32, "f32": 16, "s8": 64}  # values of a row that a product takes at a time
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s8": 1}
 _LANES = 16
+_PADDED = 64  # values that a staged row is padded to
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
+_MAPPED_BYTES = 2**20  # beyond them a library asks for memory that was never touched, each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +139,19 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
     held = program.held(one) or [one]
     inside = {each.name: each.shape for each in held} if held != [one] else dict(shapes)
     dots = [inner for inner in held if inner.operation == "dot"]
-    touched = _touched(held, inside)
+    touched, is_library = _touched(held, inside), "__ynn_fusion" in one.rest
     return {
         "operator_s": 1,
         # What several threads are to do waits for them.
         "parted_s": float('"outer_dimension_partitions":["' in one.rest),
-        "library_s": float("__ynn_fusion" in one.rest and touched > _CLOSE_BYTES),
+        "library_s": float(is_library and touched > _CLOSE_BYTES),
         "touched_s": touched,
         "spilled_s": max(touched - _CLOSE_BYTES, 0.0),
+        "mapped_s": is_library * max(touched - _MAPPED_BYTES, 0.0),
         "worked_s": sum(shape_elements(inner.shape) for inner in held if not _is_plain(inner)),
         "bent_s": sum(shape_elements(inner.shape) for inner in held if inner.operation in _BENDING),
         "reduced_s": sum(_elements_of_first(inner, inside) for inner in held if inner.operation in _REDUCING),
+        "folded_s": sum(_elements_of_first(inner, inside) for inner in held if _folds(inner, inside)),
         "rounded_s": sum(shape_elements(inner.shape) for inner in held if _rounds(inner)),
         **{_INDEXED[inner.operation]: _indexed(inner, inside) for inner in held if inner.operation in _INDEXED},
         "searched_s": sum(_searched(inner, held) for inner in held if inner.operation == "gather"),
@@ -175,6 +179,15 @@ def _is_plain(one: Instruction) -> bool:
 def _rounds(one: Instruction) -> bool:
     """To bfloat16, for which CPUs take several instructions."""
     return one.operation == "convert" and one.shape.startswith("bf16")
+
+
+def _folds(one: Instruction, shapes: Mapping[str, str]) -> bool:
+    """Whether rows become one row: a reduction that leaves the last axis."""
+    axes = _DIMENSIONS.search(one.rest)
+    given = array_shapes(shapes.get(one.operands[0], "")) if one.operands else []
+    if one.operation != "reduce" or axes is None or not given:
+        return False
+    return str(len(given[0][1]) - 1) not in axes[1].split(",")
 
 
 def _elements(one: Instruction, shapes: Mapping[str, str]) -> float:
@@ -246,16 +259,18 @@ def _choose(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 
 def _pack(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    (kind, (rows, width)), (_, offsets) = results[0], results[2]
+    (given, (tokens, hidden)), (kind, (rows, width)), (_, offsets) = arrays[0], results[0], results[2]
     return {
         "pack_row_s": rows,
         "pack_slot_s": math.prod(offsets),
         "pack_byte_s": rows * shape_bytes(f"{kind}[{width}]"),
+        "quantized_s": tokens * _whole(hidden) if kind == "s8" and given != kind else 0.0,
     }, 0.0
 
 
 def _lay_out(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    return {"lay_out_segment_s": math.prod(arrays[0][1]) / 2}, 0.0
+    ranks, _, local = arrays[0][1]
+    return {"lay_out_rank_s": ranks, "lay_out_segment_s": ranks * local}, 0.0
 
 
 def _absorb(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
@@ -271,12 +286,9 @@ def _absorb(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 def _release(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     kind, (_, heads, _, latent) = next(one for one in arrays if len(one[1]) == 4)
     tokens, values = results[0][1]
-    each = values / heads * _whole(latent, _STEP[kind])
-    return {
-        "release_row_s": tokens * heads * (_whole(latent) + values / heads),
-        "release_tile_s": heads * math.ceil(tokens / _TILE_ROWS[kind]) * each,
-        "release_value_s": tokens * heads * each,
-    }, 0.0
+    found = _multiplied(tiling(kind), kind, tokens, values / heads, latent, is_many=False)
+    found = {name: heads * amount for name, amount in found.items()}
+    return {**found, "release_row_s": tokens * heads * _whole(latent), "stored_s": tokens * values}, 0.0
 
 
 def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
@@ -290,34 +302,65 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     }, 0.0
 
 
-def matrix_amounts(kind: str, rows: float, out: float, width: float, matrices: float = 1.0) -> _Counted:
-    """Of `matrices` products `[rows, width] x [out, width]` each: a tile reads the weights for a few rows."""
-    values = out * _whole(width, _STEP[kind])
-    # At most one tile has fewer rows, and rows of an expectation are no whole number.
-    tiles = max(1.0, rows / _TILE_ROWS[kind] + (0.5 if rows % _TILE_ROWS[kind] else 0.0))
+def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str | None = None) -> _Counted:
+    """Of a product `[rows, width] x [out, width]`, of rows that are `given` as another type than the matrix."""
+    how, given = tiling(kind), given or kind
+    is_many = rows >= how.many_rows
+    amounts = {"stored_s": rows * out, **_multiplied(how, kind, rows, out, width, is_many)}
+    if is_many:
+        whole = math.ceil(rows * 4 * _whole(width, _PADDED) / how.many_bytes)
+        amounts[f"laid_{kind}_s"] *= min(whole, math.ceil(rows / how.many_block))
+    if is_many or width % how.step or not (how.is_read_in_place and given == kind):
+        _add(amounts, _staged(how, kind, given, rows, width))
+    return amounts, out * width * _ITEM_BYTES[kind]
+
+
+def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float, is_many: bool) -> dict[str, float]:
+    """Sums: a tile of few rows reads the weights as they are, for many rows columns are laid side by side once."""
+    values, tile = out * _whole(width, how.step), how.many_tile if is_many else how.tile_rows
+    # At most one tile has fewer rows; of an expectation, which is no whole number, half a one.
+    tiles = math.ceil(rows / tile) if rows == int(rows) else max(1.0, rows / tile + 0.5)
+    scaled = rows * out if kind == "s8" else 0.0
+    if is_many:
+        return {f"laid_{kind}_s": values, f"many_{kind}_s": tiles * tile * values, "scaled_s": scaled}
     return {
-        f"tile_{kind}_s": matrices * tiles * values,
-        f"value_{kind}_s": matrices * rows * values,
-        "staged_s": matrices * rows * _whole(width),
-        "stored_s": matrices * rows * out,
-    }, matrices * out * width * _ITEM_BYTES[kind]
+        f"tile_{kind}_s": tiles * values,
+        f"value_{kind}_s": rows * values,
+        "summed_s": rows * out,  # a vector of sums each
+        "rest_s": tiles * out if width % how.step else 0.0,  # of rows that are no whole steps
+        "scaled_s": scaled,
+    }
+
+
+def _staged(how: Tiling, kind: str, given: str, rows: float, width: float) -> dict[str, float]:
+    """Rows made what products read."""
+    values = rows * _whole(width)
+    name = "quantized_s" if kind == "s8" and given != kind else "staged_s"
+    return {name: values, "by_lane_s": values if rows >= how.many_rows and kind != "s8" else 0.0}
+
+
+def _add(amounts: dict[str, float], more: Amounts, times: float = 1.0) -> None:
+    for name, amount in more.items():
+        amounts[name] = amounts.get(name, 0.0) + times * amount
 
 
 def _product(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    (_, (rows, width)), (kind, weight) = arrays[0], arrays[2]
-    return matrix_amounts(kind, rows, weight[-2], width)
+    (given, (rows, width)), (kind, weight) = arrays[0], arrays[2]
+    return matrix_amounts(kind, rows, weight[-2], width, given)
 
 
 def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     (kind, w13), (_, w2) = [one for one in arrays if len(one[1]) == 4][:2]
-    found, size, count = {"expert_s": data.experts}, 0.0, max(data.experts, 1e-9)
-    for out, width in (w13[2:], w2[2:]):
-        amounts, weight_bytes = matrix_amounts(kind, data.rows / count, out, width, data.experts)
-        size += weight_bytes
-        for name, amount in amounts.items():
-            found[name] = found.get(name, 0.0) + amount
-    found["gated_s"] = data.rows * w2[3]
-    return found, size
+    found = {"expert_s": data.experts, "gated_s": data.rows * w2[3], "stored_s": data.rows * w2[2]}
+    how, each = tiling(kind), data.rows / max(data.experts, 1e-9)
+    is_many = each >= how.many_rows
+    for given, (out, width) in ((arrays[0][0], w13[2:]), ("f32", w2[2:])):
+        amounts = _multiplied(how, kind, each, out, width, is_many)
+        if is_many:
+            amounts[f"laid_{kind}_s"] *= math.ceil(each / how.many_block)
+        _add(amounts, _staged(how, kind, given, each, width))
+        _add(found, amounts, data.experts)
+    return found, data.experts * (math.prod(w13[2:]) + math.prod(w2[2:])) * _ITEM_BYTES[kind]
 
 
 _KERNELS = {

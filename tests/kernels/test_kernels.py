@@ -12,6 +12,7 @@ import pytest
 
 from cmjax import kernels
 from cmjax.kernels.native import build
+from cmjax.mesh import num_cores
 from cmjax.model.mla import rms_norm
 from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn, laid_out, packed_rows, route_to_slots
 from cmjax.quant import LayerMatrix, QuantizedRows, linear, quantize, quantize_rows
@@ -347,3 +348,27 @@ def test_a_wrong_environment_variable_is_named():
     command = [sys.executable, "-c", "import cmjax.kernels"]
     ended = subprocess.run(command, env={"CMJAX_KERNELS": "fast"}, capture_output=True, text=True, check=False)
     assert "CMJAX_KERNELS must be one of auto, native, xla, got 'fast'" in ended.stderr
+
+
+def test_how_products_are_made(form):
+    """What each form says of itself: steps are whole vectors, and sums of eight or sixteen lanes."""
+    f32, bf16, s8 = (kernels.tiling(kind) for kind in ("f32", "bf16", "s8"))
+    lanes = 16 if form.startswith("Avx512") else 8
+    assert f32.step == lanes
+    assert f32.is_read_in_place
+    assert bf16.is_read_in_place == (form == "Avx512Bf16")
+    assert not s8.is_read_in_place
+    many = 2**63 - 1 if form == "Portable" else 80 if lanes == 16 else 24
+    assert (f32.many_rows, bf16.many_rows) == (many, many)
+    assert s8.many_rows == min(many, 24) if form != "Portable" else many
+    assert f32.many_tile <= f32.many_block
+
+
+def test_a_program_whose_kernels_are_not_helped():
+    """It says so to each of them; on a machine of one core nobody is there to help."""
+    x, weight = np.ones((4, 64), np.float32), np.ones((32, 64), np.float32)
+    with kernels.without_help():
+        alone = jax.jit(lambda x, weight: linear(x, weight)).lower(x, weight).as_text()
+    helped = jax.jit(lambda x, weight: linear(x, weight)).lower(x, weight).as_text()
+    assert "is_parallel = false" in alone
+    assert f"is_parallel = {'true' if num_cores() > 1 else 'false'}" in helped

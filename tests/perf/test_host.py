@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 
 from cmjax.bench import calibrate as calibration
-from cmjax.bench import calibrate_kernels, calibrate_xla
+from cmjax.bench import calibrate_devices, calibrate_kernels, calibrate_xla
 from cmjax.bench import host as bench
 from cmjax.bench.report import machine
+from cmjax.checkpoint.formats import compressed_config
 from cmjax.cli.command import main
 from cmjax.errors import UserError
+from cmjax.kernels import tiling
+from cmjax.kernels.native import build
 from cmjax.perf.host import HostCosts, fit, price_program
 from cmjax.perf.host_hardware import BESIDE_A_PRODUCT, host_hardware
-from cmjax.perf.host_work import HostData, runs, total
+from cmjax.perf.host_work import HostData, matrix_amounts, runs, total
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
 from cmjax.serve.instances import AbstractInstance
@@ -32,10 +36,7 @@ FEW, CROWD = 2, 4
 
 @pytest.fixture(scope="module")
 def costs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "FEW", FEW)
-        patch.setattr(calibration, "CROWD", CROWD)
-        return calibration.calibrate([1], passes=1)
+    return calibration.calibrate([1], passes=1, few=FEW, crowd=CROWD)
 
 
 def test_a_calibration_measures_every_cost(costs):
@@ -77,18 +78,10 @@ def test_costs_are_found_from_what_was_measured():
             calibrate_kernels._pack(8, 64, 4, 32),
             {"pack_s": 1, "pack_row_s": 32, "pack_slot_s": 32, "pack_byte_s": 32 * 128},
         ),
-        (calibrate_kernels._lay_out(16, 2), {"lay_out_s": 1, "lay_out_segment_s": 32}),
+        (calibrate_kernels._lay_out(16, 2), {"lay_out_s": 1, "lay_out_rank_s": 16, "lay_out_segment_s": 32}),
         (
             calibrate_kernels._attend(2, 4, 32, 64),
             {"attend_s": 1, "attend_key_s": 128, "attend_read_s": 128 * 32, "attend_value_s": 128 * 4 * 32},
-        ),
-        (
-            calibrate_kernels._product(12, 64, 96),
-            {"product_s": 1, "tile_bf16_s": 2 * 64 * 96, "value_bf16_s": 12 * 64 * 96, "stored_s": 12 * 96},
-        ),
-        (
-            calibrate_kernels._expert(4, 6, 64, 32),
-            {"experts_s": 1, "expert_s": 4, "value_bf16_s": 24 * 3 * 64 * 32, "gated_s": 24 * 32},
         ),
     ],
 )
@@ -100,6 +93,59 @@ def test_amounts_of_a_kernel(probe, expected):
     assert {name: found.get(name) for name in expected} == pytest.approx(expected)
 
 
+@pytest.fixture(params=[name for name in build.FORMS if build.load().library.cmjax_kernels_use(name.encode())])
+def form(request):
+    """Each form of the inner loops that this CPU runs."""
+    assert build.load().library.cmjax_kernels_use(request.param.encode())
+    yield request.param
+    build.load().library.cmjax_kernels_use(b"")
+
+
+def amounts_of(probe):
+    arrays = probe.make(np.random.default_rng(0))
+    return total(jax.jit(probe.call).lower(*arrays).compile().as_text(), probe.data)
+
+
+def test_amounts_of_products(form):
+    """Of few rows and of many, as the form takes them: which it is the kernels say."""
+    values, rows = 64 * 96, 240
+    few, many = (amounts_of(calibrate_kernels._product(count, 64, 96)) for count in (12, rows))
+    how = tiling("bf16")
+    assert (few["tile_bf16_s"], few["value_bf16_s"]) == (math.ceil(12 / how.tile_rows) * values, 12 * values)
+    assert few["stored_s"] == 12 * 96
+    assert ("staged_s" in few) == (not how.is_read_in_place)
+    assert few["summed_s"] == 12 * 96
+    assert not few["rest_s"]
+    assert amounts_of(calibrate_kernels._product(12, 24, 96))["rest_s"] == (
+        96 * few["tile_bf16_s"] / values if how.step > 8 else 0
+    )
+    if form == "Portable":
+        assert many["value_bf16_s"] == rows * values
+        assert not {"laid_bf16_s", "many_bf16_s", "by_lane_s"} & {name for name, amount in many.items() if amount}
+    else:
+        assert (many["laid_bf16_s"], many["many_bf16_s"], many["by_lane_s"]) == (values, rows * values, rows * 64)
+        assert "value_bf16_s" not in many
+    # Columns are laid once more for rows that do not fit beside them.
+    large = amounts_of(calibrate_kernels._product(6000, 64, 96)).get("laid_bf16_s", 0.0)
+    assert large == (2 * values if form != "Portable" else 0)
+
+
+def test_amounts_of_int8_products(form):
+    """Rows are quantized where they come as floats; and int8 has many rows earlier."""
+    few, many = (amounts_of(calibrate_kernels._quantized(count, 64, 96)) for count in (8, 48))
+    assert (few["value_s8_s"], few["scaled_s"], few["quantized_s"]) == (8 * 64 * 96, 8 * 96, 8 * 64)
+    assert many["quantized_s"] == 48 * 64
+    assert many.get("many_s8_s", 0) == (0 if form == "Portable" else 48 * 64 * 96)
+    each = 200
+    found = amounts_of(calibrate_kernels._expert(2, each, 64, 32, is_quantized=True))
+    assert found["quantized_s"] == 2 * each * (64 + 32)
+    if form != "Portable":  # two parts of an expert's rows
+        assert found["laid_s8_s"] == 2 * 2 * 64 * (64 + max(32, tiling("s8").step))
+    packed = amounts_of(calibrate_kernels._pack(64, 256, 8, 64, "int8"))
+    assert packed["quantized_s"] == 64 * 256
+    assert not amounts_of(calibrate_kernels._pack(64, 256, 8, 64))["quantized_s"]
+
+
 def test_amounts_of_xla_operators():
     x = np.ones((64, 64), np.float32)
     found = total(jax.jit(lambda x: jnp.exp(x)).lower(x).compile().as_text(), HostData())
@@ -107,6 +153,15 @@ def test_amounts_of_xla_operators():
     found = total(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text(), HostData())
     assert found["dot_s"] == 2 * 64**3
     assert found["dot_value_s"] == 3 * 64 * 64
+    for axis, folded in ((1, 0), (0, 64 * 64)):  # along rows, and rows to one
+        found = total(jax.jit(lambda x, axis=axis: x.sum(axis)).lower(x).compile().as_text(), HostData())
+        assert (found["reduced_s"], found["folded_s"]) == (64 * 64, folded)
+    for tokens in (256, 2048):  # rows of choices; more than a library keeps memory for, or not
+        chain = calibrate_xla.Chain(calibrate_xla._combined, calibrate_xla._choices(tokens))
+        arrays = chain.make(np.random.default_rng(0))
+        found = total(jax.jit(chain.body).lower(*arrays).compile().as_text(), HostData())
+        assert found["folded_s"] == tokens * 8 * 64
+        assert found["mapped_s"] == max(2 * 4 * tokens * 8 * 64 - 2**20, 0)
     index = np.arange(8, dtype=np.int32)
     found = total(
         jax.jit(lambda x, i: jnp.take(x, i, axis=0, mode="clip")).lower(x, index).compile().as_text(), HostData()
@@ -119,6 +174,7 @@ def test_help_is_for_kernels_that_take_long():
     assert costs.helped(1e-6) == 1e-6
     assert costs.helped(1e-3) == pytest.approx(5e-4)
     assert costs.helped(4e-3) == pytest.approx(2e-3)
+    assert HostCosts(2, {}, help=[(1e-3, 4e-4)]).helped(2e-3) == 1e-3  # not faster than all cores are
     assert 3e-5 * 0.8 < costs.helped(3e-5) < 3e-5
     assert HostCosts(2, {}).helped(1.0) == 1.0
 
@@ -148,7 +204,7 @@ def step_modules(names):
 
 def test_a_calibration_knows_no_step(monkeypatch):
     """Neither by what it imports, nor by what it runs: no step can be traced meanwhile."""
-    for module in (calibration, calibrate_kernels, calibrate_xla):
+    for module in (calibration, calibrate_devices, calibrate_kernels, calibrate_xla):
         assert not step_modules(modules_of(module))
     assert step_modules(modules_of(bench))  # the check sees one that does
 
@@ -158,7 +214,7 @@ def test_a_calibration_knows_no_step(monkeypatch):
     monkeypatch.setattr(bench, "run_step", fail)
     monkeypatch.setattr(AbstractInstance, "trace", fail)
     found = HostCosts(2, machine())
-    on = calibration._Devices(calibration.bring_up(2)[:2], 1)
+    on = calibrate_devices.Devices(calibration.bring_up(2)[:2], 1)
     calibration._launch(on, found)
     calibration._exchanges(on, found)
     assert found.values["exchange_s"][2] > 0
@@ -175,8 +231,9 @@ def test_what_stands_beside_a_product_is_what_decode_has():
     assert BESIDE_A_PRODUCT["norm_s"] == pytest.approx(found["kernel"] / found["product"], rel=0.4)
 
 
-def program(role, ep_size, batch):
-    instance = bench.instance_of(CONFIG, bench.Case(role, ep_size, batch), 2)
+def program(role, ep_size, batch, quant=None, dtype=jnp.bfloat16):
+    instance = bench.instance_of(CONFIG, bench.Case(role, ep_size, batch), 2, quant)
+    instance = dataclasses.replace(instance, dtype=jnp.dtype(dtype))
     return instance.trace().lower().compile().as_text(), bench.data_of(instance)
 
 
@@ -203,6 +260,20 @@ def test_a_compiled_step_is_priced_by_stage(costs, role, batch):
     assert sum(more.values()) > sum(found.values())
 
 
+@pytest.mark.parametrize(("quant", "dtype", "kind"), [("int8", jnp.bfloat16, "s8"), (None, jnp.float32, "f32")])
+def test_other_formats_have_a_price(costs, quant, dtype, kind):
+    """Their own products are in it: dearer ones make the step so."""
+    for role, batch in (("decode", 4), ("prefill", 512)):
+        text, data = program(role, 2, batch, quant, dtype)
+        amounts = total(text, data)
+        assert set(amounts) <= set(costs.values)
+        assert amounts.get(f"value_{kind}_s", 0) + amounts.get(f"many_{kind}_s", 0) > amounts.get("value_bf16_s", 0)
+        found = sum(price_program(text, costs, 2, data).values())
+        names = [name for name in costs.values if name.endswith(f"_{kind}_s")]
+        dearer = HostCosts(costs.cores, costs.machine, costs.values | {name: {1: 1e-3} for name in names})
+        assert sum(price_program(text, dearer, 2, data).values()) > 2 * found > 0
+
+
 def test_trips_of_prefill_are_those_of_packed_prompts():
     """2,048 tokens are 8 prompts of 256: of two chunks each, the first meets two tiles of queries, the second one."""
     _, data = program("prefill", 1, 2048)
@@ -222,12 +293,26 @@ def test_predicted_beside_measured(costs, tmp_path, monkeypatch, capsys):
     for one in report["results"]:
         assert one["predicted_s"] == pytest.approx(sum(one["stages_s"].values()))
         assert one["error"] == pytest.approx(one["predicted_s"] / one["measured_s"] - 1)
-    assert report["costs"]["values"]["product_s"].keys() == {str(FEW), str(CROWD)}
+    assert report["costs"]["values"]["product_s"].keys() == {"1", str(FEW), str(CROWD)}
     assert bench.tables(report)
     assert (
         main(["simulate", "step", "--model", str(tmp_path), "--hardware", "host", "--ep", "2", "--context", "100"]) == 0
     )
     assert "This machine" in capsys.readouterr().out
+
+
+def test_an_int8_checkpoint_runs_as_int8(costs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs.save(tmp_path / "cmjax" / "host.json")
+    hf = CONFIG.to_hf() | {"quantization_config": compressed_config([])}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    sizes = ["--ep", "1", "--batch", "2", "--tokens", "64", "--rounds", "1"]
+    assert main(["simulate", "host", "--model", str(tmp_path), *sizes, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["weights"] == "int8"
+    assert min(one["predicted_s"] for one in report["results"]) > 0
+    one = host_hardware(costs)
+    assert one.peak_int8 != one.peak_bf16
 
 
 def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
@@ -241,9 +326,8 @@ def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
 
 def test_a_product_takes_no_less_than_reading_its_matrix(costs):
     """Where noise had its costs come out as nothing."""
-    values = {name: dict.fromkeys(points, 0.0) if "tile" in name or "value" in name else points
-              for name, points in costs.values.items()}  # fmt: skip
-    free = dataclasses.replace(costs, values=values | {"staged_s": {1: 0.0}, "stored_s": {1: 0.0}})
+    names = {name for kind in ("bf16", "f32") for name in matrix_amounts(kind, 64, 512, 512)[0]}
+    free = dataclasses.replace(costs, values=costs.values | {name: {1: 0.0} for name in names})
     one = host_hardware(free)
     assert one.peak_bf16 == pytest.approx(64 * one.memory_bytes_per_s)  # 64 rows, two operations for two bytes
     assert one.peak_f32 == pytest.approx(32 * one.memory_bytes_per_s)

@@ -40,4 +40,6 @@ def load() -> Loaded:
     if loaded.library is not None:
         loaded.library.cmjax_kernels_form.restype = ctypes.c_char_p
         loaded.library.cmjax_kernels_use.argtypes = [ctypes.c_char_p]
+        loaded.library.cmjax_kernels_tiling.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)]
+        loaded.library.cmjax_kernels_tiling.restype = None
     return loaded

@@ -203,4 +203,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_release, cmjax::HandleRelease,
 extern "C" {
 const char* cmjax_kernels_form() { return cmjax::CurrentForm().name; }
 int32_t cmjax_kernels_use(const char* name) { return cmjax::UseForm(name) ? 1 : 0; }
+// The numbers of the form's Tiling for matrices of a Type, and of what columns are laid side by side for at a time.
+void cmjax_kernels_tiling(int32_t type, int64_t* out) {
+  const cmjax::Tiling& own = cmjax::CurrentForm().tiling[type];
+  const int64_t found[] = {own.step, own.tile_rows, own.many_rows, own.many_tile, own.is_read_in_place,
+                           cmjax::kManyBlock, cmjax::kRowsBytes};
+  std::copy(std::begin(found), std::end(found), out);
+}
 }

@@ -110,18 +110,10 @@ void Stage(const Rows& rows, int64_t first, int64_t count, Type weights, Type dt
 }
 
 template <class D>
-inline bool Reads(const Rows& rows, Type type) {
-  return rows.type == type && sizeof(typename D::X) == static_cast<size_t>(ItemBytes(type)) && rows.width % D::kStep == 0;
-}
-
-bool ReadsInPlace(const Rows& rows, Type weights) {
-  if (weights == Type::kF32) return Reads<DotF32>(rows, weights);
-  return weights == Type::kBF16 && Reads<DotBF16>(rows, weights);
-}
-
-bool IsByLane(Type weights, int64_t num_rows) {
-  if (weights == Type::kS8) return num_rows >= DotS8::kManyRows;
-  return num_rows >= (weights == Type::kBF16 ? DotBF16::Many::kManyRows : DotF32::kManyRows);
+constexpr Tiling TilingOf() {
+  using M = typename D::Many;
+  constexpr bool is_float = sizeof(typename D::W) > 1;
+  return {D::kStep, D::kRows, M::kManyRows, M::kTileOfMany, is_float && sizeof(typename D::X) == sizeof(typename D::W)};
 }
 
 // -- products ---------------------------------------------------------------------------------------------------------
@@ -225,9 +217,6 @@ inline void Write(const float* values, int64_t num_rows, int64_t row, int64_t co
   }
 }
 
-// Rows of a product whose columns are laid side by side stay in the second-level cache.
-constexpr int64_t kRowsBytes = 1 << 20;
-
 template <class D>
 void ProductOf(const Staged& rows, int64_t num_rows, const Matrix& w, int64_t first, int64_t count,
                const Target& target, char* scratch) {
@@ -322,7 +311,8 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, 
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
-const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, IsByLane, Stage, Product, Expert,
-                                         Quantize, Norm, Choose, Absorb, Attend, Release};
+const Form CMJAX_NAMED(k, CMJAX_FORM) = {
+    CMJAX_QUOTED(CMJAX_FORM), {TilingOf<DotF32>(), TilingOf<DotBF16>(), TilingOf<DotS8>()}, Stage, Product, Expert,
+    Quantize, Norm, Choose, Absorb, Attend, Release};
 
 }  // namespace cmjax

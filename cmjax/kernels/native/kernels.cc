@@ -107,9 +107,10 @@ void Parallel(const Helpers& helpers, int64_t count, std::function<void(int64_t)
   }
 }
 
-// Below this much work a helper comes too late: bytes of weights and multiplications, as nanoseconds of one core.
+// Below this much work a helper, who has to be woken, comes too late: bytes of weights and multiplications, as nanoseconds
+// of one core.
 bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
-  return values * item_bytes / 12 + num_rows * values / 40 > 8000;
+  return values * item_bytes / 12 + num_rows * values / 40 > 30000;
 }
 
 // task(row) for all rows, each of which takes about `values` cheap operations.
@@ -159,13 +160,21 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
       form.stage(rows, first, here, w.type, dtype, to, floats);
     });
   }
-  // A few tasks a thread, so that none waits long for another; whole blocks of columns where there are many.
+  // A few tasks a thread, so that none waits long for another; whole blocks of columns where there are many, and several
+  // blocks of rows where there are few.
   const int64_t wanted = help.count == 0 ? 1 : 4 * (help.count + 1);
   const int64_t step = w.out / wanted >= kColBlock ? kColBlock : staged.is_by_lane ? kLaid : 16;
-  const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step);
-  Parallel(help, (w.out + cols - 1) / cols, [&](int64_t i) {
-    const int64_t first = i * cols;
-    form.product(staged, num_rows, w, first, std::min(cols, w.out - first), target,
+  const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step), across = (w.out + cols - 1) / cols;
+  const int64_t blocks = staged.is_by_lane ? std::min((wanted + across - 1) / across, num_rows / kManyBlock) : 1;
+  const int64_t down = std::max<int64_t>(1, blocks);
+  Parallel(help, across * down, [&](int64_t i) {
+    const int64_t col = i % across * cols, row = num_rows * (i / across) / down;
+    const int64_t rows_here = num_rows * (i / across + 1) / down - row;
+    const Staged own{staged.data + row * staged.stride, staged.stride,
+                     staged.scales == nullptr ? nullptr : staged.scales + row, staged.is_by_lane};
+    Target to = target;
+    to.data += row * target.width * ItemBytes(target.type);
+    form.product(own, rows_here, w, col, std::min(cols, w.out - col), to,
                  Scratch(1, ProductScratch(w.in, staged.is_by_lane)));
     TrimScratch(1);
   });

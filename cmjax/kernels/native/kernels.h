@@ -65,6 +65,9 @@ struct Softmax {
 // that attention takes at a time.
 constexpr int64_t kRowBlock = 48, kManyBlock = 144, kColBlock = 64, kLaid = 32, kPad = 64, kChunk = 64;
 
+// Rows of a product whose columns are laid side by side stay in the second-level cache.
+constexpr int64_t kRowsBytes = 1 << 20;
+
 inline int64_t Padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
 inline int64_t ItemBytes(Type type) { return type == Type::kF32 ? 4 : type == Type::kBF16 ? 2 : 1; }
 
@@ -103,14 +106,27 @@ struct Router {
 };
 inline int64_t ChooseScratch(const Router& router) { return (2 * Padded(router.experts) + Padded(router.groups)) * 4; }
 
+// How products by matrices of one type are made.
+struct Tiling {
+  int64_t step;           // values of a row that a product takes at a time
+  int64_t tile_rows;      // rows that take the weights as they are read once, at most
+  int64_t many_rows;      // so many rows are staged by lane, and columns laid side by side: 12 or more, see columns.h
+  int64_t many_tile;      // rows that take the weights as they are read once, there
+  bool is_read_in_place;  // rows of the matrix's own type, where they are whole steps and fewer
+};
+
 // One form of the inner loops. Results of a row never depend on the rows beside it.
 struct Form {
   const char* name;
+  Tiling tiling[3];  // by the type of the matrix
+  bool is_by_lane(Type weights, int64_t num_rows) const {
+    return num_rows >= tiling[static_cast<int>(weights)].many_rows;
+  }
   // Whether products by matrices of `weights` can read these rows where they are.
-  bool (*reads_in_place)(const Rows& rows, Type weights);
-  // Whether so many rows are faster staged by lane for matrices of `weights`, whose columns are then laid side by side:
-  // 12 of them or more.
-  bool (*is_by_lane)(Type weights, int64_t num_rows);
+  bool reads_in_place(const Rows& rows, Type weights) const {
+    const Tiling& own = tiling[static_cast<int>(weights)];
+    return rows.type == weights && own.is_read_in_place && rows.width % own.step == 0;
+  }
   // Stages `count` rows from `first` on for matrices of `weights`, to `staged` as that says; floats are first rounded to
   // `dtype`. `floats` is scratch memory for one padded row.
   void (*stage)(const Rows& rows, int64_t first, int64_t count, Type weights, Type dtype, const Staged& staged,
