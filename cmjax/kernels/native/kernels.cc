@@ -110,7 +110,7 @@ void Parallel(const Helpers& helpers, int64_t count, std::function<void(int64_t)
 // Below this much work a helper, who has to be woken, comes too late: bytes of weights and multiplications, as nanoseconds
 // of one core.
 bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
-  return values * item_bytes / 12 + num_rows * values / 40 > 30000;
+  return values * item_bytes / 12 + num_rows * values / 40 > 8000;
 }
 
 // task(row) for all rows, each of which takes about `values` cheap operations.
