@@ -316,13 +316,15 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, 
   Product(between, num_rows, w2, 0, w2.out, target, scratch);
 }
 
+#include "panels.h"
 #include "attention.h"
+#include "expanded.h"
 #include "routing.h"
 
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
 const Form CMJAX_NAMED(k, CMJAX_FORM) = {CMJAX_QUOTED(CMJAX_FORM), ReadsInPlace, IsByLane, Stage, Product, Expert,
-                                         Quantize, Norm, Choose, Absorb, Attend, Release};
+                                         Quantize, Norm, Choose, Absorb, Attend, Release, AttendExpanded};
 
 }  // namespace cmjax

@@ -1,0 +1,118 @@
+// Products with the vectors along the columns, and what a softmax makes of a row of scores, of one form: part of form.cc.
+//
+// c = a * b, where a value of c is one sum in the order of a's units: a row of `a` holds units (see columns.h), one of
+// which is spread over a vector; a row of `b` holds one unit of every column.
+#pragma once
+
+// acc[0:R, 0:V vectors] += a[0:R, 0:count] * b[0:count, 0:V vectors].
+template <class M, int R, int V>
+__attribute__((always_inline)) inline void Gather(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                                  int64_t count, typename M::Acc (&acc)[R][V]) {
+  for (int64_t k = 0; k < count; ++k) {
+    typename M::XVec row[V];
+    for (int v = 0; v < V; ++v) {
+      row[v] = M::LoadX(reinterpret_cast<const typename M::X*>(b + k * b_stride + v * M::kLanes));
+    }
+    for (int r = 0; r < R; ++r) {
+      const typename M::XVec value = M::SpreadUnit(a + r * a_stride + k);
+      for (int v = 0; v < V; ++v) acc[r][v] = M::Add(acc[r][v], value, row[v]);
+    }
+  }
+}
+
+// What becomes of the sums in memory: c = a * b, c += a * b in one row of additions, or c = keep[row] * c + a * b.
+enum class Into { kNew, kSum, kScaled };
+
+template <class M, Into I, int R, int V>
+inline void Panel(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, const float* keep,
+                  float* c, int64_t c_stride) {
+  using F = DotF32;
+  typename M::Acc acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = I == Into::kSum ? F::LoadX(c + r * c_stride + v * F::kLanes) : typename M::Acc{};
+    }
+  }
+  Gather<M, R, V>(a, a_stride, b, b_stride, count, acc);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * c_stride + v * F::kLanes;
+      if (I == Into::kScaled) acc[r][v] = F::Add(acc[r][v], F::Spread(keep[r]), F::LoadX(to));
+      F::Store(acc[r][v], to);
+    }
+  }
+}
+
+template <class M, Into I, int R>
+inline void PanelOf(int64_t vecs, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
+                    const float* keep, float* c, int64_t c_stride) {
+  if (vecs == 1) Panel<M, I, R, 1>(a, a_stride, b, b_stride, count, keep, c, c_stride);
+  if constexpr (DotF32::kTileVecs > 1) {
+    if (vecs == 2) Panel<M, I, R, 2>(a, a_stride, b, b_stride, count, keep, c, c_stride);
+  }
+  if constexpr (DotF32::kTileVecs > 2) {
+    if (vecs == 3) Panel<M, I, R, 3>(a, a_stride, b, b_stride, count, keep, c, c_stride);
+    if (vecs == 4) Panel<M, I, R, 4>(a, a_stride, b, b_stride, count, keep, c, c_stride);
+  }
+}
+
+// By number of rows, from one on; of at most kTileRows rows and kTileVecs vectors.
+template <class M, Into I>
+constexpr void (*kPanels[])(int64_t, const float*, int64_t, const float*, int64_t, int64_t, const float*, float*,
+                            int64_t) = {PanelOf<M, I, 1>, PanelOf<M, I, 2>, PanelOf<M, I, 3>,
+                                        PanelOf<M, I, 4>, PanelOf<M, I, 5>, PanelOf<M, I, 6>};
+
+inline int64_t VecsOf(int64_t width) { return (width + DotF32::kLanes - 1) / DotF32::kLanes; }
+
+// c[0:rows, 0:width] = (c or 0) + a[0:rows, 0:count] * b[0:count, 0:width], rounded up to whole vectors in width.
+template <class M, Into I>
+void Multiply(const float* a, int64_t a_stride, int64_t num_rows, const float* b, int64_t b_stride, int64_t count,
+              int64_t width, float* c, int64_t c_stride) {
+  constexpr int64_t kLanes = DotF32::kLanes, kRows = DotF32::kTileRows;
+  const int64_t vecs = VecsOf(width);
+  for (int64_t v = 0; v < vecs;) {
+    const int64_t panels = (vecs - v + DotF32::kTileVecs - 1) / DotF32::kTileVecs, here = (vecs - v + panels - 1) / panels;
+    for (int64_t r = 0; r < num_rows;) {
+      const int64_t tiles = (num_rows - r + kRows - 1) / kRows, rows = (num_rows - r + tiles - 1) / tiles;
+      kPanels<M, I>[rows - 1](here, a + r * a_stride, a_stride, b + v * kLanes, b_stride, count, nullptr,
+                              c + r * c_stride + v * kLanes, c_stride);
+      r += rows;
+    }
+    v += here;
+  }
+}
+
+// turned[0:width, 0:count] = x[0:count, 0:width], both rounded up to eight.
+inline void Turn(const float* x, int64_t stride, int64_t count, int64_t width, float* turned, int64_t turned_stride) {
+  for (int64_t k = 0; k < count; k += 8) {
+    for (int64_t w = 0; w < width; w += 8) {
+      TurnEight(x + k * stride + w, stride, turned + w * turned_stride + k, turned_stride);
+    }
+  }
+}
+
+// A row of `width` scores, which there is memory for in whole sixteens, becomes weights relative to the largest so far,
+// those behind the first `seen` zero; what came before is to be multiplied by the result.
+inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float* peak, float* total) {
+  constexpr int kLanes = 16;
+  float most[kLanes], sum[kLanes] = {}, largest = *peak, all = 0.0f;
+  for (int i = 0; i < kLanes; ++i) most[i] = -__builtin_inff();
+  for (int32_t k = 0; k < width; k += kLanes) {
+    for (int32_t i = 0; i < kLanes; ++i) {
+      score[k + i] = k + i < seen ? score[k + i] * scale : -__builtin_inff();
+      most[i] = score[k + i] > most[i] ? score[k + i] : most[i];
+    }
+  }
+  for (const float one : most) largest = one > largest ? one : largest;
+  const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
+  for (int32_t k = 0; k < width; k += kLanes) {
+    for (int32_t i = 0; i < kLanes; ++i) {
+      score[k + i] = k + i < seen ? Exp(score[k + i] - base) : 0.0f;
+      sum[i] += score[k + i];
+    }
+  }
+  for (const float one : sum) all += one;
+  *peak = largest;
+  *total = *total * keep + all;
+  return keep;
+}
