@@ -6,13 +6,14 @@ step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that who
 form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
 """
 
-from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
+from cmjax.kernels.attention import AttentionSpec, ExpandedSpec, absorb, attend, attend_expanded, release
 from cmjax.kernels.products import Weights, expert_mlp, product
 from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
 from cmjax.kernels.settings import KernelsMode, KernelStatus, configure, is_native, mode, status
 
 __all__ = [
     "AttentionSpec",
+    "ExpandedSpec",
     "KernelStatus",
     "KernelsMode",
     "RouterConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "Weights",
     "absorb",
     "attend",
+    "attend_expanded",
     "choose",
     "configure",
     "expert_mlp",

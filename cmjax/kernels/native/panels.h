@@ -91,28 +91,32 @@ inline void Turn(const float* x, int64_t stride, int64_t count, int64_t width, f
   }
 }
 
-// A row of `width` scores, which there is memory for in whole sixteens, becomes weights relative to the largest so far,
-// those behind the first `seen` zero; what came before is to be multiplied by the result.
+// A row of scores becomes weights relative to the largest so far, those behind the first `seen` zero up to `width`; what
+// came before is to be multiplied by the result. There is memory for whole sixteens, and `scale` is positive.
 inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float* peak, float* total) {
   constexpr int kLanes = 16;
-  float most[kLanes], sum[kLanes] = {}, largest = *peak, all = 0.0f;
+  const int32_t whole = (seen + kLanes - 1) / kLanes * kLanes;
+  float most[kLanes], sum[kLanes] = {};
   for (int i = 0; i < kLanes; ++i) most[i] = -__builtin_inff();
-  for (int32_t k = 0; k < width; k += kLanes) {
-    for (int32_t i = 0; i < kLanes; ++i) {
-      score[k + i] = k + i < seen ? score[k + i] * scale : -__builtin_inff();
-      most[i] = score[k + i] > most[i] ? score[k + i] : most[i];
-    }
+  for (int32_t k = seen; k < whole; ++k) score[k] = -__builtin_inff();
+  for (int32_t k = 0; k < whole; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) most[i] = most[i] > score[k + i] ? most[i] : score[k + i];
   }
-  for (const float one : most) largest = one > largest ? one : largest;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
+  }
+  const float largest = most[0] * scale > *peak ? most[0] * scale : *peak;
   const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
-  for (int32_t k = 0; k < width; k += kLanes) {
-    for (int32_t i = 0; i < kLanes; ++i) {
-      score[k + i] = k + i < seen ? Exp(score[k + i] - base) : 0.0f;
-      sum[i] += score[k + i];
-    }
+  for (int32_t k = 0; k < whole; ++k) score[k] = Exp(score[k] * scale - base);
+  for (int32_t k = seen; k < width; ++k) score[k] = 0.0f;
+  for (int32_t k = width; k < whole; ++k) score[k] = 0.0f;
+  for (int32_t k = 0; k < whole; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) sum[i] += score[k + i];
   }
-  for (const float one : sum) all += one;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
   *peak = largest;
-  *total = *total * keep + all;
+  *total = *total * keep + sum[0];
   return keep;
 }
