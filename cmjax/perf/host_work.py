@@ -46,6 +46,7 @@ _TILE_ROWS = {"bf16": 6, "f32": 6, "s8": 6}
 _STEP = {"bf16": 32, "f32": 16, "s8": 64}  # values of a row that a product takes at a time
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s8": 1}
 _LANES = 16
+_EXPANDED = 128  # keys of a chunk in prefill, and queries of a tile at most
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
 
@@ -290,6 +291,17 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     }, 0.0
 
 
+def _attend_expanded(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
+    (_, (heads, rows, width)), (_, (_, _, out, latent)) = arrays[0], arrays[4]
+    value = results[2][1][-1]
+    pairs = heads * data.chunks * data.tiles * _EXPANDED * min(_EXPANDED, rows // 2)
+    return {
+        "expand_key_s": heads * data.chunks * _EXPANDED * out * _whole(latent),
+        "expand_score_s": pairs,
+        "expand_value_s": pairs * (_whole(width) + _whole(value)),
+    }, 0.0
+
+
 def matrix_amounts(kind: str, rows: float, out: float, width: float, matrices: float = 1.0) -> _Counted:
     """Of `matrices` products `[rows, width] x [out, width]` each: a tile reads the weights for a few rows."""
     values = out * _whole(width, _STEP[kind])
@@ -322,7 +334,7 @@ def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 _KERNELS = {
     "norm": _norm, "choose": _choose, "pack": _pack, "lay_out": _lay_out, "absorb": _absorb, "attend": _attend,
-    "release": _release, "product": _product, "experts": _experts,
+    "release": _release, "attend_expanded": _attend_expanded, "product": _product, "experts": _experts,
 }  # fmt: skip
 
 

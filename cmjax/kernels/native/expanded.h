@@ -1,11 +1,11 @@
 // Un-absorbed attention of packed queries over a paged latent cache, of one form: part of form.cc.
 //
-// A head's keys and values are made of kExpandChunk latents at a time, side by side: both products by its matrix have
-// the keys along the vectors, and so have the scores. Only the values are turned back.
+// A head's keys and values are made of kExpandChunk latents at a time. Keys lie along the vectors, those of a chunk side
+// by side, so that rows of the head's matrix make them as queries meet them; of values the width lies along the vectors.
 #pragma once
 
-// Whole tiles; of the matrix whole units of queries, and eights to turn.
-static_assert(kExpandRows % DotF32::kTileRows == 0 && kExpandRows % 8 == 0);
+// Whole tiles, and whole units of queries.
+static_assert(kExpandRows % DotF32::kTileRows == 0 && kExpandRows % 2 == 0);
 
 inline int64_t Eights(int64_t width) { return (width + 7) / 8 * 8; }
 
@@ -47,27 +47,29 @@ inline UnitRows RowsAsUnits(const char* from, int64_t count, int64_t first_width
   return {memory, stride};
 }
 
-// rows[0:count, 0:width] rounded to `type`, kExpandChunk from one to the next.
-inline void RoundTo(Type type, int64_t count, int64_t width, float* rows) {
-  for (int64_t r = 0; type == Type::kBF16 && r < count; ++r, rows += kExpandChunk) {
-    for (int64_t i = 0; i < width; ++i) rows[i] = RoundBF16(rows[i]);
+// x[0:width], in whole vectors, rounded to `type`.
+template <class M>
+inline void RoundTo(Type type, int64_t width, float* x) {
+  if (type != Type::kBF16) return;
+  if constexpr (sizeof(typename M::X) == 2) {
+    for (int64_t i = 0; i < width; i += M::kLanes) M::Round(x + i, x + i);
+  } else {
+    for (int64_t i = 0; i < width; ++i) x[i] = RoundBF16(x[i]);
   }
 }
 
-// to = rows [count, kExpandChunk] of floats, of which `width` columns matter, rounded to `type` and as units of columns.
+// to = rows [count, kExpandChunk] of floats, of which `width` columns matter, in whole vectors, rounded to `type` and as
+// units of columns. Behind an odd last row there is one of zeros.
 template <class M>
-inline void PutColumnUnits(const float* rows, int64_t count, int64_t width, Type type, float* to) {
+inline void PutColumnUnits(float* rows, int64_t count, int64_t width, Type type, float* to) {
   if constexpr (sizeof(typename M::X) == 2) {
-    for (int64_t r = 0; r < count; r += 2) {
-      const float *low = rows + r * kExpandChunk, *high = low + kExpandChunk;
-      for (int64_t i = 0; i < width; ++i) {
-        const uint32_t above = r + 1 < count ? BitsOf(RoundBF16(high[i])) : 0;
-        to[r / 2 * kExpandChunk + i] = FloatOf(above | BitsOf(RoundBF16(low[i])) >> 16);
-      }
+    if (count % 2 == 1) std::memset(rows + count * kExpandChunk, 0, kExpandChunk * sizeof(float));
+    for (int64_t r = 0; r < count; r += 2, rows += 2 * kExpandChunk, to += kExpandChunk) {
+      for (int64_t i = 0; i < width; i += M::kLanes) M::PutPairs(rows + i, rows + kExpandChunk + i, to + i);
     }
   } else {
     std::memcpy(to, rows, count * kExpandChunk * sizeof(float));
-    RoundTo(type, count, width, to);
+    for (int64_t r = 0; r < count; ++r) RoundTo<M>(type, width, to + r * kExpandChunk);
   }
 }
 
@@ -76,8 +78,8 @@ class Expanded {
   using M = typename D::Many;
   const Mla& mla_;
   const int64_t of_latent_, of_nope_, of_rope_, values_;  // units; and a row of values, padded
-  float *matrix_, *rows_, *latent_, *key_, *value_, *sums_, *query_, *mixed_;
-  UnitRows w_;  // the head's matrix
+  float *matrix_, *turned_, *rows_, *latent_, *key_, *value_, *sums_, *query_, *mixed_;
+  UnitRows w_;  // what makes keys; `turned_` makes values
 
  public:
   Expanded(const Mla& mla, int64_t head, char* scratch)
@@ -91,7 +93,8 @@ class Expanded {
       at += Padded(count);
       return taken;
     };
-    matrix_ = take((mla.nope + mla.value) * of_latent_);
+    matrix_ = take(mla.nope * of_latent_);
+    turned_ = take(Eights(of_latent_) * values_);
     rows_ = take(kExpandChunk * (Eights(of_latent_) + Eights(of_rope_)));
     latent_ = take(Eights(of_latent_) * kExpandChunk);
     key_ = take((of_nope_ + Eights(of_rope_)) * kExpandChunk);
@@ -99,8 +102,15 @@ class Expanded {
     sums_ = take(kExpandRows * kExpandChunk);
     query_ = take(kExpandRows * (of_nope_ + of_rope_));
     mixed_ = take(kExpandRows * values_);
-    const int64_t out = mla.nope + mla.value;
-    w_ = RowsAsUnits<M>(mla.kv_b + head * out * mla.latent * ItemBytes(mla.type), out, mla.latent, 0, mla.type, matrix_);
+    const int64_t row_bytes = mla.latent * ItemBytes(mla.type);
+    const char* from = mla.kv_b + head * (mla.nope + mla.value) * row_bytes;
+    w_ = RowsAsUnits<M>(from, mla.nope, mla.latent, 0, mla.type, matrix_);
+    for (int64_t v = 0; v < mla.value; v += 8) {
+      for (int64_t r = 0; r < Least(8, mla.value - v); ++r) {
+        PutRowUnits<M>(from + (mla.nope + v + r) * row_bytes, mla.latent, mla.type, rows_ + r * Eights(of_latent_));
+      }
+      Turn(rows_, Eights(of_latent_), 8, of_latent_, turned_ + v, values_);
+    }
   }
 
   // The `count` keys from `begin` on become the head's keys and values.
@@ -120,15 +130,12 @@ class Expanded {
     Turn(rows_ + Eights(of_latent_), stride, whole, of_rope_, key_ + of_nope_ * kExpandChunk, kExpandChunk);
     for (int64_t d = 0; d < mla_.nope; d += kExpandRows) {
       const int64_t here = Least(kExpandRows, mla_.nope - d);
-      Project(d, here, count);
+      Multiply<M, Into::kNew>(w_.data + d * w_.stride, w_.stride, here, latent_, kExpandChunk, of_latent_, count, sums_,
+                              kExpandChunk);
       PutColumnUnits<M>(sums_, here, whole, mla_.type, key_ + UnitsOf<M>(d) * kExpandChunk);
     }
-    for (int64_t d = 0; d < mla_.value; d += kExpandRows) {
-      const int64_t here = Least(kExpandRows, mla_.value - d);
-      Project(mla_.nope + d, here, count);
-      RoundTo(mla_.type, here, whole, sums_);
-      Turn(sums_, kExpandChunk, here, whole, value_ + d, values_);
-    }
+    Multiply<M, Into::kNew>(rows_, stride, count, turned_, values_, of_latent_, mla_.value, value_, values_);
+    RoundTo<M>(mla_.type, count * values_, value_);
   }
 
   // Rows of queries meet those keys, `num_keys` of them; row r sees the first seen + r.
@@ -152,12 +159,6 @@ class Expanded {
   }
 
  private:
-  // sums_ = `count` keys through rows [first, first + num_rows) of the matrix.
-  void Project(int64_t first, int64_t num_rows, int64_t count) {
-    Multiply<M, Into::kNew>(w_.data + first * w_.stride, w_.stride, num_rows, latent_, kExpandChunk, of_latent_, count,
-                            sums_, kExpandChunk);
-  }
-
   // A tile of rows goes as far as its last row sees; what is beyond a row's own sight has no weight.
   void MeetBlock(const UnitRows& rows, int64_t num_rows, int64_t seen, int64_t num_keys, const Softmax& state,
                  int64_t mixed_stride) {

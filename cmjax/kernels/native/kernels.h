@@ -98,7 +98,7 @@ inline int64_t AttendScratch(const Mla& mla, int64_t tokens) {
 inline int64_t ExpandedScratch(const Mla& mla) {
   const int64_t latent = Padded(mla.latent), nope = Padded(mla.nope), rope = Padded(mla.rope), value = Padded(mla.value);
   const int64_t keys = kExpandChunk * (2 * latent + nope + 2 * rope + value);
-  return ((mla.nope + mla.value) * latent + keys + kExpandRows * (kExpandChunk + nope + rope + value)) * 4;
+  return ((nope + value) * latent + keys + kExpandRows * (kExpandChunk + nope + rope + value)) * 4;
 }
 // Blocks that attention takes together: parts of its keys consist of so many.
 inline int64_t ChunkBlocks(int64_t block_size) { return block_size < kChunk ? kChunk / block_size : 1; }

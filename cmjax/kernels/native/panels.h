@@ -91,6 +91,19 @@ inline void Turn(const float* x, int64_t stride, int64_t count, int64_t width, f
   }
 }
 
+// `op` of sixteen floats, in a tree.
+template <class Op>
+inline float Folded(const float* sixteen, const Op& op) {
+  Eight a, b;
+  std::memcpy(&a, sixteen, sizeof(a));
+  std::memcpy(&b, sixteen + 8, sizeof(b));
+  a = op(a, b);
+  a = op(a, (Eight)CMJAX_MIX(a, a, 4, 5, 6, 7, 0, 1, 2, 3));
+  a = op(a, (Eight)CMJAX_MIX(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
+  a = op(a, (Eight)CMJAX_MIX(a, a, 1, 0, 3, 2, 5, 4, 7, 6));
+  return a[0];
+}
+
 // A row of scores becomes weights relative to the largest so far, those behind the first `seen` zero up to `width`; what
 // came before is to be multiplied by the result. There is memory for whole sixteens, and `scale` is positive.
 inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float* peak, float* total) {
@@ -102,10 +115,8 @@ inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float
   for (int32_t k = 0; k < whole; k += kLanes) {
     for (int i = 0; i < kLanes; ++i) most[i] = most[i] > score[k + i] ? most[i] : score[k + i];
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
-  }
-  const float largest = most[0] * scale > *peak ? most[0] * scale : *peak;
+  const float found = scale * Folded(most, [](const Eight& a, const Eight& b) { return a > b ? a : b; });
+  const float largest = found > *peak ? found : *peak;
   const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
   for (int32_t k = 0; k < whole; ++k) score[k] = Exp(score[k] * scale - base);
   for (int32_t k = seen; k < width; ++k) score[k] = 0.0f;
@@ -113,10 +124,7 @@ inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float
   for (int32_t k = 0; k < whole; k += kLanes) {
     for (int i = 0; i < kLanes; ++i) sum[i] += score[k + i];
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
   *peak = largest;
-  *total = *total * keep + sum[0];
+  *total = *total * keep + Folded(sum, [](const Eight& a, const Eight& b) { return a + b; });
   return keep;
 }
