@@ -72,7 +72,7 @@ def spans(draw, sizes):
 
 
 def arrays(sizes, dtype, seed):
-    """A step's arrays: the query, kv_b, the cache and the block table, in which some entries are none or too high."""
+    """A step's arrays: the query, kv_b, the cache and the block table, in which some entries are none."""
     rng = np.random.default_rng(seed)
     rows, slots = sizes.tokens + min(128, sizes.tokens), (sizes.sequences * sizes.blocks + 1) * sizes.block_size
 
@@ -83,7 +83,6 @@ def arrays(sizes, dtype, seed):
     kv_b = floats(LAYERS, sizes.heads, sizes.nope + sizes.value, sizes.latent) * dtype.type(sizes.latent**-0.5)
     table = 1 + rng.permutation(sizes.sequences * sizes.blocks).astype(np.int32).reshape(sizes.sequences, -1)
     table[rng.random(table.shape) < 0.1] = -1
-    table[rng.random(table.shape) < 0.1] = 10**6
     return query, kv_b, floats(CACHE_LAYERS, slots, sizes.latent + sizes.rope), table
 
 

@@ -91,40 +91,49 @@ inline void Turn(const float* x, int64_t stride, int64_t count, int64_t width, f
   }
 }
 
-// `op` of sixteen floats, in a tree.
+// `op` of all of x, which are whole sixteens, begun with `first`: sixteen of them side by side, then those in a tree. The
+// compiler's own vectors, since it does not see them in a loop over arrays.
 template <class Op>
-inline float Folded(const float* sixteen, const Op& op) {
-  Eight a, b;
-  std::memcpy(&a, sixteen, sizeof(a));
-  std::memcpy(&b, sixteen + 8, sizeof(b));
-  a = op(a, b);
+inline float Folded(const float* x, int64_t count, float first, const Op& op) {
+  Eight all[2] = {Eight{} + first, Eight{} + first}, part;
+  for (int64_t i = 0; i < count; i += 16) {
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(&part, x + i + 8 * half, sizeof(part));
+      all[half] = op(all[half], part);
+    }
+  }
+  Eight a = op(all[0], all[1]);
   a = op(a, (Eight)CMJAX_MIX(a, a, 4, 5, 6, 7, 0, 1, 2, 3));
   a = op(a, (Eight)CMJAX_MIX(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
   a = op(a, (Eight)CMJAX_MIX(a, a, 1, 0, 3, 2, 5, 4, 7, 6));
   return a[0];
 }
 
+// Of the last sixteen values, those that count: from kCounts + 16 - count on.
+constexpr uint32_t kAll = 0xffffffff;
+constexpr uint32_t kCounts[32] = {kAll, kAll, kAll, kAll, kAll, kAll, kAll, kAll,
+                                  kAll, kAll, kAll, kAll, kAll, kAll, kAll, kAll};
+
 // A row of scores becomes weights relative to the largest so far, those behind the first `seen` zero up to `width`; what
 // came before is to be multiplied by the result. There is memory for whole sixteens, and `scale` is positive.
 inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float* peak, float* total) {
   constexpr int kLanes = 16;
   const int32_t whole = (seen + kLanes - 1) / kLanes * kLanes;
-  float most[kLanes], sum[kLanes] = {};
-  for (int i = 0; i < kLanes; ++i) most[i] = -__builtin_inff();
-  for (int32_t k = seen; k < whole; ++k) score[k] = -__builtin_inff();
-  for (int32_t k = 0; k < whole; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) most[i] = most[i] > score[k + i] ? most[i] : score[k + i];
-  }
-  const float found = scale * Folded(most, [](const Eight& a, const Eight& b) { return a > b ? a : b; });
+  const auto fill_up = [=](float value) {
+    if (seen == whole) return;
+    float* last = score + whole - kLanes;
+    const uint32_t* counts = kCounts + whole - seen;
+    for (int i = 0; i < kLanes; ++i) last[i] = FloatOf((BitsOf(last[i]) & counts[i]) | (BitsOf(value) & ~counts[i]));
+  };
+  fill_up(-__builtin_inff());
+  const auto larger = [](const Eight& a, const Eight& b) { return a > b ? a : b; };
+  const float found = scale * Folded(score, whole, -__builtin_inff(), larger);
   const float largest = found > *peak ? found : *peak;
   const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
   for (int32_t k = 0; k < whole; ++k) score[k] = Exp(score[k] * scale - base);
-  for (int32_t k = seen; k < width; ++k) score[k] = 0.0f;
-  for (int32_t k = width; k < whole; ++k) score[k] = 0.0f;
-  for (int32_t k = 0; k < whole; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) sum[i] += score[k + i];
-  }
+  fill_up(0.0f);
+  for (int32_t k = whole; k < width; k += kLanes) std::memset(score + k, 0, kLanes * sizeof(float));
   *peak = largest;
-  *total = *total * keep + Folded(sum, [](const Eight& a, const Eight& b) { return a + b; });
+  *total = *total * keep + Folded(score, whole, 0.0f, [](const Eight& a, const Eight& b) { return a + b; });
   return keep;
 }
