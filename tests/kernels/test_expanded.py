@@ -168,3 +168,71 @@ def test_a_row_is_the_same_however_the_work_is_cut(form, once, sizes, dtype):
                 )
 
     check()
+
+
+ZERO = np.zeros((), np.int32)
+GOOD = {
+    "query": (2, 6, 5),
+    "peak": (2, 6),
+    "total": (2, 6),
+    "mixed": (2, 6, 4),
+    "kv_b": (1, 2, 7, 8),
+    "layer": ZERO,
+    "cache": (3, 12, 10),
+    "cache_layer": ZERO,
+    "table": np.zeros((1, 4), np.int32),
+    "starts": np.zeros(1, np.int32),
+    "counts": np.full(1, 6, np.int32),
+    "first_positions": np.zeros(1, np.int32),
+    "nope": 3,
+    "block_size": 4,
+    "part": 0,
+    "num_parts": 1,
+}
+
+
+def call(**changes):
+    """The handler itself, of zeros, given whatever a test makes up."""
+    assert kernels.is_native()  # its library is loaded
+    values = [np.zeros(one, np.float32) if isinstance(one, tuple) else one for one in (GOOD | changes).values()]
+    operands = [one for one in values if not isinstance(one, int)]
+    attributes = zip(("nope", "block_size", "part", "num_parts"), values[len(operands) :], strict=True)
+    results = [jax.ShapeDtypeStruct(GOOD[name], np.float32) for name in ("peak", "total", "mixed")]
+    aliases = {1: 0, 2: 1, 3: 2}
+    handler = jax.ffi.ffi_call("cmjax_kernels_attend_expanded", results, input_output_aliases=aliases)
+    typed = {name: np.int32(value) for name, value in attributes} | {"scale": np.float32(1), "is_parallel": False}
+    return jax.block_until_ready(jax.jit(lambda *arrays: handler(*arrays, **typed))(*operands))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_b": (1, 3, 7, 8)},  # other heads
+        {"kv_b": (1, 2, 8, 8)},  # another width of values
+        {"cache": (3, 12, 11)},
+        {"cache": (3, 3, 10)},  # less than a block
+        {"layer": ZERO + 1},
+        {"cache_layer": ZERO - 1},
+        {"cache_layer": ZERO + 3},
+        {"nope": 6},
+        {"block_size": 0},
+        {"part": 1},
+        {"starts": np.ones(1, np.int32)},  # beyond the rows
+        {"starts": np.full(1, -1, np.int32)},
+        {"counts": np.full(1, 7, np.int32)},
+        {"first_positions": np.full(1, -1, np.int32)},
+        {"starts": np.zeros(2, np.int32)},
+    ],
+    ids=str,
+)
+def test_the_handler_refuses_what_does_not_fit(changes):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cmjax_kernels: "):
+        call(**changes)
+
+
+@pytest.mark.parametrize("block", [-1, 3, 2**31 - 1])
+def test_blocks_that_are_none_are_read_within_the_cache(block):
+    """Zeros everywhere: each of the keys a row sees weighs the same, wherever the table says that they are."""
+    _, total, mixed = call(table=np.full((1, 1), block, np.int32))  # and fewer entries than the keys have blocks
+    np.testing.assert_array_equal(total, np.tile(np.arange(6) + 1, (2, 1)))
+    np.testing.assert_array_equal(mixed, 0)
