@@ -115,7 +115,8 @@ class Expanded {
 
   // The `count` keys from `begin` on become the head's keys and values.
   void Expand(const Keys& keys, const int32_t* table, int64_t max_blocks, int64_t begin, int64_t count) {
-    const int64_t item = ItemBytes(mla_.type), width = mla_.latent + mla_.rope, stride = Eights(of_latent_) + Eights(of_rope_);
+    const int64_t item = ItemBytes(mla_.type), width = mla_.latent + mla_.rope;
+    const int64_t of_latent = Eights(of_latent_), stride = of_latent + Eights(of_rope_);
     const int64_t whole = VecsOf(count) * DotF32::kLanes;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t block = (begin + k) / keys.block_size;
@@ -123,11 +124,11 @@ class Expanded {
       id = Least(id, keys.num_slots / keys.block_size - 1);
       const char* from = keys.data + (id * keys.block_size + (begin + k) % keys.block_size) * width * item;
       PutRowUnits<M>(from, mla_.latent, mla_.type, rows_ + k * stride);
-      PutRowUnits<M>(from + mla_.latent * item, mla_.rope, mla_.type, rows_ + k * stride + Eights(of_latent_));
+      PutRowUnits<M>(from + mla_.latent * item, mla_.rope, mla_.type, rows_ + k * stride + of_latent);
     }
     std::memset(rows_ + count * stride, 0, (whole - count) * stride * sizeof(float));
     Turn(rows_, stride, whole, of_latent_, latent_, kExpandChunk);
-    Turn(rows_ + Eights(of_latent_), stride, whole, of_rope_, key_ + of_nope_ * kExpandChunk, kExpandChunk);
+    Turn(rows_ + of_latent, stride, whole, of_rope_, key_ + of_nope_ * kExpandChunk, kExpandChunk);
     for (int64_t d = 0; d < mla_.nope; d += kExpandRows) {
       const int64_t here = Least(kExpandRows, mla_.nope - d);
       Multiply<M, Into::kNew>(w_.data + d * w_.stride, w_.stride, here, latent_, kExpandChunk, of_latent_, count, sums_,
@@ -179,7 +180,7 @@ class Expanded {
     for (int64_t r = 0; r < num_rows; ++r) {
       const int64_t own = Least(num_keys, seen + r), width = sight(r / kRows * kRows);
       keep[r] = Weigh(sums_ + r * kExpandChunk, static_cast<int32_t>(own), static_cast<int32_t>(width), mla_.scale,
-                            state.peak + r, state.total + r);
+                      state.peak + r, state.total + r);
     }
     for (int64_t v = 0; v < VecsOf(mla_.value); v += kVecs) {
       const int64_t vecs = Least(kVecs, VecsOf(mla_.value) - v);
