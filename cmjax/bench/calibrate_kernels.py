@@ -10,7 +10,16 @@ import numpy as np
 
 from cmjax.model.cache import PagedKeys
 from cmjax.model.config import ModelConfig
-from cmjax.model.mla import CoreAttention, Softmax, absorbed_end, absorbed_part, absorbed_start, rms_norm
+from cmjax.model.mla import (
+    CoreAttention,
+    LocalSequences,
+    Softmax,
+    absorbed_end,
+    absorbed_part,
+    absorbed_start,
+    expanded_part,
+    rms_norm,
+)
 from cmjax.model.params import AttentionParams
 from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, WireDtype, expert_ffn, laid_out, packed_rows
 from cmjax.moe.router import choose_slots
@@ -63,6 +72,9 @@ def probes() -> dict[str, list[Probe]]:
             *(_quantized(*size) for size in _QUANTIZED),
             *(_expert(*size, is_quantized=True) for size in _QUANTIZED_EXPERTS),
             _pack(64, 256, 8, 64, "int8"),
+        ],
+        "attend_expanded": [
+            _attend_expanded(*size) for size in ((8, 16, 2, 16, 32), (4, 128, 4, 16, 32), (1, 512, 2, 64, 128))
         ],
     }
 
@@ -198,6 +210,25 @@ _PRODUCTS = (
 )  # fmt: skip
 _WIDE_PRODUCTS = ((1, 64, 64), (8, 64, 256), (64, 64, 64), (256, 64, 256), (96, 512, 256), (512, 64, 32))  # float32
 _QUANTIZED = ((8, 64, 256), (8, 256, 256), (16, 64, 32), (256, 64, 256), (32, 256, 256), (512, 64, 32))
+
+
+def _attend_expanded(sequences: int, length: int, heads: int, nope: int, latent: int) -> Probe:
+    config, chunks = _mla(heads, nope, latent), -(-length // 128)
+
+    def make(rng: np.random.Generator) -> Arrays:
+        table = rng.permutation(sequences * length // _BLOCK).astype(np.int32).reshape(sequences, -1)
+        query = _normal(rng, heads, sequences * length + 128, nope + 8)
+        return query, _normal(rng, heads, 2 * nope, latent), _normal(rng, 1, sequences * length, latent + 8), table
+
+    def call(query: jax.Array, kv_b: jax.Array, cache: jax.Array, table: jax.Array) -> jax.Array:
+        core = CoreAttention(query, Softmax.start(query.shape[:2], nope), sequences * length)
+        counts = jnp.full(sequences, length, jnp.int32)
+        spans = LocalSequences(jnp.arange(sequences, dtype=jnp.int32) * length, counts, jnp.zeros_like(counts))
+        return expanded_part(
+            _heads(kv_b), config, core, PagedKeys(cache, 0, table, _BLOCK, latent + 8), spans
+        ).state.mixed
+
+    return Probe(call, make, data=HostData(chunks=sequences * chunks, tiles=(chunks + 1) / 2))
 
 
 def _products() -> Iterator[Probe]:

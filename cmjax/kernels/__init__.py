@@ -6,7 +6,7 @@ step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that who
 form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
 """
 
-from cmjax.kernels.attention import AttentionSpec, absorb, attend, release
+from cmjax.kernels.attention import AttentionSpec, ExpandedSpec, absorb, attend, attend_expanded, release
 from cmjax.kernels.products import Weights, expert_mlp, product
 from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
 from cmjax.kernels.settings import (
@@ -23,6 +23,7 @@ from cmjax.kernels.settings import (
 
 __all__ = [
     "AttentionSpec",
+    "ExpandedSpec",
     "KernelStatus",
     "KernelsMode",
     "RouterConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "Weights",
     "absorb",
     "attend",
+    "attend_expanded",
     "choose",
     "configure",
     "expert_mlp",

@@ -1,4 +1,4 @@
-"""Absorbed latent attention over a paged cache, in three steps (paper section 4.2.2)."""
+"""Latent attention over a paged cache: absorbed, in three steps (paper section 4.2.2), and expanded."""
 
 import dataclasses
 import functools
@@ -10,8 +10,9 @@ from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
 
 Array = jax.Array
 State = tuple[Array, Array, Array]  # of a running softmax: largest score, sum, values summed
+_IN_PLACE = {1: 0, 2: 1, 3: 2}  # the state is an operand, and the result
 _ABSORB, _RELEASE = make_primitive("absorb"), make_primitive("release")
-_ATTEND = make_primitive("attend", aliases={1: 0, 2: 1, 3: 2})
+_ATTEND, _ATTEND_EXPANDED = (make_primitive(name, aliases=_IN_PLACE) for name in ("attend", "attend_expanded"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,25 @@ class AttentionSpec:
     nope: int
     scale: float
     block_size: int = 1
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandedSpec:
+    """What is static about expanded attention.
+
+    Attributes:
+        num_tokens: rows that queries can be of; behind them there are some for a form whose tiles reach beyond.
+        nope: width of a head's queries without position.
+        scale: of scores, positive.
+        block_size: tokens of a cache block.
+        part: share i of n of the keys of all sequences in a row, as (i, n).
+    """
+
+    num_tokens: int
+    nope: int
+    scale: float
+    block_size: int
     part: tuple[int, int] = (0, 1)
 
 
@@ -92,3 +112,44 @@ def release(form: Form, total: Array, mixed: Array, kv_b: Array, layer: Array | 
     arguments = (total, mixed, kv_b, jnp.asarray(layer, jnp.int32))
     attributes = {"nope": spec.nope}
     return run_kernel(_RELEASE, functools.partial(form, spec=spec), arguments, attributes, serves=_serves(kv_b))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def attend_expanded(
+    form: Form,
+    query: Array,
+    state: State,
+    kv_b: Array,
+    layer: Array | int,
+    keys: tuple[Array, Array | int, Array],
+    sequences: tuple[Array, Array, Array],
+    spec: ExpandedSpec,
+) -> State:
+    """The running softmax after packed queries have met a share of their keys; all shares in turn are the whole.
+
+    Keys and values of every head are made of the latents, rounded to their dtype. A row's result depends on nothing
+    but its position, its sequence's keys, and itself.
+
+    Args:
+      form: the XLA form, of the same arguments.
+      query: `[heads, rows, nope + rope]`, the rows of a sequence side by side.
+      state: `float32[heads, rows]` twice, and `float32[heads, rows, v]`.
+      kv_b, layer: as for `absorb`.
+      keys: cache `[layers, slots, latent + rope, or more]`, of which a layer is read in place, the layer, and the block
+        table, `int32[sequences, blocks]`.
+      sequences: `int32[sequences]` each: first row, number of rows (0 for none), position of the first one, which sees
+        the keys up to its own.
+    """
+    cache, cache_layer, block_table = keys
+    places = (cache, jnp.asarray(cache_layer, jnp.int32), block_table)
+    arguments = (query, state, kv_b, jnp.asarray(layer, jnp.int32), places, sequences)
+    attributes = {
+        "nope": spec.nope,
+        "block_size": spec.block_size,
+        "part": spec.part[0],
+        "num_parts": spec.part[1],
+        "scale": spec.scale,
+    }
+    width = kv_b.shape[-1] + query.shape[-1] - spec.nope
+    serves = _serves(query, kv_b, cache) and width == cache.shape[-1] and spec.scale > 0
+    return run_kernel(_ATTEND_EXPANDED, functools.partial(form, spec=spec), arguments, attributes, serves=serves)

@@ -5,14 +5,13 @@ scores nor expanded keys ever exceed one chunk, and a request's result does not 
 """
 
 import dataclasses
-from typing import cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.kernels import AttentionSpec, absorb, attend, norm, release
+from cmjax.kernels import AttentionSpec, ExpandedSpec, absorb, attend, attend_expanded, norm, release
 from cmjax.loops import dynamic_loop
 from cmjax.model.cache import PagedKeys
 from cmjax.model.config import LATENT_NORM_EPS, ModelConfig
@@ -211,8 +210,29 @@ def expanded_part(
         keys: of the packed sequences; the queries' own latents must be there already.
         sequences: which queries belong to which sequence.
     """
-    queries, tokens, kv_b = core.query, core.num_tokens, cast(jax.Array, own_matrix(params.kv_b))
-    heads, tile = queries.shape[0], min(_QUERY_TILE, tokens)
+    kv_b = in_stack(params.kv_b)
+    spec = ExpandedSpec(core.num_tokens, config.qk_nope_head_dim, config.softmax_scale, keys.block_size, part)
+    state = (core.state.peak, core.state.total, core.state.mixed)
+    places = (keys.cache, keys.layer, keys.block_table)
+    spans = (sequences.start, sequences.count, sequences.first_position)
+    state = attend_expanded(_attend_expanded_form, core.query, state, kv_b.stack, kv_b.layer, places, spans, spec)
+    return dataclasses.replace(core, state=Softmax(*state))
+
+
+def _attend_expanded_form(
+    queries: jax.Array,
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    kv_b: jax.Array,
+    layer: jax.Array,
+    places: tuple[jax.Array, jax.Array, jax.Array],
+    spans: tuple[jax.Array, jax.Array, jax.Array],
+    spec: ExpandedSpec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A loop over the key chunks that are needed, of one sequence after the other."""
+    kv_b, tokens = lax.dynamic_index_in_dim(kv_b, layer, keepdims=False), spec.num_tokens
+    rank, (cache, cache_layer, block_table) = kv_b.shape[-1], places
+    keys = PagedKeys(cache, cache_layer, block_table, spec.block_size, rank + queries.shape[-1] - spec.nope)
+    sequences, heads, tile = LocalSequences(*spans), queries.shape[0], min(_QUERY_TILE, tokens)
     blocks_per_chunk = _chunk_blocks(keys.block_size, keys.block_table.shape[1], _PREFILL_CHUNK)
     chunk = blocks_per_chunk * keys.block_size
     table = _pad_table(keys.block_table, blocks_per_chunk)
@@ -227,9 +247,9 @@ def expanded_part(
         latent = keys.read(row, first_key // keys.block_size, blocks_per_chunk)[0]
         key_pos = first_key + jnp.arange(chunk)
         latent = jnp.where((key_pos < kv_length[seq])[:, None], latent, 0)
-        c_kv, k_pe = jnp.split(latent, [config.kv_lora_rank], axis=-1)
+        c_kv, k_pe = jnp.split(latent, [rank], axis=-1)
         kv = einsum_f32("cl,hdl->hcd", c_kv, kv_b).astype(c_kv.dtype)
-        k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+        k_nope, v = jnp.split(kv, [spec.nope], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_pe, (heads, *k_pe.shape))], axis=-1)
 
         def attend_tile(index: jax.Array, state: Softmax) -> Softmax:
@@ -238,7 +258,7 @@ def expanded_part(
             q = lax.dynamic_slice_in_dim(queries, begin, tile, axis=1)
             visible = key_pos <= (sequences.first_position[seq] + local)[:, None]
             visible &= (local < sequences.count[seq])[:, None]
-            scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", q, k) * config.softmax_scale, -jnp.inf)
+            scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", q, k) * spec.scale, -jnp.inf)
             seen = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, begin, tile, axis=1), state)
             seen = seen.add(scores, v, "hqk,hkd->hqd")
             return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), state, seen)
@@ -248,9 +268,9 @@ def expanded_part(
         return dynamic_loop(first_tile, last_tile, attend_tile, state, expected_trips=1)
 
     # A chunk for each sequence that the rank's tokens can belong to, at least.
-    expected = -(-min(tokens, keys.block_table.shape[0]) // part[1])
-    first, end = _share(last_chunk[-1], part)
-    return dataclasses.replace(core, state=dynamic_loop(first, end, attend_chunk, core.state, expected_trips=expected))
+    expected = -(-min(tokens, keys.block_table.shape[0]) // spec.part[1])
+    softmax = dynamic_loop(*_share(last_chunk[-1], spec.part), attend_chunk, Softmax(*state), expected_trips=expected)
+    return softmax.peak, softmax.total, softmax.mixed
 
 
 # -- absorbed: the key and value projections are folded into the query and the output, so that the cached latent serves

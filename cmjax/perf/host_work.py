@@ -47,6 +47,7 @@ _WHOLE = ("parameter", "dynamic-update-slice", "bitcast", "constant", "scatter",
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s8": 1}
 _LANES = 16
 _PADDED = 64  # values that a staged row is padded to
+_EXPANDED = 128  # keys of a chunk in prefill, and queries of a tile at most
 _BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
 _MAPPED_BYTES = 2**20  # beyond them a library asks for memory that was never touched, each time
@@ -302,6 +303,17 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     }, 0.0
 
 
+def _attend_expanded(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
+    (_, (heads, rows, width)), (_, (_, _, out, latent)) = arrays[0], arrays[4]
+    value = results[2][1][-1]
+    pairs = heads * data.chunks * data.tiles * _EXPANDED * min(_EXPANDED, rows // 2)
+    return {
+        "expand_key_s": heads * data.chunks * _EXPANDED * out * _whole(latent),
+        "expand_score_s": pairs,
+        "expand_value_s": pairs * (_whole(width) + _whole(value)),
+    }, 0.0
+
+
 def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str | None = None) -> _Counted:
     """Of a product `[rows, width] x [out, width]`, of rows that are `given` as another type than the matrix."""
     how, given = tiling(kind), given or kind
@@ -311,7 +323,9 @@ def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str 
         whole = math.ceil(rows * 4 * _whole(width, _PADDED) / how.many_bytes)
         amounts[f"laid_{kind}_s"] *= min(whole, math.ceil(rows / how.many_block))
     if is_many or width % how.step or not (how.is_read_in_place and given == kind):
-        _add(amounts, _staged(how, kind, given, rows, width))
+        # Rows are made what products read.
+        amounts["quantized_s" if kind == "s8" and given != kind else "staged_s"] = rows * _whole(width)
+        amounts["by_lane_s"] = rows * _whole(width) if is_many and kind != "s8" else 0.0
     return amounts, out * width * _ITEM_BYTES[kind]
 
 
@@ -330,13 +344,6 @@ def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float, i
         "rest_s": tiles * out if width % how.step else 0.0,  # of rows that are no whole steps
         "scaled_s": scaled,
     }
-
-
-def _staged(how: Tiling, kind: str, given: str, rows: float, width: float) -> dict[str, float]:
-    """Rows made what products read."""
-    values = rows * _whole(width)
-    name = "quantized_s" if kind == "s8" and given != kind else "staged_s"
-    return {name: values, "by_lane_s": values if rows >= how.many_rows and kind != "s8" else 0.0}
 
 
 def _add(amounts: dict[str, float], more: Amounts, times: float = 1.0) -> None:
@@ -365,7 +372,7 @@ def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 _KERNELS = {
     "norm": _norm, "choose": _choose, "pack": _pack, "lay_out": _lay_out, "absorb": _absorb, "attend": _attend,
-    "release": _release, "product": _product, "experts": _experts,
+    "release": _release, "attend_expanded": _attend_expanded, "product": _product, "experts": _experts,
 }  # fmt: skip
 
 

@@ -191,6 +191,81 @@ void TestAttention(Type type, int64_t tokens, int64_t block_size, int32_t length
   }
 }
 
+// Two sequences and an empty one between them, over blocks of which some are none or beyond the cache, against sums in
+// double; and the last rows of the first one alone, in whatever memory.
+void TestExpanded(Type type, int64_t count, int64_t cached, int64_t block_size, int64_t value) {
+  const int64_t heads = 2, nope = 5, rope = 3, latent = 13, width = latent + rope, of_query = nope + rope, item = ItemBytes(type);
+  const int64_t blocks = (count + cached + block_size - 1) / block_size, rows = count + 2, slots = 4 * block_size;
+  Array query(type, heads * rows * of_query), kv_b(type, heads * (nope + value) * latent), cache(type, slots * width);
+  std::vector<int32_t> table(3 * blocks), starts{0, -5, int32_t(count)}, counts{int32_t(count), 0, 2};
+  std::vector<int32_t> firsts{int32_t(cached), 7, 0};
+  for (int32_t& id : table) id = static_cast<int32_t>(random_bits() % 6) - 1;
+  if (blocks * block_size < 2) counts[2] = 0;
+  const Mla mla{kv_b.data(), heads, nope, rope, value, latent, 0.3f, type};
+  const Keys keys{cache.data(), slots, block_size};
+  std::vector<float> peak(heads * rows, -INFINITY), total(heads * rows), mixed(heads * rows * value);
+  for (int64_t part = 0; part < 2; ++part) {
+    RunAttendExpanded(mla, keys, {table.data(), starts.data(), counts.data(), firsts.data(), 3, blocks}, rows, part, 2,
+                      query.data(), {peak.data(), total.data(), mixed.data()}, kThreads);
+  }
+  const auto rounded = [type](double x) {
+    if (type == Type::kF32) return x;
+    int exponent;
+    const double part = std::frexp(x, &exponent);
+    return std::ldexp(std::nearbyint(part * 256), exponent - 8);
+  };
+  const auto latent_of = [&](int64_t s, int64_t key, int64_t i) {
+    const int64_t id = std::min<int64_t>(std::max(table[s * blocks + key / block_size], 0), 3);
+    return double(cache.values[(id * block_size + key % block_size) * width + i]);
+  };
+  const auto through = [&](int64_t s, int64_t head, int64_t key, int64_t out) {
+    double sum = 0;
+    for (int64_t i = 0; i < latent; ++i) {
+      sum += latent_of(s, key, i) * kv_b.values[(head * (nope + value) + out) * latent + i];
+    }
+    return rounded(sum);
+  };
+  for (int64_t s : {0, 2}) {
+    for (int64_t r = 0; r < counts[s]; r += 1 + counts[s] / 5) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t row = head * rows + starts[s] + r, sees = firsts[s] + r + 1;
+        std::vector<double> scores(sees);
+        double most = -INFINITY, sum = 0;
+        for (int64_t k = 0; k < sees; ++k) {
+          for (int64_t d = 0; d < of_query; ++d) {
+            const double of_key = d < nope ? through(s, head, k, d) : latent_of(s, k, latent + d - nope);
+            scores[k] += 0.3 * query.values[row * of_query + d] * of_key;
+          }
+          most = std::fmax(most, scores[k]);
+        }
+        for (double& score : scores) sum += score = std::exp(score - most);
+        for (int64_t v = 0; v < value; ++v) {
+          double wanted = 0;
+          for (int64_t k = 0; k < sees; ++k) wanted += scores[k] / sum * through(s, head, k, nope + v);
+          const double slack = type == Type::kF32 ? 1e-5 : 1e-2;
+          Check(std::fabs(mixed[row * value + v] / total[row] - wanted) <= slack, "expanded", count, cached, block_size);
+        }
+      }
+    }
+  }
+  // Of each head, the rows from `cut` on.
+  const int64_t cut = count / 2, rest = count - cut;
+  Array moved(type, heads * rest * of_query);
+  for (int64_t head = 0; head < heads; ++head) {
+    std::memcpy(moved.data() + head * rest * of_query * item, query.data() + (head * rows + cut) * of_query * item,
+                rest * of_query * item);
+  }
+  std::vector<float> peaks(heads * rest, -INFINITY), totals(heads * rest), alone(heads * rest * value);
+  const int32_t start = 0, own = static_cast<int32_t>(rest), first = static_cast<int32_t>(cached + cut);
+  RunAttendExpanded(mla, keys, {table.data(), &start, &own, &first, 1, blocks}, rest, 0, 1, moved.data(),
+                    {peaks.data(), totals.data(), alone.data()}, kThreads);
+  for (int64_t head = 0; head < heads; ++head) {
+    const float* there = mixed.data() + (head * rows + cut) * value;
+    Check(std::memcmp(alone.data() + head * rest * value, there, rest * value * 4) == 0, "rows of a sequence", count,
+          cached, block_size);
+  }
+}
+
 void TestNorm(Type type, int64_t rows, int64_t width) {
   Array x(type, rows * width), weight(type, width);
   std::vector<float> y(rows * width, NAN);
@@ -285,6 +360,9 @@ int main() {
       for (int64_t tokens : {1, 5, 400}) TestPack(type, tokens, 8, 1, 7, 33, true);
       for (int64_t width : {1, 16, 31, 97}) TestNorm(type, 5, width);
       TestNorm(type, 300, 512);
+      for (int64_t count : {1, 7, 26, 135}) {
+        for (int64_t cached : {0, 3, 128, 250}) TestExpanded(type, count, cached, count % 2 ? 16 : 3, count % 3 ? 7 : 16);
+      }
       for (int64_t tokens : {1, 2, 9}) {
         for (int64_t block_size : {1, 3, 16}) {
           for (int64_t length : {0, 1, 6, 17, 96}) {

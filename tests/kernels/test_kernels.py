@@ -20,18 +20,8 @@ from tests.helpers import TOLERANCES, assert_close
 
 if build.load().library is None:
     pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
-FORMS = [form for form in build.FORMS if build.load().library.cmjax_kernels_use(form.encode())]
-build.load().library.cmjax_kernels_use(b"")
 DTYPES = [jnp.float32, jnp.bfloat16]
 SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (97, 70, 130), (200, 17, 31)]
-
-
-@pytest.fixture(params=FORMS)
-def form(request):
-    """Each form of the inner loops that this CPU runs."""
-    assert build.load().library.cmjax_kernels_use(request.param.encode())
-    yield request.param
-    build.load().library.cmjax_kernels_use(b"")
 
 
 def by_xla(function, *arguments):
@@ -42,24 +32,6 @@ def by_xla(function, *arguments):
         return jax.jit(function)(*arguments)
     finally:
         kernels.configure(before)
-
-
-_MADE = {}
-
-
-@pytest.fixture
-def once(request):
-    """`once(make)`: what a test has made for one form of the inner loops, for the others too: the form is chosen when a
-    program runs, and compiling is most of a test's time."""
-    parameters = {name: value for name, value in request.node.callspec.params.items() if name != "form"}
-    key = request.node.originalname, repr(parameters)
-
-    def made(make):
-        if key not in _MADE:
-            _MADE[key] = make()
-        return _MADE[key]
-
-    return made
 
 
 def compiled(function, *arguments):

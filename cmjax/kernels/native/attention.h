@@ -48,94 +48,6 @@ void Absorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens
   }
 }
 
-// turned[0:width, 0:count] = key[0:count, 0:width], both rounded up.
-void Turn(const float* key, int64_t stride, int64_t count, int64_t width, float* turned) {
-  for (int64_t k = 0; k < count; k += 8) {
-    for (int64_t w = 0; w < width; w += 8) TurnEight(key + k * stride + w, stride, turned + w * kChunk + k, kChunk);
-  }
-}
-
-// c[0:R, 0:V vectors] = (c or 0) + a[0:R, 0:count] * b[0:count, 0:V vectors]: each value's sum in the order of `count`.
-template <int R, int V>
-inline void Panel(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, bool adds, float* c,
-                  int64_t c_stride) {
-  using D = DotF32;
-  D::Acc acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) acc[r][v] = adds ? D::LoadX(c + r * c_stride + v * D::kLanes) : D::Acc{};
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    D::WVec row[V];
-    for (int v = 0; v < V; ++v) row[v] = D::LoadW(b + k * b_stride + v * D::kLanes);
-    for (int r = 0; r < R; ++r) {
-      const D::XVec value = D::Spread(a[r * a_stride + k]);
-      for (int v = 0; v < V; ++v) acc[r][v] = D::Add(acc[r][v], value, row[v]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) D::Store(acc[r][v], c + r * c_stride + v * D::kLanes);
-  }
-}
-
-template <int R>
-inline void PanelOf(int vecs, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
-                    bool adds, float* c, int64_t c_stride) {
-  if (vecs == 1) Panel<R, 1>(a, a_stride, b, b_stride, count, adds, c, c_stride);
-  if constexpr (DotF32::kTileVecs > 1) {
-    if (vecs == 2) Panel<R, 2>(a, a_stride, b, b_stride, count, adds, c, c_stride);
-  }
-  if constexpr (DotF32::kTileVecs > 2) {
-    if (vecs == 3) Panel<R, 3>(a, a_stride, b, b_stride, count, adds, c, c_stride);
-    if (vecs == 4) Panel<R, 4>(a, a_stride, b, b_stride, count, adds, c, c_stride);
-  }
-}
-
-constexpr void (*kPanels[])(int, const float*, int64_t, const float*, int64_t, int64_t, bool, float*, int64_t) = {
-    PanelOf<1>, PanelOf<2>, PanelOf<3>, PanelOf<4>, PanelOf<5>, PanelOf<6>};
-
-// c[0:rows, 0:width] = (c or 0) + a[0:rows, 0:count] * b[0:count, 0:width], rounded up to whole vectors in width.
-void Multiply(const float* a, int64_t a_stride, int64_t num_rows, const float* b, int64_t b_stride, int64_t count,
-              bool adds, int64_t width, float* c, int64_t c_stride) {
-  constexpr int64_t kLanes = DotF32::kLanes, kRows = DotF32::kTileRows;
-  const int64_t vecs = (width + kLanes - 1) / kLanes;
-  for (int64_t v = 0; v < vecs;) {
-    const int64_t panels = (vecs - v + DotF32::kTileVecs - 1) / DotF32::kTileVecs, here = (vecs - v + panels - 1) / panels;
-    for (int64_t r = 0; r < num_rows;) {
-      const int64_t tiles = (num_rows - r + kRows - 1) / kRows, rows = (num_rows - r + tiles - 1) / tiles;
-      kPanels[rows - 1](static_cast<int>(here), a + r * a_stride, a_stride, b + v * kLanes, b_stride, count, adds,
-                        c + r * c_stride + v * kLanes, c_stride);
-      r += rows;
-    }
-    v += here;
-  }
-}
-
-// A chunk of scores, of which `seen` count, becomes weights relative to the largest so far; what came before is to be
-// multiplied by the result.
-inline float Meet(float* score, int32_t seen, float scale, float* peak, float* total) {
-  constexpr int kLanes = 16;
-  float most[kLanes], sum[kLanes] = {}, largest = *peak, all = 0.0f;
-  for (int i = 0; i < kLanes; ++i) most[i] = -__builtin_inff();
-  for (int32_t k = 0; k < kChunk; k += kLanes) {
-    for (int32_t i = 0; i < kLanes; ++i) {
-      score[k + i] = k + i < seen ? score[k + i] * scale : -__builtin_inff();
-      most[i] = score[k + i] > most[i] ? score[k + i] : most[i];
-    }
-  }
-  for (const float one : most) largest = one > largest ? one : largest;
-  const float base = largest == -__builtin_inff() ? 0.0f : largest, keep = Exp(*peak - base);
-  for (int32_t k = 0; k < kChunk; k += kLanes) {
-    for (int32_t i = 0; i < kLanes; ++i) {
-      score[k + i] = k + i < seen ? Exp(score[k + i] - base) : 0.0f;
-      sum[i] += score[k + i];
-    }
-  }
-  for (const float one : sum) all += one;
-  *peak = largest;
-  *total = *total * keep + all;
-  return keep;
-}
-
 // One request's queries meet blocks [first, end) of its keys, at most its own number of them, a chunk at a time.
 void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_t* lengths, int64_t tokens,
             int64_t first, int64_t end, const char* query, const Softmax& state, char* scratch) {
@@ -162,22 +74,22 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
       ReadRow({keys.data + (id * size + place % size) * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32,
               key + k * padded);
     }
-    Turn(key, padded, (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes, width, turned);
-    Multiply(q, padded, num_rows, turned, kChunk, width, false, count, scores, kChunk);
+    Turn(key, padded, (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes, width, turned, kChunk);
+    Multiply<DotF32, Into::kNew>(q, padded, num_rows, turned, kChunk, width, count, scores, kChunk);
     const auto seen = [&](int64_t token) {
       const int64_t rest = Least(lengths[token] - begin, count);
       return static_cast<int32_t>(rest < 0 ? 0 : rest);
     };
     for (int64_t r = 0; r < num_rows; ++r) {
-      const float keep = Meet(scores + r * kChunk, seen(r / heads), mla.scale, state.peak + r, state.total + r);
+      const float keep = Weigh(scores + r * kChunk, seen(r / heads), kChunk, mla.scale, state.peak + r, state.total + r);
       for (int64_t i = 0; i < width; ++i) mixed[r * padded + i] *= keep;
     }
     // The keys that a token does not see are not its business, even where they are no numbers: tokens of one length at
     // a time.
     for (int64_t t = 0, same = 1; t < tokens; t += same, same = 1) {
       while (t + same < tokens && seen(t + same) == seen(t)) ++same;
-      Multiply(scores + t * heads * kChunk, kChunk, same * heads, key, padded, seen(t), true, width,
-               mixed + t * heads * padded, padded);
+      Multiply<DotF32, Into::kSum>(scores + t * heads * kChunk, kChunk, same * heads, key, padded, seen(t), width,
+                                   mixed + t * heads * padded, padded);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) {

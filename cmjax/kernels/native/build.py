@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from cmjax.native import Loaded, Unit, find_compiler, load_library
 
 FOLDER = pathlib.Path(__file__).parent
-HANDLERS = ("product", "experts", "absorb", "attend", "release", "norm", "choose", "pack", "lay_out")
+HANDLERS = (
+    "product", "experts", "absorb", "attend", "release", "attend_expanded", "norm", "choose", "pack", "lay_out",
+)  # fmt: skip
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
 # form.cc is compiled once for each kind of CPU, under the name it has in the library.
 _FORMS: dict[str, tuple[str, ...]] = {"Portable": ()}

@@ -64,6 +64,15 @@ struct DotBF16 : Parts, Whole {
   static void Put(const float* from, int64_t padded, X* to) {
     for (int64_t i = 0; i < padded; ++i) to[i] = Narrow(from[i]);
   }
+  static __m512i Rounded(__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); }
+  // Floats rounded; and units of two columns of them.
+  static void Round(const float* x, float* to) {
+    _mm512_storeu_si512(to, _mm512_slli_epi32(Rounded(_mm512_loadu_ps(x)), 16));
+  }
+  static void PutPairs(const float* low, const float* high, float* to) {
+    const __m512i above = _mm512_slli_epi32(Rounded(_mm512_loadu_ps(high)), 16);
+    _mm512_storeu_si512(to, _mm512_or_si512(above, Rounded(_mm512_loadu_ps(low))));
+  }
   static XVec SpreadUnit(const float* unit) { return (__m512bh)_mm512_castps_si512(_mm512_set1_ps(*unit)); }
   static WVec LoadW(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
   static XVec LoadX(const X* x) { return (__m512bh)_mm512_loadu_si512(x); }

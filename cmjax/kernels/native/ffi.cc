@@ -123,6 +123,44 @@ ffi::Error HandleAttend(ffi::ThreadPool pool, bool is_parallel, int32_t block_si
   return ffi::Error::Success();
 }
 
+// query [heads, rows, nope + rope], peak, total [heads, rows], mixed [heads, rows, value], kv_b, its layer, cache [layers,
+// slots, latent + rope], its layer, block table [sequences, blocks], first rows, numbers of rows and first positions
+// [sequences] -> peak, total, mixed, which are the operands' memory
+ffi::Error HandleAttendExpanded(ffi::ThreadPool pool, bool is_parallel, int32_t nope, int32_t block_size, int32_t part,
+                  int32_t num_parts, float scale, ffi::AnyBuffer query, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
+                  ffi::AnyBuffer kv_b, ffi::AnyBuffer layer, ffi::AnyBuffer cache, ffi::AnyBuffer cache_layer,
+                  ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> counts,
+                  ffi::Buffer<ffi::S32> first_positions, ffi::ResultBuffer<ffi::F32> peak,
+                  ffi::ResultBuffer<ffi::F32> total, ffi::ResultBuffer<ffi::F32> mixed) {
+  const auto shape = query.dimensions(), cached = cache.dimensions(), blocks = table.dimensions();
+  if (shape.size() != 3 || cached.size() != 3 || blocks.size() != 2) return Wrong("cmjax_kernels: queries and cache");
+  const auto mla = MlaOf(kv_b, Scalar(layer), nope, shape[2] - nope, scale);
+  const int64_t num_rows = shape[1], rows = shape[0] * num_rows, count = blocks[0], at = Scalar(cache_layer);
+  if (!mla || mla->heads != shape[0] || mla->rope < 0 || TypeOf(query) != mla->type || TypeOf(cache) != mla->type ||
+      cached[2] != mla->latent + mla->rope || at < 0 || at >= cached[0] || block_size < 1 || cached[1] < block_size ||
+      part < 0 || part >= num_parts) {
+    return Wrong("cmjax_kernels: queries and cache");
+  }
+  const auto has = [](const auto& buffer, int64_t size) { return static_cast<int64_t>(buffer.element_count()) == size; };
+  if (!has(*peak, rows) || !has(*total, rows) || !has(*mixed, rows * mla->value) || !has(starts, count) ||
+      !has(counts, count) || !has(first_positions, count)) {
+    return Wrong("cmjax_kernels: state and sequences");
+  }
+  const Sequences sequences{table.typed_data(), starts.typed_data(), counts.typed_data(), first_positions.typed_data(),
+                            count, blocks[1]};
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t start = sequences.starts[s], own = sequences.counts[s];
+    if (own > 0 && (start < 0 || start + own > num_rows || sequences.first_positions[s] < 0)) {
+      return Wrong("cmjax_kernels: a sequence beyond the queries");
+    }
+  }
+  const char* data = static_cast<const char*>(cache.untyped_data()) + at * cached[1] * cached[2] * ItemBytes(mla->type);
+  RunAttendExpanded(*mla, {data, cached[1], block_size}, sequences, num_rows, part, num_parts,
+                    static_cast<const char*>(query.untyped_data()),
+                    {peak->typed_data(), total->typed_data(), mixed->typed_data()}, HelpersOf(pool, is_parallel));
+  return ffi::Error::Success();
+}
+
 // total [requests, rows], mixed [requests, rows, latent + rope], kv_b, layer -> [tokens, heads * value]
 ffi::Error HandleRelease(ffi::ThreadPool pool, bool is_parallel, int32_t nope, ffi::Buffer<ffi::F32> total,
                    ffi::Buffer<ffi::F32> mixed, ffi::AnyBuffer kv_b, ffi::AnyBuffer layer,
@@ -183,6 +221,30 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend, cmjax::HandleAttend,
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cmjax_kernels_attend_expanded, cmjax::HandleAttendExpanded,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("is_parallel")
+                                  .Attr<int32_t>("nope")
+                                  .Attr<int32_t>("block_size")
+                                  .Attr<int32_t>("part")
+                                  .Attr<int32_t>("num_parts")
+                                  .Attr<float>("scale")
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -305,7 +305,9 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, 
   Product(between, num_rows, w2, 0, w2.out, target, scratch);
 }
 
+#include "panels.h"
 #include "attention.h"
+#include "expanded.h"
 #include "routing.h"
 
 }  // namespace
@@ -313,6 +315,6 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
 const Form CMJAX_NAMED(k, CMJAX_FORM) = {
     CMJAX_QUOTED(CMJAX_FORM), {TilingOf<DotF32>(), TilingOf<DotBF16>(), TilingOf<DotS8>()}, Stage, Product, Expert,
-    Quantize, Norm, Choose, Absorb, Attend, Release};
+    Quantize, Norm, Choose, Absorb, Attend, Release, AttendExpanded};
 
 }  // namespace cmjax

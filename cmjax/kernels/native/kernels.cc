@@ -339,6 +339,47 @@ void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64
   });
 }
 
+void RunAttendExpanded(const Mla& mla, const Keys& keys, const Sequences& sequences, int64_t num_rows, int64_t index,
+                       int64_t count, const char* query, const Softmax& state, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  struct Part {
+    Sequence sequence;
+    int64_t start, first, end;
+  };
+  std::vector<Part> parts;
+  const auto of = [&](int64_t s) {
+    return Sequence{sequences.table + s * sequences.max_blocks, sequences.max_blocks,
+                    std::max(sequences.counts[s], 0), sequences.first_positions[s]};
+  };
+  const auto chunks_of = [](const Sequence& one) {
+    return one.count == 0 ? 0 : (one.first_position + one.count + kExpandChunk - 1) / kExpandChunk;
+  };
+  int64_t all = 0, before = 0, values = 0;
+  for (int64_t s = 0; s < sequences.count; ++s) all += chunks_of(of(s));
+  const int64_t first = all * index / count, end = all * (index + 1) / count;
+  for (int64_t s = 0; s < sequences.count; ++s) {
+    const Sequence one = of(s);
+    const int64_t chunks = chunks_of(one), own_first = std::clamp<int64_t>(first - before, 0, chunks);
+    const int64_t own_end = std::clamp<int64_t>(end - before, 0, chunks);
+    before += chunks;
+    if (own_first == own_end) continue;
+    parts.push_back({one, sequences.starts[s], own_first, own_end});
+    const int64_t num_keys = std::min((own_end - own_first) * kExpandChunk, one.first_position + one.count);
+    values += num_keys * (mla.latent + one.count / 2) * (mla.nope + mla.value);
+  }
+  const Helpers alone{0, nullptr};
+  const bool is_large = IsWorthHelp(mla.heads, values, 0);
+  Parallel(is_large ? helpers : alone, static_cast<int64_t>(parts.size()) * mla.heads, [&](int64_t i) {
+    const Part& part = parts[i / mla.heads];
+    const int64_t head = i % mla.heads, row = head * num_rows + part.start;
+    form.attend_expanded(mla, keys, part.sequence, head, part.first, part.end,
+                         query + row * (mla.nope + mla.rope) * ItemBytes(mla.type),
+                         {state.peak + row, state.total + row, state.mixed + row * mla.value},
+                         Scratch(1, ExpandedScratch(mla)));
+    TrimScratch(1);
+  });
+}
+
 void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers) {
   const Form& form = CurrentForm();
   const Helpers alone{0, nullptr};

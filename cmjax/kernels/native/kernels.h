@@ -55,15 +55,23 @@ struct Keys {
   int64_t num_slots, block_size;
 };
 
-// A running softmax over rows [tokens, heads]: the largest score, the sum, and the values [latent + rope] summed.
+// A running softmax over rows: the largest score, the sum, and the values summed. Absorbed, rows are [tokens, heads] and
+// values [latent + rope]; expanded, [heads, tokens] and [value].
 struct Softmax {
   float *peak, *total, *mixed;
 };
 
+// Queries of one sequence, side by side: `count` of them from position `first_position` on, whose last one sees all keys.
+struct Sequence {
+  const int32_t* table;
+  int64_t max_blocks, count, first_position;
+};
+
 // Rows that an expert takes at a time, and how many where they are staged by lane; columns of a block of results, which
-// stays in the first-level cache; at most so many columns laid side by side, see columns.h; the widest vector; and keys
-// that attention takes at a time.
+// stays in the first-level cache; at most so many columns laid side by side, see columns.h; the widest vector; keys that
+// absorbed attention takes at a time, and expanded attention, and how many queries these meet together.
 constexpr int64_t kRowBlock = 48, kManyBlock = 144, kColBlock = 64, kLaid = 32, kPad = 64, kChunk = 64;
+constexpr int64_t kExpandChunk = 128, kExpandRows = 24;
 
 // Rows of a product whose columns are laid side by side stay in the second-level cache.
 constexpr int64_t kRowsBytes = 1 << 20;
@@ -89,6 +97,11 @@ inline int64_t AbsorbScratch(const Mla& mla) {
 inline int64_t AttendScratch(const Mla& mla, int64_t tokens) {
   const int64_t rows = tokens * mla.heads, padded = Padded(mla.latent + mla.rope);
   return (2 * rows * padded + 2 * kChunk * padded + rows * kChunk) * 4;
+}
+inline int64_t ExpandedScratch(const Mla& mla) {
+  const int64_t latent = Padded(mla.latent), nope = Padded(mla.nope), rope = Padded(mla.rope), value = Padded(mla.value);
+  const int64_t keys = kExpandChunk * (2 * latent + nope + 2 * rope + value);
+  return ((nope + value) * latent + keys + kExpandRows * (kExpandChunk + nope + rope + value)) * 4;
 }
 // Blocks that attention takes together: parts of its keys consist of so many.
 inline int64_t ChunkBlocks(int64_t block_size) { return block_size < kChunk ? kChunk / block_size : 1; }
@@ -153,6 +166,10 @@ struct Form {
                  int64_t first, int64_t end, const char* query, const Softmax& state, char* scratch);
   // out[tokens, head] = the head's means through the value part of kv_b.
   void (*release)(const Mla& mla, const Softmax& state, int64_t tokens, int64_t head, char* out, char* scratch);
+  // A sequence's queries of one head, [count, nope + rope], meet chunks [first, end) of kExpandChunk keys each, at most
+  // those that there are; `state` is of the first of these rows.
+  void (*attend_expanded)(const Mla& mla, const Keys& keys, const Sequence& sequence, int64_t head, int64_t first,
+                          int64_t end, const char* query, const Softmax& state, char* scratch);
 };
 
 // The forms that this build has, best first, and whether this CPU runs them.
@@ -220,6 +237,14 @@ struct Requests {
 };
 void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
                const char* query, const Softmax& state, const Helpers& helpers);
+// Queries [heads, rows, nope + rope] of packed sequences meet share `index` of `count` of the chunks of all sequences in a
+// row. Sequence s has counts[s] rows from starts[s] on, none of which may be beyond the others or `num_rows`.
+struct Sequences {
+  const int32_t *table, *starts, *counts, *first_positions;
+  int64_t count, max_blocks;
+};
+void RunAttendExpanded(const Mla& mla, const Keys& keys, const Sequences& sequences, int64_t num_rows, int64_t index,
+                       int64_t count, const char* query, const Softmax& state, const Helpers& helpers);
 void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers);
 
 }  // namespace cmjax

@@ -50,14 +50,14 @@ inline float Round(float x) { return (x + 12582912.0f) - 12582912.0f; }
 inline float Exp(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   const float n = Round(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = MulAdd(n, 2.12194440e-4f, MulAdd(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = MulAdd(p, r, 1.3981999507e-3f);
+  p = MulAdd(p, r, 8.3334519073e-3f);
+  p = MulAdd(p, r, 4.1665795894e-2f);
+  p = MulAdd(p, r, 1.6666665459e-1f);
+  p = MulAdd(p, r, 5.0000001201e-1f);
+  p = MulAdd(p * r, r, r + 1.0f);
   return p * FloatOf(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 

@@ -1,0 +1,37 @@
+"""Each test of a kernel for each form of its inner loops."""
+
+import pytest
+
+from cmjax.kernels.native import build
+
+
+def _runs(form):
+    return build.load().library is not None and build.load().library.cmjax_kernels_use(form.encode())
+
+
+FORMS = [form for form in build.FORMS if _runs(form)]
+_runs("")
+_MADE = {}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """Each form of the inner loops that this CPU runs."""
+    assert _runs(request.param)
+    yield request.param
+    _runs("")
+
+
+@pytest.fixture
+def once(request):
+    """`once(make)`: what a test has made for one form of the inner loops, for the others too: the form is chosen when a
+    program runs, and compiling is most of a test's time."""
+    parameters = {name: value for name, value in request.node.callspec.params.items() if name != "form"}
+    key = request.node.nodeid.split("[")[0], repr(parameters)
+
+    def made(make):
+        if key not in _MADE:
+            _MADE[key] = make()
+        return _MADE[key]
+
+    return made
