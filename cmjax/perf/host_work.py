@@ -46,9 +46,8 @@ _PLAIN = (
 _WHOLE = ("parameter", "dynamic-update-slice", "bitcast", "constant", "scatter", "tuple")
 _ITEM_BYTES = {"bf16": 2, "f32": 4, "s8": 1}
 _LANES = 16
-_PADDED = 64  # values that a staged row is padded to
+_PADDED = 64  # values of a staged row
 _EXPANDED = 128  # keys of a chunk in prefill, and queries of a tile at most
-_BOUNDING_STEPS = 4
 _CLOSE_BYTES = 2 * 2**16  # what an operator reads and writes and finds in the cache of its core
 _MAPPED_BYTES = 2**20  # beyond them a library asks for memory that was never touched, each time
 
@@ -162,7 +161,7 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
 
 
 def _searched(one: Instruction, held: list[Instruction]) -> float:
-    """Elements of a gather whose index is computed for each of them: by more than what keeps it within bounds."""
+    """Elements of a gather whose index is computed for each of them: by more than the four that keep it within bounds."""
     by_name, todo, seen = {inner.name: inner for inner in held}, list(one.operands[1:2]), set[str]()
     while todo:
         inner = by_name.get(todo.pop())
@@ -170,7 +169,7 @@ def _searched(one: Instruction, held: list[Instruction]) -> float:
             seen.add(inner.name)
             todo += inner.operands
     steps = sum(not _is_plain(by_name[name]) for name in seen)
-    return shape_elements(one.shape) if steps > _BOUNDING_STEPS else 0.0
+    return shape_elements(one.shape) if steps > 4 else 0.0
 
 
 def _is_plain(one: Instruction) -> bool:
@@ -305,12 +304,11 @@ def _attend(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 
 def _attend_expanded(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     (_, (heads, rows, width)), (_, (_, _, out, latent)) = arrays[0], arrays[4]
-    value = results[2][1][-1]
     pairs = heads * data.chunks * data.tiles * _EXPANDED * min(_EXPANDED, rows // 2)
     return {
         "expand_key_s": heads * data.chunks * _EXPANDED * out * _whole(latent),
         "expand_score_s": pairs,
-        "expand_value_s": pairs * (_whole(width) + _whole(value)),
+        "expand_value_s": pairs * (_whole(width) + _whole(results[2][1][-1])),
     }, 0.0
 
 
@@ -320,12 +318,10 @@ def matrix_amounts(kind: str, rows: float, out: float, width: float, given: str 
     is_many = rows >= how.many_rows
     amounts = {"stored_s": rows * out, **_multiplied(how, kind, rows, out, width, is_many)}
     if is_many:
-        whole = math.ceil(rows * 4 * _whole(width, _PADDED) / how.many_bytes)
-        amounts[f"laid_{kind}_s"] *= min(whole, math.ceil(rows / how.many_block))
+        share = min(4 * _whole(width, _PADDED) / how.many_bytes, 1 / how.many_block)  # of a group of rows, each
+        amounts[f"laid_{kind}_s"] *= math.ceil(rows * share)
     if is_many or width % how.step or not (how.is_read_in_place and given == kind):
-        # Rows are made what products read.
-        amounts["quantized_s" if kind == "s8" and given != kind else "staged_s"] = rows * _whole(width)
-        amounts["by_lane_s"] = rows * _whole(width) if is_many and kind != "s8" else 0.0
+        _add(amounts, _staged(kind, given, rows, width, is_many))
     return amounts, out * width * _ITEM_BYTES[kind]
 
 
@@ -346,14 +342,20 @@ def _multiplied(how: Tiling, kind: str, rows: float, out: float, width: float, i
     }
 
 
+def _staged(kind: str, given: str, rows: float, width: float, is_many: bool) -> dict[str, float]:
+    """Rows made what products read."""
+    name, values = "quantized_s" if kind == "s8" and given != kind else "staged_s", rows * _whole(width)
+    return {name: values, "by_lane_s": values if is_many and kind != "s8" else 0.0}
+
+
 def _add(amounts: dict[str, float], more: Amounts, times: float = 1.0) -> None:
     for name, amount in more.items():
         amounts[name] = amounts.get(name, 0.0) + times * amount
 
 
 def _product(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
-    (given, (rows, width)), (kind, weight) = arrays[0], arrays[2]
-    return matrix_amounts(kind, rows, weight[-2], width, given)
+    (given, (rows, width)), (kind, (*_, out, _)) = arrays[0], arrays[2]
+    return matrix_amounts(kind, rows, out, width, given)
 
 
 def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
@@ -365,7 +367,7 @@ def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
         amounts = _multiplied(how, kind, each, out, width, is_many)
         if is_many:
             amounts[f"laid_{kind}_s"] *= math.ceil(each / how.many_block)
-        _add(amounts, _staged(how, kind, given, each, width))
+        _add(amounts, _staged(kind, given, each, width, is_many))
         _add(found, amounts, data.experts)
     return found, data.experts * (math.prod(w13[2:]) + math.prod(w2[2:])) * _ITEM_BYTES[kind]
 
