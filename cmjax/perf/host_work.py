@@ -161,7 +161,7 @@ def operator_amounts(program: Program, one: Instruction, shapes: Mapping[str, st
 
 
 def _searched(one: Instruction, held: list[Instruction]) -> float:
-    """Elements of a gather whose index is computed for each of them: by more than the four that keep it within bounds."""
+    """Elements of a gather whose index is computed for each of them: by more than four, which keep it within bounds."""
     by_name, todo, seen = {inner.name: inner for inner in held}, list(one.operands[1:2]), set[str]()
     while todo:
         inner = by_name.get(todo.pop())
