@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model import rms_norm
-from cmjax.perf.host_work import HostData, total
+from cmjax.perf.host_kernels import HostData
+from cmjax.perf.host_work import total
 
 Body = Callable[..., Any]  # (x, *others) -> x, on one device
 NO_DATA = HostData()

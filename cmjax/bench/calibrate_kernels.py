@@ -23,7 +23,7 @@ from cmjax.model.mla import (
 from cmjax.model.params import AttentionParams
 from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, WireDtype, expert_ffn, laid_out, packed_rows
 from cmjax.moe.router import choose_slots
-from cmjax.perf.host_work import HostData
+from cmjax.perf.host_kernels import HostData
 from cmjax.quant import QuantArray, linear
 
 _BLOCK = 16
@@ -73,9 +73,7 @@ def probes() -> dict[str, list[Probe]]:
             *(_expert(*size, is_quantized=True) for size in _QUANTIZED_EXPERTS),
             _pack(64, 256, 8, 64, "int8"),
         ],
-        "attend_expanded": [
-            _attend_expanded(*size) for size in ((8, 16, 2, 16, 32), (4, 128, 4, 16, 32), (1, 512, 2, 64, 128))
-        ],
+        "attend_expanded": [_attend_expanded(*size) for size in _PROMPTS],
     }
 
 
@@ -203,6 +201,11 @@ def _attend(requests: int, rows: int, width: int, keys: int) -> Probe:
     return Probe(call, make, 2, HostData(keys=keys))
 
 
+# Prompts, tokens of each in the cache and new ones, heads, width of a head's keys, and of latents.
+_PROMPTS = (
+    (8, 0, 16, 2, 16, 32), (16, 0, 16, 2, 16, 32), (4, 0, 128, 4, 16, 32), (1, 0, 512, 2, 64, 128),
+    (1, 496, 16, 2, 16, 64), (2, 0, 256, 2, 64, 32), (2, 0, 256, 4, 16, 128),
+)  # fmt: skip
 # Rows, width and outputs: few rows, which are read where they are, rows that have to be staged, and many rows.
 _PRODUCTS = (
     (1, 64, 64), (8, 64, 32), (8, 64, 256), (8, 256, 256), (64, 64, 64), (64, 24, 128),
@@ -212,23 +215,23 @@ _WIDE_PRODUCTS = ((1, 64, 64), (8, 64, 256), (64, 64, 64), (256, 64, 256), (96, 
 _QUANTIZED = ((8, 64, 256), (8, 256, 256), (16, 64, 32), (256, 64, 256), (32, 256, 256), (512, 64, 32))
 
 
-def _attend_expanded(sequences: int, length: int, heads: int, nope: int, latent: int) -> Probe:
-    config, chunks = _mla(heads, nope, latent), -(-length // 128)
+def _attend_expanded(prompts: int, cached: int, length: int, heads: int, nope: int, latent: int) -> Probe:
+    config, keys = _mla(heads, nope, latent), cached + length
 
     def make(rng: np.random.Generator) -> Arrays:
-        table = rng.permutation(sequences * length // _BLOCK).astype(np.int32).reshape(sequences, -1)
-        query = _normal(rng, heads, sequences * length + 128, nope + 8)
-        return query, _normal(rng, heads, 2 * nope, latent), _normal(rng, 1, sequences * length, latent + 8), table
+        table = rng.permutation(-(-prompts * keys // _BLOCK)).astype(np.int32).reshape(prompts, -1)
+        query = _normal(rng, heads, prompts * length + 128, nope + 8)
+        return query, _normal(rng, heads, 2 * nope, latent), _normal(rng, 1, table.size * _BLOCK, latent + 8), table
 
     def call(query: jax.Array, kv_b: jax.Array, cache: jax.Array, table: jax.Array) -> jax.Array:
-        core = CoreAttention(query, Softmax.start(query.shape[:2], nope), sequences * length)
-        counts = jnp.full(sequences, length, jnp.int32)
-        spans = LocalSequences(jnp.arange(sequences, dtype=jnp.int32) * length, counts, jnp.zeros_like(counts))
-        return expanded_part(
-            _heads(kv_b), config, core, PagedKeys(cache, 0, table, _BLOCK, latent + 8), spans
-        ).state.mixed
+        core = CoreAttention(query, Softmax.start(query.shape[:2], nope), prompts * length)
+        counts = jnp.full(prompts, length, jnp.int32)
+        spans = LocalSequences(jnp.arange(prompts, dtype=jnp.int32) * length, counts, jnp.full_like(counts, cached))
+        paged = PagedKeys(cache, 0, table, _BLOCK, latent + 8)
+        return expanded_part(_heads(kv_b), config, core, paged, spans).state.mixed
 
-    return Probe(call, make, data=HostData(chunks=sequences * chunks, tiles=(chunks + 1) / 2))
+    pairs = prompts * length * (cached + (length + 1) / 2)
+    return Probe(call, make, data=HostData(prompts=prompts, prompt_keys=prompts * keys, pairs=pairs))
 
 
 def _products() -> Iterator[Probe]:

@@ -25,7 +25,7 @@ from cmjax.errors import UserError
 from cmjax.mesh import EP_AXIS, bring_up
 from cmjax.model import ModelConfig, head_shards
 from cmjax.perf.host import HostCosts, price_program
-from cmjax.perf.host_work import HostData
+from cmjax.perf.host_kernels import HostData
 from cmjax.quant import QuantMode
 from cmjax.serve import EngineSettings
 from cmjax.serve.instances import AbstractInstance
@@ -173,24 +173,26 @@ def data_of(instance: AbstractInstance) -> HostData:
     if instance.role == "decode":
         per_call = settings.steps_per_call * (1 + settings.num_speculative_tokens)
         return HostData(keys=settings.max_model_len - per_call / 2, rows=rows, experts=experts)
-    chunks, tiles = _trips(instance)
-    return HostData(rows=rows, experts=experts, chunks=chunks, tiles=tiles)
+    return HostData(rows=rows, experts=experts, **_attended(instance))
 
 
-def _trips(instance: AbstractInstance) -> tuple[float, float]:
-    """Of prefill's attention: chunks of keys that a rank reads, and tiles of queries that each of them meets."""
+def _attended(instance: AbstractInstance) -> dict[str, float]:
+    """What `HostData` says of prefill's attention, on average over the groups of ranks that share out heads."""
     shards = head_shards(instance.config, instance.ep_size)
     length = min(instance.settings.max_model_len, instance.num_tokens)
     group = instance.num_tokens * shards // instance.ep_size
-    tile = min(_CHUNK, group)
-    chunks = tiles = 0
+    tile, groups = min(_CHUNK, group), instance.num_tokens // group
+    found = dict.fromkeys(("chunks", "tiles", "prompts", "prompt_keys", "pairs"), 0.0)
     for begin in range(0, instance.num_tokens, group):
         for first, count in _parts(begin, begin + group, length):
             last = -(-(first + count) // _CHUNK)
-            chunks += last
-            tiles += sum(-(-count // tile) - max(chunk * _CHUNK - first, 0) // tile for chunk in range(last))
-    groups = instance.num_tokens // group
-    return chunks / groups, tiles / max(chunks, 1)
+            found["chunks"] += last / groups
+            met = (-(-count // tile) - max(chunk * _CHUNK - first, 0) // tile for chunk in range(last))
+            found["tiles"] += sum(met) / groups
+            found["prompts"] += 1 / groups
+            found["prompt_keys"] += (first + count) / groups
+            found["pairs"] += count * (first + (count + 1) / 2) / groups
+    return found | {"tiles": found["tiles"] / max(found["chunks"], 1e-9)}
 
 
 def _parts(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:

@@ -96,7 +96,7 @@ def attend(
     arguments = (query, state, cache, jnp.asarray(layer, jnp.int32), block_table, lengths)
     attributes = {"block_size": spec.block_size, "part": spec.part[0], "num_parts": spec.part[1], "scale": spec.scale}
     # Where devices store rows in tiles, those of the cache are wider.
-    serves = _serves(query, cache) and query.shape[-1] == cache.shape[-1]
+    serves = _serves(query, cache) and query.shape[-1] == cache.shape[-1] and spec.scale > 0
     return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, attributes, serves=serves)
 
 

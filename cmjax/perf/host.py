@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cmjax.perf.host_work import Amounts, HostData, Run, runs
+from cmjax.perf.host_kernels import Amounts, HostData
+from cmjax.perf.host_work import Run, runs
 from cmjax.text import JsonObject
 
 # What is read in turn when a rate is measured; the last is so much that no cache has it.

@@ -5,7 +5,7 @@ Coarser than `cmjax.perf.host.price_program`: a trace does not say how many oper
 
 from cmjax.perf.hardware import Figure, Hardware, Mark
 from cmjax.perf.host import HostCosts
-from cmjax.perf.host_work import matrix_amounts
+from cmjax.perf.host_kernels import matrix_amounts
 
 NAME = "host"
 _GIB = 2**30

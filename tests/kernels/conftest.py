@@ -2,24 +2,17 @@
 
 import pytest
 
-from cmjax.kernels.native import build
+from tests.forms import FORMS, use
 
-
-def _runs(form):
-    return build.load().library is not None and build.load().library.cmjax_kernels_use(form.encode())
-
-
-FORMS = [form for form in build.FORMS if _runs(form)]
-_runs("")
 _MADE = {}
 
 
 @pytest.fixture(params=FORMS)
 def form(request):
     """Each form of the inner loops that this CPU runs."""
-    assert _runs(request.param)
+    assert use(request.param)
     yield request.param
-    _runs("")
+    use("")
 
 
 @pytest.fixture

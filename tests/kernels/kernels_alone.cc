@@ -348,6 +348,8 @@ int main() {
       }
       TestProduct(type, 3, 700, 512);  // large enough for helpers
       TestProduct(type, 300, 384, 1100);  // rows of more than one group
+      TestProduct(type, 300, 70, 130);    // few columns: rows are shared out
+      TestProduct(type, 600, 3, 97);
       TestExperts(type, {}, 5, 3);
       TestExperts(type, {0}, 5, 3);
       TestExperts(type, {1, 0, 49, 7, 0, 97}, 37, 29);

@@ -21,7 +21,7 @@ from tests.helpers import TOLERANCES, assert_close
 if build.load().library is None:
     pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
 DTYPES = [jnp.float32, jnp.bfloat16]
-SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (97, 70, 130), (200, 17, 31)]
+SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (97, 70, 130), (200, 17, 31), (300, 17, 40)]
 
 
 def by_xla(function, *arguments):

@@ -19,13 +19,14 @@ from cmjax.checkpoint.formats import compressed_config
 from cmjax.cli.command import main
 from cmjax.errors import UserError
 from cmjax.kernels import tiling
-from cmjax.kernels.native import build
 from cmjax.perf.host import HostCosts, fit, price_program
 from cmjax.perf.host_hardware import BESIDE_A_PRODUCT, host_hardware
-from cmjax.perf.host_work import HostData, matrix_amounts, runs, total
+from cmjax.perf.host_kernels import HostData, matrix_amounts
+from cmjax.perf.host_work import runs, total
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
 from cmjax.serve.instances import AbstractInstance
+from tests.forms import FORMS, use
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config(max_position_embeddings=512)
@@ -93,17 +94,29 @@ def test_amounts_of_a_kernel(probe, expected):
     assert {name: found.get(name) for name in expected} == pytest.approx(expected)
 
 
-@pytest.fixture(params=[name for name in build.FORMS if build.load().library.cmjax_kernels_use(name.encode())])
+@pytest.fixture(params=FORMS)
 def form(request):
     """Each form of the inner loops that this CPU runs."""
-    assert build.load().library.cmjax_kernels_use(request.param.encode())
+    assert use(request.param)
     yield request.param
-    build.load().library.cmjax_kernels_use(b"")
+    use("")
 
 
 def amounts_of(probe):
     arrays = probe.make(np.random.default_rng(0))
     return total(jax.jit(probe.call).lower(*arrays).compile().as_text(), probe.data)
+
+
+def test_amounts_of_the_attention_of_prompts():
+    """Of keys and pairs that there are, whatever the padding; and the probes tell the four costs apart."""
+    probe = calibrate_kernels._attend_expanded(3, 32, 16, 2, 16, 32)
+    out, pairs = 2 * 32 * 32, 2 * 3 * 16 * (32 + 17 / 2)
+    names = ("expand_head_s", "expand_key_s", "expand_score_s", "expand_value_s")
+    found = amounts_of(probe)
+    assert [found[name] for name in names] == [3 * out, 3 * 48 * out, pairs, pairs * (32 + 16)]
+    each = [amounts_of(one) for one in calibrate_kernels.probes()["attend_expanded"]]
+    matrix = np.array([[one[name] for name in ("attend_expanded_s", *names)] for one in each])
+    assert np.linalg.cond(matrix / np.linalg.norm(matrix, axis=0)) < 1000
 
 
 def test_amounts_of_products(form):
@@ -278,6 +291,7 @@ def test_trips_of_prefill_are_those_of_packed_prompts():
     """2,048 tokens are 8 prompts of 256: of two chunks each, the first meets two tiles of queries, the second one."""
     _, data = program("prefill", 1, 2048)
     assert (data.chunks, data.tiles) == (16, 1.5)
+    assert (data.prompts, data.prompt_keys, data.pairs) == (8, 2048, 8 * 256 * 257 / 2)
     assert data.rows == 2048 * CONFIG.num_topk
 
 

@@ -2,6 +2,7 @@
 //
 // A head's keys and values are made of kExpandChunk latents at a time. Keys lie along the vectors, those of a chunk side
 // by side, so that rows of the head's matrix make them as queries meet them; of values the width lies along the vectors.
+// A value that a row does not see has no weight for it; one that is not finite can spoil rows before it all the same.
 #pragma once
 
 // Whole tiles, and whole units of queries.

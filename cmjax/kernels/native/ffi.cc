@@ -148,11 +148,13 @@ ffi::Error HandleAttendExpanded(ffi::ThreadPool pool, bool is_parallel, int32_t 
   }
   const Sequences sequences{table.typed_data(), starts.typed_data(), counts.typed_data(), first_positions.typed_data(),
                             count, blocks[1]};
-  for (int64_t s = 0; s < count; ++s) {
+  for (int64_t s = 0, end = 0; s < count; ++s) {
     const int64_t start = sequences.starts[s], own = sequences.counts[s];
-    if (own > 0 && (start < 0 || start + own > num_rows || sequences.first_positions[s] < 0)) {
-      return Wrong("cmjax_kernels: a sequence beyond the queries");
+    if (own <= 0) continue;
+    if (start < end || start + own > num_rows || sequences.first_positions[s] < 0) {
+      return Wrong("cmjax_kernels: a sequence beyond the queries, or over another");
     }
+    end = start + own;
   }
   const char* data = static_cast<const char*>(cache.untyped_data()) + at * cached[1] * cached[2] * ItemBytes(mla->type);
   RunAttendExpanded(*mla, {data, cached[1], block_size}, sequences, num_rows, part, num_parts,

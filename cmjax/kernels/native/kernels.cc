@@ -165,6 +165,7 @@ void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype,
   const int64_t wanted = help.count == 0 ? 1 : 4 * (help.count + 1);
   const int64_t step = w.out / wanted >= kColBlock ? kColBlock : staged.is_by_lane ? kLaid : 16;
   const int64_t cols = std::max(step, (w.out / wanted + step - 1) / step * step), across = (w.out + cols - 1) / cols;
+  if (across == 0) return;
   const int64_t blocks = staged.is_by_lane ? std::min((wanted + across - 1) / across, num_rows / kManyBlock) : 1;
   const int64_t down = std::max<int64_t>(1, blocks);
   Parallel(help, across * down, [&](int64_t i) {

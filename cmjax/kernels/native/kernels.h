@@ -238,7 +238,7 @@ struct Requests {
 void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64_t index, int64_t count,
                const char* query, const Softmax& state, const Helpers& helpers);
 // Queries [heads, rows, nope + rope] of packed sequences meet share `index` of `count` of the chunks of all sequences in a
-// row. Sequence s has counts[s] rows from starts[s] on, none of which may be beyond the others or `num_rows`.
+// row. Sequence s has counts[s] rows from starts[s] on, behind those of the sequences before it and within `num_rows`.
 struct Sequences {
   const int32_t *table, *starts, *counts, *first_positions;
   int64_t count, max_blocks;

@@ -122,7 +122,7 @@ inline float Weigh(float* score, int32_t seen, int32_t width, float scale, float
   const auto fill_up = [=](float value) {
     if (seen == whole) return;
     float* last = score + whole - kLanes;
-    const uint32_t* counts = kCounts + whole - seen;
+    const uint32_t* counts = kCounts + (whole - seen);
     for (int i = 0; i < kLanes; ++i) last[i] = FloatOf((BitsOf(last[i]) & counts[i]) | (BitsOf(value) & ~counts[i]));
   };
   fill_up(-__builtin_inff());
