@@ -458,15 +458,14 @@ def test_after_any_fault_requests_that_share_prefixes_get_their_tokens(engine, m
     expected = [handle.result(timeout=120) for handle in [engine.submit(*one) for one in load]]
     monkeypatch.setattr(engine.core.scheduler, "handoff_timeout_s", 0.5)
     before = engine.stats().cache
-    faults = Faults(engine, most=40, probability=0.08)
+    faults = Faults(engine, most=40, probability=0.03)  # so rare that few requests are hit three times
     outcomes = under_faults(engine, load, expected, faults, at_once=12)
     faults.remove()
     check_nothing_is_left(engine)
     after = engine.stats().cache
     assert faults.total == 40
     assert {kind for kind, _ in faults.counts} >= {"PrefillPlan", "LookupPlan", "FetchPlan", "LoadPlan"}
-    # Most, and not nearly all: on a busy machine hand-offs run into their short timeout too, which counts as a hit.
-    assert outcomes["length"] + outcomes["stop"] > 0.5 * outcomes.total()
+    assert outcomes["length"] + outcomes["stop"] > 0.8 * outcomes.total()
     assert after.num_hits > before.num_hits
     assert after.num_pool_hits > before.num_pool_hits
 
