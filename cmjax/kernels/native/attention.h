@@ -68,10 +68,7 @@ void Attend(const Mla& mla, const Keys& keys, const int32_t* table, const int32_
     // Units are whole blocks, which parts consist of: the chunks are the same in one part as in several.
     count = Least(kChunk, Least(stop, (begin / unit + 1) * unit) - begin);
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t place = begin + k;
-      int64_t id = table[place / size] < 0 ? 0 : table[place / size];
-      id = Least(id, keys.num_slots / size - 1);
-      ReadRow({keys.data + (id * size + place % size) * width * item, 0, width, mla.type, nullptr, 0}, 0, Type::kF32,
+      ReadRow({KeyAt(keys, table, end, begin + k, width * item), 0, width, mla.type, nullptr, 0}, 0, Type::kF32,
               key + k * padded);
     }
     Turn(key, padded, (count + DotF32::kLanes - 1) / DotF32::kLanes * DotF32::kLanes, width, turned, kChunk);

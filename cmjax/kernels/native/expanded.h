@@ -120,10 +120,7 @@ class Expanded {
     const int64_t of_latent = Eights(of_latent_), stride = of_latent + Eights(of_rope_);
     const int64_t whole = VecsOf(count) * DotF32::kLanes;
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t block = (begin + k) / keys.block_size;
-      int64_t id = block >= max_blocks || table[block] < 0 ? 0 : table[block];
-      id = Least(id, keys.num_slots / keys.block_size - 1);
-      const char* from = keys.data + (id * keys.block_size + (begin + k) % keys.block_size) * width * item;
+      const char* from = KeyAt(keys, table, max_blocks, begin + k, width * item);
       PutRowUnits<M>(from, mla_.latent, mla_.type, rows_ + k * stride);
       PutRowUnits<M>(from + mla_.latent * item, mla_.rope, mla_.type, rows_ + k * stride + of_latent);
     }

@@ -107,19 +107,20 @@ void Parallel(const Helpers& helpers, int64_t count, std::function<void(int64_t)
   }
 }
 
-// Below this much work a helper, who has to be woken, comes too late: bytes of weights and multiplications, as nanoseconds
-// of one core.
-bool IsWorthHelp(int64_t num_rows, int64_t values, int64_t item_bytes) {
-  return values * item_bytes / 12 + num_rows * values / 40 > 8000;
+const Helpers kAlone{0, nullptr};
+
+// The helpers, or none for little work, for which they, who have to be woken, come too late: bytes of weights and
+// multiplications, as nanoseconds of one core.
+const Helpers& HelpFor(int64_t num_rows, int64_t values, int64_t item_bytes, const Helpers& helpers) {
+  return values * item_bytes / 12 + num_rows * values / 40 > 8000 ? helpers : kAlone;
 }
 
 // task(row) for all rows, each of which takes about `values` cheap operations.
 template <class Task>
 void InBlocks(const Helpers& helpers, int64_t num_rows, int64_t values, const Task& task) {
-  const Helpers alone{0, nullptr};
   const bool is_large = num_rows * values > 100000;
   const int64_t blocks = is_large ? std::min<int64_t>(num_rows, 4 * (helpers.count + 1)) : 1;
-  Parallel(is_large ? helpers : alone, blocks, [&](int64_t i) {
+  Parallel(is_large ? helpers : kAlone, blocks, [&](int64_t i) {
     for (int64_t row = num_rows * i / blocks; row < num_rows * (i + 1) / blocks; ++row) task(row);
   });
 }
@@ -145,15 +146,14 @@ bool UseForm(const char* name) {
 void RunProduct(const Rows& rows, int64_t num_rows, const Matrix& w, Type dtype, const Target& target,
                 const Helpers& helpers) {
   const Form& form = CurrentForm();
-  const Helpers alone{0, nullptr};
-  const Helpers& help = IsWorthHelp(num_rows, w.out * w.in, ItemBytes(w.type)) ? helpers : alone;
+  const Helpers& help = HelpFor(num_rows, w.out * w.in, ItemBytes(w.type), helpers);
   Staged staged{const_cast<char*>(rows.data), rows.stride, nullptr, form.is_by_lane(w.type, num_rows)};
   if (staged.is_by_lane || !form.reads_in_place(rows, w.type)) {
     staged.stride = StagedStride(rows.width);
     staged.data = Scratch(0, num_rows * (staged.stride + 4));
     staged.scales = reinterpret_cast<float*>(staged.data + num_rows * staged.stride);
     const int64_t blocks = (num_rows + kRowBlock - 1) / kRowBlock;
-    Parallel(staged.is_by_lane || num_rows >= 4 * kRowBlock ? help : alone, blocks, [&](int64_t i) {
+    Parallel(staged.is_by_lane || num_rows >= 4 * kRowBlock ? help : kAlone, blocks, [&](int64_t i) {
       const int64_t first = i * kRowBlock, here = std::min(kRowBlock, num_rows - first);
       auto* floats = reinterpret_cast<float*>(Scratch(1, StagedStride(rows.width)));
       const Staged to{staged.data + first * staged.stride, staged.stride, staged.scales + first, staged.is_by_lane};
@@ -208,9 +208,8 @@ void RunExperts(const Rows& rows, const int32_t* counts, const Experts& experts,
   const int64_t hidden = experts.w2.out, ffn = experts.w2.in;
   const int64_t rows_a_part = parts.empty() ? 0 : first / static_cast<int64_t>(parts.size());
   const int64_t values = 3 * hidden * ffn * static_cast<int64_t>(parts.size());
-  const Helpers alone{0, nullptr};
-  const bool is_large = IsWorthHelp(rows_a_part, values, ItemBytes(experts.w13.type));
-  Parallel(is_large ? helpers : alone, static_cast<int64_t>(parts.size()), [&](int64_t i) {
+  const Helpers& help = HelpFor(rows_a_part, values, ItemBytes(experts.w13.type), helpers);
+  Parallel(help, static_cast<int64_t>(parts.size()), [&](int64_t i) {
     const Part& part = parts[i];
     const auto own = [&part](Matrix w) {
       w.data += part.expert * w.out * w.in * ItemBytes(w.type);
@@ -309,9 +308,8 @@ void RunLayOut(const int32_t* announced, int64_t num_ranks, int64_t num_local, i
 void RunAbsorb(const Mla& mla, const char* q_nope, const char* q_pe, int64_t tokens, char* query,
                const Helpers& helpers) {
   const Form& form = CurrentForm();
-  const Helpers alone{0, nullptr};
-  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.nope * mla.latent, ItemBytes(mla.type));
-  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+  const Helpers& help = HelpFor(tokens, mla.heads * mla.nope * mla.latent, ItemBytes(mla.type), helpers);
+  Parallel(help, mla.heads, [&](int64_t head) {
     auto* scratch = reinterpret_cast<float*>(Scratch(1, AbsorbScratch(mla)));
     form.absorb(mla, q_nope, q_pe, tokens, head, query, scratch);
   });
@@ -323,9 +321,8 @@ void RunAttend(const Mla& mla, const Keys& keys, const Requests& requests, int64
   const int64_t tokens = requests.tokens / requests.count, width = mla.latent + mla.rope;
   int64_t num_keys = 0;
   for (int64_t t = 0; t < requests.tokens; ++t) num_keys += std::max(requests.lengths[t], 0);
-  const Helpers alone{0, nullptr};
-  const bool is_large = IsWorthHelp(2 * mla.heads, num_keys * width / count, ItemBytes(mla.type));
-  Parallel(is_large ? helpers : alone, requests.count, [&](int64_t r) {
+  const Helpers& help = HelpFor(2 * mla.heads, num_keys * width / count, ItemBytes(mla.type), helpers);
+  Parallel(help, requests.count, [&](int64_t r) {
     const int32_t* lengths = requests.lengths + r * tokens;
     const int64_t longest = std::max<int64_t>(0, *std::max_element(lengths, lengths + tokens));
     const int64_t blocks = std::min((longest + keys.block_size - 1) / keys.block_size, requests.max_blocks);
@@ -368,9 +365,8 @@ void RunAttendExpanded(const Mla& mla, const Keys& keys, const Sequences& sequen
     const int64_t num_keys = std::min((own_end - own_first) * kExpandChunk, one.first_position + one.count);
     values += num_keys * (mla.latent + one.count / 2) * (mla.nope + mla.value);
   }
-  const Helpers alone{0, nullptr};
-  const bool is_large = IsWorthHelp(mla.heads, values, 0);
-  Parallel(is_large ? helpers : alone, static_cast<int64_t>(parts.size()) * mla.heads, [&](int64_t i) {
+  const Helpers& help = HelpFor(mla.heads, values, 0, helpers);
+  Parallel(help, static_cast<int64_t>(parts.size()) * mla.heads, [&](int64_t i) {
     const Part& part = parts[i / mla.heads];
     const int64_t head = i % mla.heads, row = head * num_rows + part.start;
     form.attend_expanded(mla, keys, part.sequence, head, part.first, part.end,
@@ -383,9 +379,8 @@ void RunAttendExpanded(const Mla& mla, const Keys& keys, const Sequences& sequen
 
 void RunRelease(const Mla& mla, const Softmax& state, int64_t tokens, char* out, const Helpers& helpers) {
   const Form& form = CurrentForm();
-  const Helpers alone{0, nullptr};
-  const bool is_large = IsWorthHelp(tokens, mla.heads * mla.value * mla.latent, ItemBytes(mla.type));
-  Parallel(is_large ? helpers : alone, mla.heads, [&](int64_t head) {
+  const Helpers& help = HelpFor(tokens, mla.heads * mla.value * mla.latent, ItemBytes(mla.type), helpers);
+  Parallel(help, mla.heads, [&](int64_t head) {
     form.release(mla, state, tokens, head, out, Scratch(1, ReleaseScratch(mla, tokens)));
   });
 }

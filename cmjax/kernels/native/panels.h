@@ -91,6 +91,14 @@ inline void Turn(const float* x, int64_t stride, int64_t count, int64_t width, f
   }
 }
 
+// Where the key at a place of a request lies, a row of `row_bytes`; of a block that is none, or beyond the table or the
+// cache, somewhere in the cache.
+inline const char* KeyAt(const Keys& keys, const int32_t* table, int64_t num_blocks, int64_t place, int64_t row_bytes) {
+  const int64_t block = place / keys.block_size, named = block < num_blocks && table[block] >= 0 ? table[block] : 0;
+  const int64_t id = Least(named, keys.num_slots / keys.block_size - 1);
+  return keys.data + (id * keys.block_size + place % keys.block_size) * row_bytes;
+}
+
 // `op` of all of x, which are whole sixteens, begun with `first`: sixteen of them side by side, then those in a tree. The
 // compiler's own vectors, since it does not see them in a loop over arrays.
 template <class Op>
