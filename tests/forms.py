@@ -1,13 +1,25 @@
-"""The forms of the kernels' inner loops that this CPU runs."""
+"""The forms of the kernels' inner loops that this CPU runs, and a fixture of each."""
+
+from collections.abc import Iterator
+
+import pytest
 
 from cmjax.kernels.native import build
 
 
-def use(form: str) -> bool:
+def _use(form: str) -> bool:
     """Have the kernels run in a form, "" for their own choice; False where there is none such here."""
     library = build.load().library
     return library is not None and bool(library.cmjax_kernels_use(form.encode()))
 
 
-FORMS = [form for form in build.FORMS if use(form)]
-use("")
+_FORMS = [form for form in build.FORMS if _use(form)]
+_use("")
+
+
+@pytest.fixture(params=_FORMS)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of the inner loops that this CPU runs."""
+    assert _use(request.param)
+    yield request.param
+    _use("")

@@ -2,17 +2,10 @@
 
 import pytest
 
-from tests.forms import FORMS, use
+from tests import forms
 
+form = forms.form
 _MADE = {}
-
-
-@pytest.fixture(params=FORMS)
-def form(request):
-    """Each form of the inner loops that this CPU runs."""
-    assert use(request.param)
-    yield request.param
-    use("")
 
 
 @pytest.fixture

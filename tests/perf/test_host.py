@@ -26,10 +26,11 @@ from cmjax.perf.host_work import runs, total
 from cmjax.perf.layout import Layout
 from cmjax.perf.price import Pricing, price
 from cmjax.serve.instances import AbstractInstance
-from tests.forms import FORMS, use
+from tests import forms
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config(max_position_embeddings=512)
+form = forms.form
 
 
 FEW, CROWD = 2, 4
@@ -92,14 +93,6 @@ def test_amounts_of_a_kernel(probe, expected):
     text = jax.jit(probe.call).lower(*arrays).compile().as_text()
     found = total(text, probe.data)
     assert {name: found.get(name) for name in expected} == pytest.approx(expected)
-
-
-@pytest.fixture(params=FORMS)
-def form(request):
-    """Each form of the inner loops that this CPU runs."""
-    assert use(request.param)
-    yield request.param
-    use("")
 
 
 def amounts_of(probe):
