@@ -7,9 +7,7 @@ between two exchanges, so that the devices take turns as they do in a step, and 
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax import lax
 from cmjax.bench.calibrate_devices import LEAST_S, Body, Devices, less
 from cmjax.bench.calibrate_kernels import Probe, helped, mixed, probes
 from cmjax.bench.calibrate_xla import chains
+from cmjax.bench.own_process import own_process
 from cmjax.bench.report import machine
 from cmjax.kernels import without_help
 from cmjax.mesh import EP_AXIS, bring_up, fabric, num_cores
@@ -56,8 +55,7 @@ def calibrate(
     costs = HostCosts(cores=int(machine()["cores"]), machine=machine())
     total = 1 + passes * len(parts)
     with contextlib.ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")
-        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in parts]
+        pools = [stack.enter_context(own_process()) for _ in parts]
         tell("compiling", 0, total)
 
         def measured() -> list[HostCosts]:

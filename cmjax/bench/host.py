@@ -7,9 +7,7 @@ runs on random weights, as `cmjax compile --target here --run` does it.
 import dataclasses
 import json
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +17,7 @@ import psutil
 from jax.sharding import Mesh
 from rich.table import Table
 
+from cmjax.bench.own_process import own_process
 from cmjax.bench.report import machine
 from cmjax.bench.tables import define, new_table
 from cmjax.errors import UserError
@@ -74,7 +73,7 @@ def run(
         own = [case for case in cases if case.ep_size == ep_size]
         tell(f"steps at EP{ep_size}", len(results), len(cases))
         # With threads for these devices and no more: those of others that sleep are slower to help.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with own_process() as pool:
             found = pool.submit(_results, config, costs, own, quant, num_steps, rounds).result()
         results |= dict(zip(own, found, strict=True))
     errors = [abs(one["error"]) for one in results.values()]

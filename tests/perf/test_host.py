@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from cmjax.bench import calibrate as calibration
 from cmjax.bench import calibrate_devices, calibrate_kernels, calibrate_xla
 from cmjax.bench import host as bench
+from cmjax.bench.own_process import own_process
 from cmjax.bench.report import machine
 from cmjax.checkpoint.formats import compressed_config
 from cmjax.cli.command import main
@@ -329,6 +331,11 @@ def test_what_does_not_fit_is_one_line(costs, tmp_path, monkeypatch, capsys):
     assert "GiB for weights and cache" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(UserError, match="EP 1000 needs 1000 devices"):
         bench.instance_of(CONFIG, bench.Case("decode", 1000, 1), 2)
+
+
+def test_a_process_that_is_killed_is_one_line():
+    with pytest.raises(UserError, match="a process that measures was killed"), own_process() as pool:
+        pool.submit(os._exit, 9).result()
 
 
 def test_a_product_takes_no_less_than_reading_its_matrix(costs):
