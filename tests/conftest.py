@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from cmjax.mesh import EP_AXIS, virtual_devices
+from cmjax.mesh import EP_AXIS, share_compiled_programs, virtual_devices
 from cmjax.schedule import SERVING_SHAPES
 from cmjax.serve.instances import JaxExecutor
 
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+share_compiled_programs()
 
 DEVICES = virtual_devices(NUM_DEVICES)
 
@@ -90,6 +93,30 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def jax_events() -> Counter[str]:
+    """What JAX does, by its own count: events, and what it says the duration of."""
+    events: Counter[str] = Counter()
+    # For good: older versions cannot take a listener out.
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **_: events.update([event]))
+    return events
+
+
+@pytest.fixture
+def empty_compile_cache(tmp_path: Path) -> Iterator[None]:
+    """A compilation cache of its own, in which every program is kept."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path / "compiled"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from cmjax.checkpoint import ModelFormats, Tokenizer, load
 from cmjax.cli.flags import Given, given_options_for
 from cmjax.cli.progress import shown_progress
 from cmjax.errors import UserError
-from cmjax.mesh import InstanceLayout, Pools, fabric
+from cmjax.mesh import InstanceLayout, Pools, fabric, share_compiled_programs
 from cmjax.model import Model, ModelConfig
 from cmjax.serve import Engine, EngineSettings, StartProgress
 from cmjax.serve.caching import CacheSettings
@@ -62,8 +62,9 @@ def ease_collector() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled steps on disk, so that a command's second start is quick; JAX's own settings and variables
-    (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`) come first."""
+    """Keep compiled steps on disk, so that a command's second start is quick, and one of several instances compiles for
+    all; JAX's own settings and variables (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`) come first."""
+    share_compiled_programs()
     if jax.config.jax_compilation_cache_dir is not None:
         return
     # Programs are compiled for the very instructions that a processor has.

@@ -6,7 +6,8 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from cmjax.schedule import DecodeVariant, Variant
@@ -54,11 +55,12 @@ class Startup:
     ) -> None:
         self._fleet, self._tell, self._clock = fleet, tell, clock
         executors = fleet.executors
-        # One of each kind first: what it traces and lowers the others need not do again, where they come later.
-        kinds = {name: (one.role, one.spec) for name, one in executors.items()}
-        firsts = {kind: name for name, kind in reversed(kinds.items())}
-        names = sorted(executors, key=lambda name: firsts[kinds[name]] != name)
+        # One of each kind first: what it traces, lowers and compiles the others need not, where they come later.
+        self._kinds = {name: (one.role, one.spec) for name, one in executors.items()}
+        firsts = {kind: name for name, kind in reversed(self._kinds.items())}
+        names = sorted(executors, key=lambda name: firsts[self._kinds[name]] != name)
         self._steps = {name: in_order(executors[name].serving_variants()) for name in names}
+        self._under_way: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)  # by kind and step
         self._lock = threading.Lock()
         self._num_done = 0
         self._is_stopped = False
@@ -121,7 +123,10 @@ class Startup:
             executor = self._fleet.executors.get(name)
             if executor is None:
                 return  # it has been taken out meanwhile
-            executor.prepare(variant)
+            with self._lock:
+                under_way = self._under_way[self._kinds[name], variant]
+            with under_way:
+                executor.prepare(variant)
             try:
                 self._fleet.use(name, variant)
             except Exception:  # whatever stopped it: of an instance that is gone nobody needs the step

@@ -177,18 +177,11 @@ def test_requests_are_served_before_most_steps_are_there(model, monkeypatch):
 TRACED, LOWERED, COMPILED = (
     f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
+MISSED = "/jax/compilation_cache/cache_misses"
 
 
-@pytest.fixture(scope="module")
-def counted():
-    """What JAX traces, lowers and compiles, by its own count."""
-    events = collections.Counter()
-    # For good: older versions cannot take a listener out.
-    jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **_: events.update([event]))
-    return events
-
-
-def test_instances_of_a_kind_are_traced_and_lowered_once(model, counted):
+@pytest.mark.usefixtures("empty_compile_cache")
+def test_instances_of_a_kind_are_traced_lowered_and_compiled_once(model, jax_events):
     """Each runs on devices of its own, and answers alike."""
     jax.clear_caches()
     sizes = {"max_num_seqs_per_rank": 2, "max_model_len": 32, "max_num_batched_tokens": 32}
@@ -198,10 +191,10 @@ def test_instances_of_a_kind_are_traced_and_lowered_once(model, counted):
         found = []
         for executor in engine.prefill:
             variant = executor.serving_variants()[-1]
-            counted.clear()
+            jax_events.clear()
             executor.prepare(variant)
             is_first = executor is engine.prefill[0]
-            assert [counted[name] > 0 for name in (TRACED, LOWERED)] == [is_first, is_first]
+            assert [jax_events[name] > 0 for name in (TRACED, LOWERED, MISSED)] == [is_first, is_first, is_first]
             plan = dataclasses.replace(plan_prompts(executor, prompts), variant=variant)
             found.append(executor.run(plan).token_ids.tolist())
             assert set(executor.cache.devices()) == set(executor.instance.devices)
@@ -210,16 +203,16 @@ def test_instances_of_a_kind_are_traced_and_lowered_once(model, counted):
         engine.shutdown(timeout=0)
 
 
-def test_what_has_been_prepared_is_not_compiled_again(model, counted):
+def test_what_has_been_prepared_is_not_compiled_again(model, jax_events):
     engine = make_engine(model, 2, prefill_ep_size=1, max_num_seqs_per_rank=2, max_model_len=32)
     try:
         (source,), (target,) = engine.fleet.prefill.values(), engine.fleet.decode.values()
         for executor, variant in ((source, source.serving_variants()[0]), (target, target.serving_variants()[-1])):
             executor.compile(CompilePlan(()))  # what is no step
             executor.prepare(variant)
-            assert counted[COMPILED]
-            counted.clear()
+            assert jax_events[COMPILED]
+            jax_events.clear()
             executor.compile(CompilePlan((variant,)))
-            assert not counted[COMPILED]
+            assert not jax_events[COMPILED]
     finally:
         engine.shutdown(timeout=0)
