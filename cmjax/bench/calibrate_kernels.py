@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmjax.kernels import SamplerSpec, choose_tokens
 from cmjax.model.cache import PagedKeys
 from cmjax.model.config import ModelConfig
 from cmjax.model.mla import (
@@ -53,6 +54,7 @@ def probes() -> dict[str, list[Probe]]:
         "norm": [_norm(*size) for size in ((8, 64), (8, 32), (8, 512), (512, 64), (64, 1024))],
         "choose": [_choose(*size) for size in ((8, 256, 8), (2, 64, 4), (64, 64, 8), (256, 256, 8))],
         "pack": [_pack(*size) for size in ((8, 64, 8, 256), (256, 64, 8, 64), (8, 512, 8, 512), (8, 64, 1, 16))],
+        "sample": [_sample(*size) for size in ((8, 512), (1, 256), (8, 8192))],
         "lay_out": [_lay_out(*size) for size in ((8, 1), (320, 1), (16, 64))],
         "absorb": [_absorb(*size) for size in ((8, 4, 16, 24), (2, 16, 16, 32), (32, 4, 16, 64), (8, 4, 64, 256))],
         "attend": [
@@ -81,7 +83,7 @@ def mixed() -> Probe:
     """Small kernels of all kinds in a row, with `float32[]` that depends on each."""
     several = [_norm(8, 64), _product(8, 64, 96), _norm(8, 32), _absorb(8, 4, 16, 24), _attend(8, 4, 32, 256),
                _release(8, 4, 16, 24), _product(8, 64, 64), _norm(8, 96), _product(8, 64, 256, np.float32),
-               _choose(8, 256, 8), _pack(8, 64, 8, 256), _lay_out(8, 8), _expert(16, 2, 64, 16),
+               _choose(8, 256, 8), _sample(8, 512), _pack(8, 64, 8, 256), _lay_out(8, 8), _expert(16, 2, 64, 16),
                _product(8, 32, 64)]  # fmt: skip
     sizes = [len(one.make(np.random.default_rng(0))) for one in several]
 
@@ -125,6 +127,20 @@ def _choose(tokens: int, experts: int, topk: int) -> Probe:
         return choose_slots(logits, bias, config, slots, jnp.ones(tokens, jnp.bool_))[1]
 
     return Probe(call, make)
+
+
+def _sample(rows: int, vocabulary: int) -> Probe:
+    names = [field.name for field in dataclasses.fields(SamplerSpec)]
+    spec = SamplerSpec(**dict.fromkeys(names, 0) | {"width": 1})
+
+    def best(logits: jax.Array, *_: jax.Array, spec: SamplerSpec) -> jax.Array:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def call(logits: jax.Array) -> jax.Array:
+        nothing = jnp.zeros((rows, 0), jnp.int32)
+        return choose_tokens(best, logits, nothing, jnp.zeros(rows, jnp.int32), nothing, nothing, spec)
+
+    return Probe(call, lambda rng: (_normal(rng, rows, vocabulary, dtype=np.float32),), 8)
 
 
 def _pack(tokens: int, width: int, topk: int, slots: int, wire: WireDtype | None = None) -> Probe:

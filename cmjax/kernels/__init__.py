@@ -9,6 +9,7 @@ form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS
 from cmjax.kernels.attention import AttentionSpec, ExpandedSpec, absorb, attend, attend_expanded, release
 from cmjax.kernels.products import Weights, expert_mlp, product
 from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
+from cmjax.kernels.sampling import SamplerSpec, choose_tokens
 from cmjax.kernels.settings import (
     KernelsMode,
     KernelStatus,
@@ -27,6 +28,7 @@ __all__ = [
     "KernelStatus",
     "KernelsMode",
     "RouterConfig",
+    "SamplerSpec",
     "Scoring",
     "Tiling",
     "TopkMethod",
@@ -35,6 +37,7 @@ __all__ = [
     "attend",
     "attend_expanded",
     "choose",
+    "choose_tokens",
     "configure",
     "expert_mlp",
     "is_native",

@@ -1,6 +1,7 @@
 """Compiled programs on disk, once for all instances of a kind."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,24 +9,16 @@ from jax._src import cache_key
 from jax._src.lib import xla_client
 
 
-def share_compiled_programs() -> None:
-    """Have JAX's compilation cache find a CPU program whatever devices it was compiled for, as it does for GPUs.
+class _KeyOfAnyDevices:
+    """JAX's name for a program in its cache, the same for a CPU program wherever it runs."""
 
-    A CPU program holds nothing of its devices, but JAX counts them among what it was compiled with: the second instance
-    of a kind would compile all that the first one has. For the whole process; nothing where JAX has changed inside.
-    """
-    original = getattr(cache_key, "get", None)
-    if original is None or hasattr(original, "any_devices"):
-        return
+    def __init__(self, original: Callable[..., str]) -> None:
+        self._original = original
 
-    def get(module: Any, devices: Any, compile_options: Any, backend: Any, *args: Any, **kwargs: Any) -> str:
+    def __call__(self, module: Any, devices: Any, compile_options: Any, backend: Any, *args: Any, **kwargs: Any) -> str:
         if backend.platform == "cpu":
             compile_options = _on_first_devices(compile_options)
-        key: str = original(module, devices, compile_options, backend, *args, **kwargs)
-        return key
-
-    get.any_devices = True  # type: ignore[attr-defined]
-    cache_key.get = get
+        return self._original(module, devices, compile_options, backend, *args, **kwargs)
 
 
 def _on_first_devices(compile_options: Any) -> Any:
@@ -37,3 +30,14 @@ def _on_first_devices(compile_options: Any) -> Any:
     options = copy.deepcopy(compile_options)
     options.device_assignment = xla_client.DeviceAssignment.create(np.arange(shape[0] * shape[1]).reshape(shape))
     return options
+
+
+def share_compiled_programs() -> None:
+    """Have JAX's compilation cache find a CPU program whatever devices it was compiled for, as it does for GPUs.
+
+    A CPU program holds nothing of its devices, but JAX counts them among what it was compiled with: the second instance
+    of a kind would compile all that the first one has. For the whole process; nothing where JAX has changed inside.
+    """
+    original = getattr(cache_key, "get", None)
+    if original is not None and not isinstance(original, _KeyOfAnyDevices):
+        cache_key.get = _KeyOfAnyDevices(original)

@@ -141,7 +141,7 @@ class _Walk:
             return self.run(branch, dict(zip(branch.invars, given[1:], strict=True)), scope, section, calls)
         for inner_jaxpr in _inner_jaxprs(eqn):
             return self.run(inner_jaxpr, dict(zip(inner_jaxpr.invars, given, strict=True)), scope, section, calls)
-        work = _work_of(eqn, given)
+        work = _work_of(eqn, given, _stage_of(scope))
         if work is None and name == "gather" and _stage_of(scope) in ("dispatch", "combine"):
             work = Work(activation_bytes=_TWICE * _bytes(eqn.outvars[0], _stored(eqn.outvars[0]).itemsize))
         if work is not None:
@@ -261,7 +261,7 @@ def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
             yield value
 
 
-def _work_of(eqn: JaxprEqn, given: list[_Value]) -> Work | None:
+def _work_of(eqn: JaxprEqn, given: list[_Value], stage: str = "") -> Work | None:
     """The work of one equation; None where it is free: fused into a neighbour."""
     name = eqn.primitive.name
     if name == "dot_general":
@@ -271,8 +271,7 @@ def _work_of(eqn: JaxprEqn, given: list[_Value]) -> Work | None:
         return Work(cache_bytes=num_bytes) if given[0].origin == "cache" else Work(weight_bytes=num_bytes)
     if name in _EXCHANGES:
         return _exchange(eqn, _EXCHANGES[name])
-    is_sampling = "sampling" in str(eqn.source_info.name_stack)
-    if name in ("reduce_max", "reduce_min", "sort", "top_k") and is_sampling:
+    if name in ("reduce_max", "reduce_min", "sort", "top_k") and stage == "sampling":
         return Work(activation_bytes=_bytes(eqn.invars[0], _WIDE_BYTES), operators=1)
     return None
 

@@ -80,6 +80,12 @@ def _choose(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     return {"choose_score_s": tokens * experts, "choose_compare_s": tokens * taken * _whole(experts)}, 0.0
 
 
+def _sample(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
+    """Of requests that take the best token: what others ask for is not in the shapes."""
+    rows, vocabulary = arrays[0][1]
+    return {"sample_value_s": rows * _whole(vocabulary)}, 0.0
+
+
 def _pack(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
     (given, (tokens, hidden)), (kind, (rows, width)), (_, offsets) = arrays[0], results[0], results[2]
     return {
@@ -199,6 +205,7 @@ def _experts(arrays: _Shapes, results: _Shapes, data: HostData) -> _Counted:
 _KERNELS = {
     "norm": _norm, "choose": _choose, "pack": _pack, "lay_out": _lay_out, "absorb": _absorb, "attend": _attend,
     "release": _release, "attend_expanded": _attend_expanded, "product": _product, "experts": _experts,
+    "sample": _sample,
 }  # fmt: skip
 
 LAUNCHED = tuple(f"{name}_s" for name in _KERNELS)

@@ -2,6 +2,7 @@
 // and begins off its alignment. Each form that this CPU runs is compared with sums in double.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -306,6 +307,48 @@ void TestChoose(int64_t tokens, int64_t experts, int64_t topk, int64_t groups, i
   }
 }
 
+// Whatever requests ask for, with `width` rows each: a token is one there is, and the best one where nothing is asked.
+void TestSample(int64_t requests, int64_t vocabulary, int64_t width, int64_t longest, int64_t room) {
+  const int64_t rows = requests * width, mask_bytes = room == 0 ? 0 : (vocabulary + 7) / 8;
+  const int64_t num_words = 11 + 5 * room + (mask_bytes + 3) / 4 * 2, num_drafts = width;
+  Array logits(Type::kF32, rows * vocabulary);
+  std::vector<int32_t> words(requests * num_words), positions(rows, 3), history(requests * longest, -1);
+  std::vector<int32_t> drafts(requests * num_drafts), tokens(rows, -7);
+  const auto any = [vocabulary] { return static_cast<int32_t>(random_bits() % vocabulary); };
+  const auto put = [](float value) {
+    int32_t word;
+    std::memcpy(&word, &value, 4);
+    return word;
+  };
+  for (int64_t r = 0; r < requests; ++r) {
+    int32_t* own = words.data() + r * num_words;
+    const int32_t first[] = {put(r % 3 * 0.7f), static_cast<int32_t>(random_bits() % (vocabulary + 3)) * (r % 2 == 0),
+                             put(r % 4 == 0 ? 0.3f : 1.0f), put(r % 5 == 0 ? 0.1f : 0.0f), put(r % 2 * 0.5f), put(0.3f),
+                             put(1.2f), r % 7 == 0 ? 9 : 0, 0, static_cast<int32_t>(random_bits()), 7};
+    std::copy(std::begin(first), std::end(first), own);
+    int32_t* at = own + 11;
+    for (int64_t i = 0; i < room; ++i) *at++ = i % 3 == 2 ? -1 : any() + (i % 5 == 4 ? 1000000 : 0);
+    for (int64_t i = 0; i < room; ++i) *at++ = put(Draw());
+    for (int64_t i = 0; i < room; ++i) *at++ = i < room / 2 ? any() : -1;
+    for (int64_t i = 0; i < room; ++i) *at++ = any();
+    for (int64_t i = 0; i < room; ++i) *at++ = i < room - 1 ? static_cast<int32_t>((room - i) % 3) : -1;
+    for (; at < own + num_words; ++at) *at = static_cast<int32_t>(random_bits());
+    for (int64_t i = 0; i < longest * (r + 1) / requests; ++i) history[r * longest + i] = any();
+    for (int64_t i = 0; i < num_drafts; ++i) drafts[r * num_drafts + i] = any();
+  }
+  Sampler all{reinterpret_cast<const float*>(logits.data()), words.data(), positions.data(), history.data(),
+              drafts.data(), vocabulary, width, 1, longest, num_drafts, num_words, room, room, room, mask_bytes, -2, -3};
+  all.first = width == 1 ? 1 : 0;
+  RunSample(all, rows, tokens.data(), kThreads);
+  for (int32_t token : tokens) Check(token == -3 || (token >= 0 && token < vocabulary), "sample", rows, vocabulary, room);
+  all.num_words = all.longest = all.num_drafts = 0;
+  RunSample(all, rows, tokens.data(), kThreads);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* own = logits.values.data() + r * vocabulary;
+    Check(tokens[r] == std::max_element(own, own + vocabulary) - own, "best token", rows, vocabulary, room);
+  }
+}
+
 void TestPack(Type type, int64_t tokens, int64_t topk, int64_t ranks, int64_t local, int64_t width, bool is_int8) {
   const int64_t num_slots = ranks * local, stride = is_int8 ? width + 9 : width * ItemBytes(type);
   Array x(type, tokens * width);
@@ -376,6 +419,10 @@ int main() {
   }
   UseForm("");
   for (int64_t tokens : {1, 5, 700}) {
+    TestSample(tokens, 1, 1, 0, 0);
+    TestSample(tokens, 64, 2, 5, 7);
+    TestSample(tokens, 131, 1, 9, 3);
+    TestSample(tokens, 1000, 3, 2, 0);
     TestChoose(tokens, 1, 1, 1, 1);
     TestChoose(tokens, 24, 3, 6, 2);
     TestChoose(tokens, 24, 24, 24, 1);

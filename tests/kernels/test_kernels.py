@@ -264,6 +264,14 @@ def call(name, result, *operands, **attributes):
     return jax.block_until_ready(jax.jit(lambda *values: handler(*values, is_parallel=False, **typed))(*operands))
 
 
+def whole(words, positions, history=0):
+    """Operands of `sample` behind the logits, of four requests without drafts."""
+    sizes = (4, words), (positions,), (4, history), (4, 0)
+    return [np.zeros(size, np.int32) for size in sizes]
+
+
+SETTINGS = dict.fromkeys(("first", "num_bias", "num_stop", "num_word_tokens", "num_mask_bytes"), 0)
+SETTINGS |= {"width": 1, "not_finite": -2, "nothing_allowed": -3}
 ZERO = np.zeros((), np.int32)
 EXPERTS = [(1, 2, 6, 8), (1, 2, 8, 3)]
 
@@ -302,6 +310,12 @@ EXPERTS = [(1, 2, 6, 8), (1, 2, 8, 3)]
         ),
         ("norm", ((4, 8), np.float32), [(4, 8), (7,)], {"eps": np.float32(0)}),
         ("norm", ((4, 8), np.float32), [(4, 8), np.zeros(8, np.int8)], {"eps": np.float32(0)}),
+        ("sample", ((4,), np.int32), [(4, 9), *whole(words=12, positions=4)], SETTINGS),  # a word too many
+        ("sample", ((4,), np.int32), [(4, 9), *whole(words=11, positions=3)], SETTINGS),
+        ("sample", ((3,), np.int32), [(4, 9), *whole(words=11, positions=4)], SETTINGS),
+        ("sample", ((4,), np.int32), [(4, 9), *whole(words=11, positions=4, history=5)], SETTINGS | {"width": 2}),
+        ("sample", ((4,), np.int32), [(4, 9), *whole(words=11, positions=4, history=5)], SETTINGS | {"first": 1}),
+        ("sample", ((4,), np.int32), [(4, 9), *whole(words=13, positions=4)], SETTINGS | {"num_mask_bytes": 1}),
     ],
 )
 def test_handlers_refuse_what_does_not_fit(name, result, operands, attributes):

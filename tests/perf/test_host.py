@@ -74,6 +74,7 @@ def test_costs_are_found_from_what_was_measured():
     ("probe", "expected"),
     [
         (calibrate_kernels._norm(8, 60), {"norm_s": 1, "norm_row_s": 8, "norm_value_s": 8 * 64}),
+        (calibrate_kernels._sample(8, 100), {"sample_s": 1, "sample_value_s": 8 * 112}),
         (
             calibrate_kernels._choose(8, 64, 4),
             {"choose_s": 1, "choose_score_s": 8 * 64, "choose_compare_s": 8 * 4 * 64},

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from cmjax.errors import UserError
 from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, SERVING_SHAPES, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
-from cmjax.serve.steps.sampling import SamplingState, is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling import is_stop, logprobs, repeat, sample
+from cmjax.serve.steps.sampling_state import PackedSampling, SamplingState
 
 V = 23
-sample_jit = jax.jit(sample)
+packed_jit = jax.jit(sample)
+
+
+def sample_jit(logits, state, positions, history=None):
+    return packed_jit(logits, PackedSampling.of(state), positions, history)
 
 
 def make_state(params, seeds=None, prompts=None):

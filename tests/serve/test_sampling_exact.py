@@ -16,8 +16,7 @@ from cmjax.mesh import EP_AXIS
 from cmjax.schedule import NOT_FINITE, SamplingRows, SamplingShape
 from cmjax.serve import SamplingParams
 from cmjax.serve.steps.sampling import (
-    PackedSampling,
-    SamplingState,
+    _sampled,
     greedy,
     is_stop,
     logprobs,
@@ -25,13 +24,18 @@ from cmjax.serve.steps.sampling import (
     repeat,
     sample,
 )
+from cmjax.serve.steps.sampling_state import PackedSampling, SamplingState
 from tests.helpers import assert_close
 
 VOCABULARY = 12
 DRAWS = 20_000
 LOGITS = np.random.default_rng(5).normal(0, 1.2, VOCABULARY).astype(np.float32)
-sample_jit = jax.jit(sample)
+packed_jit = jax.jit(sample)
 logprobs_jit = jax.jit(logprobs, static_argnums=2)
+
+
+def sample_jit(logits, state, positions, history=None):
+    return packed_jit(logits, PackedSampling.of(state), positions, history)
 
 
 def state_of(*params, seeds=None, num_bias=4, num_stop=3):
@@ -299,7 +303,7 @@ def test_ranks_and_steps_do_not_matter(rng, make_mesh):
     mapped = jax.shard_map(
         rank, mesh=make_mesh(4), in_specs=(by_step, by_rank, by_rank), out_specs=by_step, check_vma=False
     )
-    tokens = jax.jit(mapped)(logits, state, history)
+    tokens = jax.jit(mapped)(logits, PackedSampling.of(state), history)
     for step in range(steps):
         assert_close(tokens[step], np.asarray(sample_jit(logits[step], state, np.full(rows, 4 + step), history)))
 
@@ -317,7 +321,8 @@ def primitives(jaxpr, depth=0):
 
 def test_neither_noise_nor_filters_where_no_row_asks():
     state = state_of(SamplingParams())
-    program = jax.make_jaxpr(sample)(np.zeros((1, VOCABULARY), np.float32), state, np.zeros(1, np.int32))
+    logits, positions = np.zeros((1, VOCABULARY), np.float32), np.zeros(1, np.int32)
+    program = jax.make_jaxpr(lambda *values: _sampled(*values, None))(logits, state, positions)
     found = list(primitives(program.jaxpr))
     # Noise where a row draws; a bisection each where, besides, a row has top-k, or top-p.
     assert {depth for name, depth in found if name.startswith(("random", "threefry"))} == {1}

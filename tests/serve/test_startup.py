@@ -1,6 +1,5 @@
 """An engine that comes up: the first requests are served while most of its steps are still to be compiled."""
 
-import collections
 import dataclasses
 import itertools
 import threading

@@ -11,6 +11,7 @@ from cmjax.native import Loaded, Unit, find_compiler, load_library
 FOLDER = pathlib.Path(__file__).parent
 HANDLERS = (
     "product", "experts", "absorb", "attend", "release", "attend_expanded", "norm", "choose", "pack", "lay_out",
+    "sample",
 )  # fmt: skip
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
 # form.cc is compiled once for each kind of CPU, under the name it has in the library.
@@ -29,6 +30,7 @@ def units(forms: Iterable[str] = FORMS) -> tuple[Unit, ...]:
         kernels,
         Unit("ffi.cc"),
         Unit("ffi_routing.cc"),
+        Unit("ffi_sampling.cc"),
         *(Unit("form.cc", (f"-DCMJAX_FORM={name}", *_FORMS[name])) for name in forms),
     )
 

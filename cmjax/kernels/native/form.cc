@@ -309,12 +309,13 @@ void Expert(const Rows& rows, int64_t first, int64_t num_rows, bool is_by_lane, 
 #include "attention.h"
 #include "expanded.h"
 #include "routing.h"
+#include "sampling.h"
 
 }  // namespace
 
 extern const Form CMJAX_NAMED(k, CMJAX_FORM);
 const Form CMJAX_NAMED(k, CMJAX_FORM) = {
     CMJAX_QUOTED(CMJAX_FORM), {TilingOf<DotF32>(), TilingOf<DotBF16>(), TilingOf<DotS8>()}, Stage, Product, Expert,
-    Quantize, Norm, Choose, Absorb, Attend, Release, AttendExpanded};
+    Quantize, Norm, Choose, Absorb, Attend, Release, AttendExpanded, Sample};
 
 }  // namespace cmjax

@@ -247,6 +247,13 @@ void RunChoose(const Router& router, const float* logits, const uint8_t* is_vali
   });
 }
 
+void RunSample(const Sampler& all, int64_t num_rows, int32_t* tokens, const Helpers& helpers) {
+  const Form& form = CurrentForm();
+  InBlocks(helpers, num_rows, 2 * all.vocabulary, [&](int64_t row) {
+    tokens[row] = form.sample(all, row, Scratch(1, SampleScratch(all)));
+  });
+}
+
 void RunPack(const Rows& rows, const int32_t* slots, int64_t tokens, int64_t topk, int64_t num_ranks, int64_t num_local,
              const Packed& packed, const Helpers& helpers) {
   const int64_t num_slots = num_ranks * num_local, choices = tokens * topk;

@@ -67,6 +67,17 @@ struct Sequence {
   int64_t max_blocks, count, first_position;
 };
 
+// How tokens are chosen of logits [rows, vocabulary]. Row r belongs to request r / width, and has first + r % width of the
+// request's drafts [requests, num_drafts] behind its history [requests, longest], -1 padded. `words` [requests, num_words]
+// are settings, see sampling.h; without any, the best token is chosen.
+struct Sampler {
+  const float* logits;
+  const int32_t *words, *positions, *history, *drafts;
+  int64_t vocabulary, width, first, longest, num_drafts;
+  int64_t num_words, num_bias, num_stop, num_word_tokens, num_mask_bytes;
+  int32_t not_finite, nothing_allowed;  // in place of a token
+};
+
 // Rows that an expert takes at a time, and how many where they are staged by lane; columns of a block of results, which
 // stays in the first-level cache; at most so many columns laid side by side, see columns.h; the widest vector; keys that
 // absorbed attention takes at a time, and expanded attention, and how many queries these meet together.
@@ -103,6 +114,7 @@ inline int64_t ExpandedScratch(const Mla& mla) {
   const int64_t keys = kExpandChunk * (2 * latent + nope + 2 * rope + value);
   return ((nope + value) * latent + keys + kExpandRows * (kExpandChunk + nope + rope + value)) * 4;
 }
+inline int64_t SampleScratch(const Sampler& all) { return 2 * Padded(all.vocabulary) * 4; }
 // Blocks that attention takes together: parts of its keys consist of so many.
 inline int64_t ChunkBlocks(int64_t block_size) { return block_size < kChunk ? kChunk / block_size : 1; }
 inline int64_t ReleaseScratch(const Mla& mla, int64_t tokens) {
@@ -170,6 +182,8 @@ struct Form {
   // those that there are; `state` is of the first of these rows.
   void (*attend_expanded)(const Mla& mla, const Keys& keys, const Sequence& sequence, int64_t head, int64_t first,
                           int64_t end, const char* query, const Softmax& state, char* scratch);
+  // The token of a row.
+  int32_t (*sample)(const Sampler& all, int64_t row, char* scratch);
 };
 
 // The forms that this build has, best first, and whether this CPU runs them.
@@ -210,6 +224,9 @@ void RunNorm(const Rows& rows, int64_t num_rows, const char* weight, Type weight
 // See Form::choose; tokens that are not valid go nowhere (-1), with weight 0.
 void RunChoose(const Router& router, const float* logits, const uint8_t* is_valid, int64_t tokens, int32_t* slots,
                float* weights, const Helpers& helpers);
+
+// See Form::sample.
+void RunSample(const Sampler& all, int64_t num_rows, int32_t* tokens, const Helpers& helpers);
 
 // Rows sorted by the slots that they go to, of each rank `num_local`; those of a slot stay in order.
 struct Packed {

@@ -61,6 +61,24 @@ inline float Exp(float x) {
   return p * FloatOf(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
+// Of numbers from the smallest normal one up, after Cephes' logf.
+inline float Log(float x) {
+  const int32_t bits = static_cast<int32_t>(BitsOf(x)) - 0x3f3504f3;  // of the square root of a half
+  const auto n = static_cast<float>(bits >> 23);
+  const float r = FloatOf(static_cast<uint32_t>((bits & 0x7fffff) + 0x3f3504f3)) - 1.0f, square = r * r;
+  float p = 7.0376836292e-2f;
+  p = MulAdd(p, r, -1.1514610310e-1f);
+  p = MulAdd(p, r, 1.1676998740e-1f);
+  p = MulAdd(p, r, -1.2420140846e-1f);
+  p = MulAdd(p, r, 1.4249322787e-1f);
+  p = MulAdd(p, r, -1.6668057665e-1f);
+  p = MulAdd(p, r, 2.0000714765e-1f);
+  p = MulAdd(p, r, -2.4999993993e-1f);
+  p = MulAdd(p, r, 3.3333331174e-1f);
+  p = MulAdd(p * r, square, MulAdd(n, -2.12194440e-4f, -0.5f * square));
+  return MulAdd(n, 0.693359375f, r + p);
+}
+
 inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
 
 typedef float Eight __attribute__((vector_size(32)));

@@ -2,7 +2,8 @@
 
 from cmjax.serve.steps.decode import DecodeOutput, DecodeState, Settled, decode
 from cmjax.serve.steps.prefill import PrefillOutput, prefill
-from cmjax.serve.steps.sampling import Logprobs, PackedSampling, SamplingState
+from cmjax.serve.steps.sampling import Logprobs
+from cmjax.serve.steps.sampling_state import PackedSampling, SamplingState
 from cmjax.serve.steps.score import Reference, ScoreOutput, score
 from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, SECOND_BY_RANK, Extras, StepSpec, new_cache
 

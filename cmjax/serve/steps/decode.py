@@ -13,7 +13,6 @@ Rows of refused drafts stay in the cache behind the newest token, where nothing 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
 
 import flax.struct
 import jax
@@ -23,17 +22,15 @@ from cmjax.loops import scan
 from cmjax.mesh import EP_AXIS
 from cmjax.model import DecodeBatch, Params, decode_pass, draft_pass, lm_head, mtp_head, param_specs
 from cmjax.serve.steps.sampling import (
-    Array,
     Logprobs,
-    PackedSampling,
-    SamplingState,
+    appended,
     greedy,
     is_stop,
     logprobs,
     logprobs_where_asked,
-    repeat,
     sample,
 )
+from cmjax.serve.steps.sampling_state import Array, PackedSampling, SamplingState
 from cmjax.serve.steps.spec import BY_RANK, NO_EXTRAS, SECOND_BY_RANK, Extras, Step, StepSpec, specs_of
 
 
@@ -125,23 +122,23 @@ def decode(
         params: Params, maps: jax.Array, cache: jax.Array, state: DecodeState, forced: jax.Array | None
     ) -> DecodeOutput:
         params = params if num_drafts else dataclasses.replace(params, mtp=None)
-        sampling = None if state.sampling is None else state.sampling.unpacked()
+        settings = None if state.sampling is None else state.sampling.unpacked()
 
         def step(carry: tuple[jax.Array, DecodeState], forced: jax.Array | None) -> tuple[tuple, tuple]:
             cache, state = carry
             drafts, draft_load = jnp.zeros((len(state.batch.positions), 0), jnp.int32), None
             if num_drafts:
-                drafts, cache, draft_load = _draft(params, maps[:, 0], cache, state, sampling, num_drafts, spec)
+                drafts, cache, draft_load = _draft(params, maps[:, 0], cache, state, num_drafts, spec)
             batch = _with_drafts(state.batch, drafts)
             output = decode_pass(params, maps[:, 0], cache, batch, spec.rank)
             logits = lm_head(params, output.hidden)
             with jax.named_scope("sampling"):
-                sampled = _sample(logits, state, sampling, drafts, forced)
-            state, token_ids = _settle(state, sampling, drafts, sampled, output.hidden)
+                sampled = _sample(logits, state, drafts, forced)
+            state, token_ids = _settle(state, settings, drafts, sampled, output.hidden)
             load = output.slot_load if draft_load is None else jnp.concatenate([output.slot_load, draft_load])
             best = None
             if extras.num_logprobs is not None:
-                best = _logprobs(logits, sampled.reshape(-1), extras.num_logprobs, sampling)
+                best = _logprobs(logits, sampled.reshape(-1), extras.num_logprobs, settings)
             shape, found = sampled.shape, (logits if extras.logits else None, best)
             rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(*shape, *a.shape[1:]), 0, 1), found)
             return (output.cache, state), (token_ids.T, load, *rows)
@@ -162,7 +159,6 @@ def _draft(
     maps: jax.Array,
     cache: jax.Array,
     state: DecodeState,
-    sampling: SamplingState | None,
     num_drafts: int,
     spec: StepSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -188,10 +184,7 @@ def _draft(
         logits = mtp_head(params, made[:, 0])
         # Position p + 1 + ahead, by the very noise that the token there will be sampled with: the guess is likelier.
         with jax.named_scope("sampling"):
-            guess = greedy(logits)
-            if sampling is not None:
-                before = None if state.history is None else _history(state.history, drafts, (ahead,))
-                guess = sample(logits, sampling, batch.positions + 1 + ahead, before)
+            guess = _chosen(logits, state, batch.positions + 1 + ahead, drafts, first=ahead)
         drafts = jnp.concatenate([drafts, guess[:, None]], axis=1)
         hidden, next_token_ids = made, guess[:, None]
         position = batch.positions + ahead
@@ -209,52 +202,30 @@ def _with_drafts(batch: DecodeBatch, drafts: jax.Array) -> DecodeBatch:
     )
 
 
-def _sample(
-    logits: jax.Array,
-    state: DecodeState,
-    sampling: SamplingState | None,
-    drafts: jax.Array,
-    forced: jax.Array | None,
-) -> jax.Array:
+def _chosen(logits: jax.Array, state: DecodeState, positions: jax.Array, drafts: jax.Array, first: int) -> jax.Array:
+    """See `sample`."""
+    if state.sampling is None:
+        return greedy(logits)
+    return sample(logits, state.sampling, positions, state.history, drafts, first=first)
+
+
+def _sample(logits: jax.Array, state: DecodeState, drafts: jax.Array, forced: jax.Array | None) -> jax.Array:
     """The token after the newest and after each draft, those before it taken as given: `int32[requests, k + 1]`."""
     width = drafts.shape[1] + 1
     positions = state.batch.positions[:, None] + 1 + jnp.arange(width)
-    if sampling is None:
-        sampled = greedy(logits)
-    else:
-        before = None if state.history is None else _history(state.history, drafts, range(width))
-        sampled = sample(logits, repeat(sampling, width), positions.reshape(-1), before)
-    sampled = sampled.reshape(-1, width)
+    sampled = _chosen(logits, state, positions.reshape(-1), drafts, first=0).reshape(-1, width)
     return sampled if forced is None else jnp.where(forced[:, None] >= 0, forced[:, None], sampled)
 
 
-def _logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int, sampling: SamplingState | None) -> Logprobs:
+def _logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int, settings: SamplingState | None) -> Logprobs:
     """Of `token_ids int32[requests * (k + 1)]`; nothing is computed where a rank has no request that asks."""
-    if sampling is None:
+    if settings is None:
         return logprobs(logits, token_ids, num_top)
-    return logprobs_where_asked(sampling.asks_logprobs > 0, token_ids, num_top, lambda: logits)
-
-
-def _history(history: Array, drafts: jax.Array, counts: Iterable[int]) -> Callable[[], Array]:
-    """What makes `[requests * counts, longest]`: what each request has generated, and so many of its drafts."""
-
-    def made() -> jax.Array:
-        each = [_appended(history, drafts, jnp.full(len(drafts), count)) for count in counts]
-        return jnp.stack(each, axis=1).reshape(-1, history.shape[-1])
-
-    return made
-
-
-def _appended(history: Array, token_ids: jax.Array, counts: jax.Array) -> jax.Array:
-    """`history[requests, longest]` with the first `counts` of `token_ids[requests, some]` after what it holds."""
-    index = jnp.arange(token_ids.shape[1])
-    end = (history >= 0).sum(1, keepdims=True)
-    target = jnp.where(index < counts[:, None], end + index, history.shape[1])
-    return jnp.asarray(history).at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
+    return logprobs_where_asked(settings.asks_logprobs > 0, token_ids, num_top, lambda: logits)
 
 
 def _settle(
-    state: DecodeState, sampling: SamplingState | None, drafts: jax.Array, sampled: jax.Array, hidden: jax.Array
+    state: DecodeState, settings: SamplingState | None, drafts: jax.Array, sampled: jax.Array, hidden: jax.Array
 ) -> tuple[DecodeState, jax.Array]:
     """Keep what was sampled up to the first refused draft or the end: the next state, and `int32[requests, k + 1]`."""
     batch, width = state.batch, sampled.shape[1]
@@ -263,8 +234,8 @@ def _settle(
     is_within = batch.positions[:, None] + index <= batch.last_positions[:, None]
     num_accepted = jnp.cumprod((drafts == sampled[:, :-1]) & is_within[:, 1:], axis=1).sum(1)
     is_end = sampled < 0
-    if sampling is not None:
-        is_end |= is_stop(sampled, sampling)
+    if settings is not None:
+        is_end |= is_stop(sampled, settings)
     num_before_end = jnp.cumprod(~is_end, axis=1).sum(1)
     counts = jnp.minimum(num_accepted, num_before_end) + 1
     positions = batch.positions + counts
@@ -284,6 +255,6 @@ def _settle(
         )
     history = state.history
     if history is not None:
-        history = _appended(history, sampled, jnp.where(is_running, counts, 0))
+        history = appended(history, sampled, jnp.where(is_running, counts, 0))
     batch = dataclasses.replace(batch, token_ids=newest, positions=jnp.where(goes_on, positions, -1))
     return dataclasses.replace(state, batch=batch, settled=settled, history=history), kept

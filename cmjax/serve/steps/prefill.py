@@ -9,7 +9,8 @@ from jax import lax
 
 from cmjax.mesh import EP_AXIS, fabric
 from cmjax.model import Params, PrefillBatch, lm_head, local_tokens, param_specs, prefill_pass
-from cmjax.serve.steps.sampling import Logprobs, PackedSampling, greedy, logprobs_where_asked, sample
+from cmjax.serve.steps.sampling import Logprobs, greedy, logprobs_where_asked, sample
+from cmjax.serve.steps.sampling_state import PackedSampling
 from cmjax.serve.steps.spec import BY_RANK, EVERYWHERE, NO_EXTRAS, SECOND_BY_RANK, Extras, StepSpec, by_rows, specs_of
 
 
@@ -77,7 +78,7 @@ def prefill(
         maps: jax.Array,
         cache: jax.Array,
         batch: PrefillBatch,
-        packed: PackedSampling | None,
+        sampling: PackedSampling | None,
         scored: jax.Array | None,
     ) -> PrefillOutput:
         output, _ = prefill_pass(params, maps[:, 0], cache[0], batch, spec.rank)
@@ -89,7 +90,6 @@ def prefill(
         last_hidden = fabric.psum(mine, EP_AXIS, channel="prefill/last_hidden")
         share = num_sequences // num_ranks
         logits = lm_head(params, lax.dynamic_slice_in_dim(last_hidden, rank_id * share, share))
-        sampling = None if packed is None else packed.unpacked()
         with jax.named_scope("sampling"):
             if sampling is None:
                 token_ids = greedy(logits)
@@ -98,7 +98,7 @@ def prefill(
                 token_ids = sample(logits, sampling, batch.positions[jnp.maximum(own_ends - 1, 0)] + 1)
         of_first = of_prompts = None
         if (num_top := extras.num_logprobs) is not None:
-            asks = jnp.ones(share) if sampling is None else sampling.asks_logprobs
+            asks = jnp.ones(share) if sampling is None else sampling.unpacked().asks_logprobs
             of_first = logprobs_where_asked(asks > 0, token_ids, num_top, lambda: logits)
         if (num_top := extras.num_prompt_logprobs) is not None:
             following = batch.next_token_ids if scored is None else scored

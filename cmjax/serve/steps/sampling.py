@@ -4,186 +4,20 @@ The noise of a token depends on its request's seed and its position alone: not o
 call, or on whether it was guessed before. One set of noise serves a draft and the token that verifies it.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, Ragged, SamplingRows, SamplingShape
+from cmjax.kernels import SamplerSpec, choose_tokens
+from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED
+from cmjax.serve.steps.sampling_state import Array, PackedSampling, SamplingState
 
-# On the host, or in a step.
-Array = np.ndarray | jax.Array
 # What requests have generated, or what makes it, where it is work that only some requests need.
 History = Array | Callable[[], Array]
-
-# What is read where a token is chosen, one value a row; and rows of a width that the shape gives, with what fills them.
-_VALUES = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_positions",
-    "asks_logprobs",
-    "seed",
-)
-_LISTS = {"bias_ids": -1, "bias_values": 0, "stop_ids": -1, "word_ids": -1, "word_ends": -1}
-_MASKS = {"prompt_mask": 0, "allowed_mask": 0xFF}
-
-
-@flax.struct.dataclass
-class SamplingState:
-    """How each of the rows of a batch is sampled.
-
-    Attributes:
-        temperature: `float32[rows]`, 0 for the best token.
-        top_k: `int32[rows]`, 0 for all.
-        top_p, min_p: `float32[rows]`, 1 and 0 for all.
-        presence_penalty, frequency_penalty: `float32[rows]`.
-        repetition_penalty: `float32[rows]`, 1 for none.
-        min_positions: `int32[rows]`, the first position that may hold a stop token.
-        asks_logprobs: `int32[rows]`, whether the log probabilities of its tokens are asked for.
-        seed: `uint32[rows, 2]`, high and low half.
-        bias_ids, bias_values: `int32[rows, any]`, -1 padded, and `float32` of the same shape.
-        stop_ids: `int32[rows, any]`, -1 padded; a token among them is a request's last.
-        word_ids, word_ends: `int32[rows, any]`, -1 padded: the tokens of bad words, one word after another, and how
-            many come after each in its word.
-        prompt_mask, allowed_mask: `uint8[rows, bytes]`, a bit for each token of the vocabulary, the lowest of a byte
-            first: those of the prompt (where there is a repetition penalty), and those that are allowed.
-    """
-
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    presence_penalty: Array
-    frequency_penalty: Array
-    repetition_penalty: Array
-    min_positions: Array
-    asks_logprobs: Array
-    seed: Array
-    bias_ids: Array
-    bias_values: Array
-    stop_ids: Array
-    word_ids: Array
-    word_ends: Array
-    prompt_mask: Array
-    allowed_mask: Array
-
-    @classmethod
-    def empty(
-        cls, rows: int, num_bias: int = 0, num_stop: int = 0, num_word_tokens: int = 0, num_mask_bytes: int = 0
-    ) -> "SamplingState":
-        """Host arrays for `rows` greedy rows, with room for so much each."""
-        zeros = [np.zeros(rows, np.float32) for _ in range(6)]
-        return cls(
-            temperature=zeros[0],
-            top_k=np.zeros(rows, np.int32),
-            top_p=zeros[1] + 1,
-            min_p=zeros[2],
-            presence_penalty=zeros[3],
-            frequency_penalty=zeros[4],
-            repetition_penalty=zeros[5] + 1,
-            min_positions=np.zeros(rows, np.int32),
-            asks_logprobs=np.zeros(rows, np.int32),
-            seed=np.zeros((rows, 2), np.uint32),
-            bias_ids=np.full((rows, num_bias), -1, np.int32),
-            bias_values=np.zeros((rows, num_bias), np.float32),
-            stop_ids=np.full((rows, num_stop), -1, np.int32),
-            word_ids=np.full((rows, num_word_tokens), -1, np.int32),
-            word_ends=np.full((rows, num_word_tokens), -1, np.int32),
-            prompt_mask=np.zeros((rows, num_mask_bytes), np.uint8),
-            allowed_mask=np.full((rows, num_mask_bytes), 0xFF, np.uint8),
-        )
-
-    @classmethod
-    def for_shape(cls, rows: int, shape: SamplingShape, vocabulary: int) -> "SamplingState":
-        """Host arrays for `rows` greedy rows, with room for all that a shape allows."""
-        num_mask_bytes = -(-vocabulary // 8) if shape.has_masks else 0
-        return cls.empty(rows, shape.num_bias, shape.num_stop, shape.num_word_tokens, num_mask_bytes)
-
-    def write(self, rows: np.ndarray, given: SamplingRows) -> None:
-        """Write requests' settings into rows of host arrays that have room for them."""
-        for name in _VALUES:
-            getattr(self, name)[rows] = getattr(given, name)
-        for name, filler in _LISTS.items():
-            getattr(self, name)[rows] = filler
-            getattr(given, name).write_into(getattr(self, name), rows)
-        if self.prompt_mask.shape[1]:
-            self.prompt_mask[rows] = _mask(given.prompt_ids, self.prompt_mask.shape[1])
-            allowed = _mask(given.allowed_ids, self.allowed_mask.shape[1])
-            allowed[given.allowed_ids.lengths == 0] = 0xFF
-            self.allowed_mask[rows] = allowed
-
-    def take(self, narrow: "SamplingState") -> None:
-        """Write all rows of host arrays with room for less into these."""
-        for field in dataclasses.fields(self):
-            values = getattr(narrow, field.name)
-            getattr(self, field.name)[tuple(map(slice, values.shape))] = values
-
-    def rows(self, index: np.ndarray, shape: SamplingShape, vocabulary: int) -> "SamplingState":
-        """Some rows of host arrays, with room for what a shape allows."""
-        narrow = SamplingState.for_shape(0, shape, vocabulary)
-        fields = {field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)}
-        for name in (*_LISTS, *_MASKS):
-            fields[name] = fields[name][:, : getattr(narrow, name).shape[1]]
-        return SamplingState(**fields)
-
-    def clear(self, rows: np.ndarray) -> None:
-        """Make rows of host arrays greedy, so that they do not have the others draw, sort or add."""
-        empty = SamplingState.empty(1)
-        for name in _VALUES:
-            getattr(self, name)[rows] = getattr(empty, name)[0]
-        for name, filler in (_LISTS | _MASKS).items():
-            getattr(self, name)[rows] = filler
-
-
-@flax.struct.dataclass
-class PackedSampling:
-    """A `SamplingState` as one array: one argument of a step to cut by rank, and to send to hundreds of devices, in
-    place of a dozen and more.
-
-    Attributes:
-        words: `int32[rows, any]`, the bytes of each row's fields one after another, each from a word on.
-        layout: dtype and width of each field, None for one of a value a row.
-    """
-
-    words: Array
-    layout: tuple[tuple[str, int | None], ...] = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def of(cls, state: SamplingState) -> "PackedSampling":
-        """Pack host arrays."""
-        arrays = [np.asarray(getattr(state, field.name)) for field in dataclasses.fields(state)]
-        parts = [np.ascontiguousarray(a.reshape(len(a), -1)).view(np.uint8).reshape(len(a), -1) for a in arrays]
-        padded = [np.pad(part, ((0, 0), (0, -part.shape[1] % 4))) for part in parts]
-        layout = tuple((a.dtype.name, a.shape[1] if a.ndim == 2 else None) for a in arrays)
-        return cls(np.concatenate(padded, axis=1).view(np.int32), layout)
-
-    def unpacked(self) -> SamplingState:
-        """In a step."""
-        words, begin, fields = jnp.asarray(self.words), 0, []
-        for dtype, width in self.layout:
-            count, per_word = 1 if width is None else width, 4 // np.dtype(dtype).itemsize
-            num_words = -(-count // per_word)
-            part = lax.bitcast_convert_type(words[:, begin : begin + num_words], dtype)
-            values = part.reshape(len(words), num_words * per_word)
-            fields.append(values[:, 0] if width is None else values[:, :width])
-            begin += num_words
-        return SamplingState(*fields)
-
-
-def _mask(ids: Ragged, num_bytes: int) -> np.ndarray:
-    """A bit for each token id, `uint8[rows, num_bytes]`."""
-    bits = np.zeros((len(ids.lengths), num_bytes * 8), bool)
-    bits[np.repeat(np.arange(len(ids.lengths)), ids.lengths), ids.values] = True
-    return np.packbits(bits, axis=1, bitorder="little")
 
 
 @flax.struct.dataclass
@@ -225,7 +59,11 @@ def logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
 
 def greedy(logits: jax.Array) -> jax.Array:
     """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
-    return _finite_only(_best(logits), logits)
+    rows = len(logits)
+    nothing = jnp.zeros((rows, 0), jnp.int32)
+    return choose_tokens(
+        _form, logits, nothing, jnp.zeros(rows, jnp.int32), nothing, nothing, _spec((0, 0, 0, 0), 1, 0)
+    )
 
 
 def _best(scores: jax.Array) -> jax.Array:
@@ -249,7 +87,23 @@ def is_stop(token_ids: jax.Array, state: SamplingState) -> jax.Array:
     return (token_ids[..., None] == state.stop_ids[:, None]).any(-1) & (token_ids >= 0)
 
 
-def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None = None) -> jax.Array:
+def appended(history: Array, token_ids: Array, counts: Array) -> jax.Array:
+    """`history[requests, longest]` with the first `counts` of `token_ids[requests, some]` after what it holds."""
+    index = jnp.arange(token_ids.shape[1])
+    end = (jnp.asarray(history) >= 0).sum(1, keepdims=True)
+    target = jnp.where(index < counts[:, None], end + index, history.shape[1])
+    return jnp.asarray(history).at[jnp.arange(len(history))[:, None], target].set(token_ids, mode="drop")
+
+
+def sample(
+    logits: jax.Array,
+    sampling: PackedSampling,
+    positions: jax.Array,
+    history: Array | None = None,
+    drafts: Array | None = None,
+    *,
+    first: int = 0,
+) -> jax.Array:
     """The token at `positions int32[rows]` of each request: `int32[rows]`, `NOT_FINITE` where the logits are not, and
     `NOTHING_ALLOWED` where the request's settings leave no token.
 
@@ -257,12 +111,64 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, histor
     draw. Of equal logits at the edge of a filter all are kept, whatever the others of the batch are.
 
     Args:
-        logits: `float32[rows, vocabulary]`.
-        state: of the rows.
+        logits: `float32[rows, vocabulary]`, the same number of rows for each request, side by side.
+        sampling: of the requests.
         positions: those of the tokens to sample.
-        history: `int32[rows, any]`, what each request has generated so far, -1 padded, or what makes it; None: nothing,
-            or nothing that counts.
+        history: `int32[requests, any]`, what each request has generated so far, -1 padded; None: nothing, or nothing
+            that counts.
+        drafts: `int32[requests, any]`, guesses at what comes after it: a request's first row has the first `first` of
+            them behind its history, each further row one more.
     """
+    requests = len(sampling.words)
+    nothing = jnp.zeros((requests, 0), jnp.int32)
+    if history is None or drafts is None:
+        drafts = nothing
+    spec = _spec(sampling.room, len(logits) // requests, first)
+    words, before = jnp.asarray(sampling.words), nothing if history is None else jnp.asarray(history)
+    return choose_tokens(_form, logits, words, positions, before, jnp.asarray(drafts), spec)
+
+
+def _spec(room: tuple[int, int, int, int], width: int, first: int) -> SamplerSpec:
+    num_bias, num_stop, num_word_tokens, num_mask_bytes = room
+    return SamplerSpec(
+        width=width,
+        first=first,
+        num_bias=num_bias,
+        num_stop=num_stop,
+        num_word_tokens=num_word_tokens,
+        num_mask_bytes=num_mask_bytes,
+        not_finite=NOT_FINITE,
+        nothing_allowed=NOTHING_ALLOWED,
+    )
+
+
+@functools.cache
+def _layout(spec: SamplerSpec) -> tuple[tuple[str, int | None], ...]:
+    rows = SamplingState.empty(1, spec.num_bias, spec.num_stop, spec.num_word_tokens, spec.num_mask_bytes)
+    return PackedSampling.of(rows).layout
+
+
+def _form(
+    logits: jax.Array, words: jax.Array, positions: jax.Array, history: jax.Array, drafts: jax.Array, spec: SamplerSpec
+) -> jax.Array:
+    """The XLA form of `sample`, and without words of `greedy`."""
+    if not words.shape[1]:
+        return _finite_only(_best(logits), logits)
+    state = repeat(PackedSampling(words, _layout(spec)).unpacked(), spec.width)
+
+    def generated() -> jax.Array:
+        counts = range(spec.first, spec.first + spec.width)
+        each = [appended(history, drafts, jnp.full(len(drafts), count)) for count in counts]
+        return jnp.stack(each, axis=1).reshape(-1, history.shape[1])
+
+    before: History | None = None
+    if history.shape[1]:
+        before = generated if drafts.shape[1] else jnp.repeat(history, spec.width, axis=0)
+    return _sampled(logits, state, positions, before)
+
+
+def _sampled(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None) -> jax.Array:
+    """Of as many rows of settings, and of `history[rows, any]`, as there are logits."""
     adjusted = _adjusted(logits, state, positions, history)
     best = _best(adjusted)
     is_random = state.temperature > 0
@@ -395,4 +301,6 @@ def _noise(seed: Array, positions: jax.Array, vocabulary: int) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32)
 
-    return jax.vmap(row)(jnp.asarray(seed), positions)
+    # The numbers of one token do not depend on the size of the vocabulary, or on how JAX is set up.
+    with jax.threefry_partitionable(True):
+        return jax.vmap(row)(jnp.asarray(seed), positions)

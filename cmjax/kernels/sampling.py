@@ -1,0 +1,54 @@
+"""The next token of each request, of its logits and settings."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from cmjax.kernels.primitive import Form, make_primitive, run_kernel
+
+Array = jax.Array
+_SAMPLE = make_primitive("sample")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """What is static about sampling.
+
+    Attributes:
+        width: rows of each request, side by side.
+        first: how many of a request's drafts come before the token of its first row; one more for each row.
+        num_bias, num_stop, num_word_tokens, num_mask_bytes: room in a request's settings.
+        not_finite, nothing_allowed: in place of a token where a row's logits hold NaN or infinity, and where the
+            settings leave none.
+    """
+
+    width: int
+    first: int
+    num_bias: int
+    num_stop: int
+    num_word_tokens: int
+    num_mask_bytes: int
+    not_finite: int
+    nothing_allowed: int
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def choose_tokens(
+    form: Form, logits: Array, words: Array, positions: Array, history: Array, drafts: Array, spec: SamplerSpec
+) -> Array:
+    """The token of each row, `int32[rows]`.
+
+    Args:
+      form: the XLA form, `form(logits, words, positions, history, drafts, spec=spec)`.
+      logits: `float32[rows, vocabulary]`.
+      words: `int32[requests, any]`, the settings of each request, as `cmjax.serve.steps.PackedSampling` has them; of no
+        width: the best token.
+      positions: `int32[rows]`, of the tokens to choose.
+      history: `int32[requests, any]`, what each request has generated, -1 padded; of no width: nothing that counts.
+      drafts: `int32[requests, any]`, guessed to come after it.
+    """
+    operands = (logits, words, positions, history, drafts)
+    serves = logits.dtype == np.float32 and logits.size > 0 and all(one.dtype == np.int32 for one in operands[1:])
+    return run_kernel(_SAMPLE, functools.partial(form, spec=spec), operands, dataclasses.asdict(spec), serves=serves)
