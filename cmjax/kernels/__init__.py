@@ -2,13 +2,13 @@
 
 An operator is called with its XLA form, a function of the same arguments. The C++ runs where a program is lowered for
 CPUs; other platforms lower the form, and so do differentiation, `jax.vmap`, and types that the C++ has not. A traced
-step holds one equation `kernels_NAME` with the form as its `jaxpr`, so that whoever counts or prices a step finds the
-form's operations there. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
+step holds one equation `kernels_NAME` with the form as a parameter, so that whoever counts or prices a step finds the
+form's operations there; it is traced when they look. `status` says what runs, `configure` and $CMJAX_KERNELS choose.
 """
 
 from cmjax.kernels.attention import AttentionSpec, ExpandedSpec, absorb, attend, attend_expanded, release
 from cmjax.kernels.products import Weights, expert_mlp, product
-from cmjax.kernels.rows import RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
+from cmjax.kernels.rows import PackSpec, RouterConfig, Scoring, TopkMethod, choose, lay_out, norm, pack
 from cmjax.kernels.sampling import SamplerSpec, choose_tokens
 from cmjax.kernels.settings import (
     KernelsMode,
@@ -27,6 +27,7 @@ __all__ = [
     "ExpandedSpec",
     "KernelStatus",
     "KernelsMode",
+    "PackSpec",
     "RouterConfig",
     "SamplerSpec",
     "Scoring",

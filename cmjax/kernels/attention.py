@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 State = tuple[Array, Array, Array]  # of a running softmax: largest score, sum, values summed
@@ -57,6 +57,10 @@ def _serves(*arrays: Array) -> bool:
     return len({array.dtype for array in arrays}) == 1 and arrays[0].dtype.name in FLOATS
 
 
+def _like(state: State) -> tuple[Result, ...]:
+    return tuple(Result(one.shape, one.dtype) for one in state)
+
+
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
 def absorb(form: Form, q_nope: Array, q_pe: Array, kv_b: Array, layer: Array | int, spec: AttentionSpec) -> Array:
     """The queries that meet latents: `[requests, rows, latent + rope]` in their dtype, a token's heads side by side.
@@ -67,7 +71,10 @@ def absorb(form: Form, q_nope: Array, q_pe: Array, kv_b: Array, layer: Array | i
       kv_b: `[layers, heads, nope + v, latent]`, of which `layer` is read in place.
     """
     arguments = (q_nope, q_pe, kv_b, jnp.asarray(layer, jnp.int32))
-    return run_kernel(_ABSORB, functools.partial(form, spec=spec), arguments, {}, serves=_serves(q_nope, q_pe, kv_b))
+    run, serves = functools.partial(form, spec=spec), _serves(q_nope, q_pe, kv_b)
+    tokens, heads, rope = q_pe.shape
+    results = Result((spec.requests, tokens * heads // spec.requests, kv_b.shape[-1] + rope), q_nope.dtype)
+    return run_kernel(_ABSORB, run, arguments, results, {}, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
@@ -97,7 +104,7 @@ def attend(
     attributes = {"block_size": spec.block_size, "part": spec.part[0], "num_parts": spec.part[1], "scale": spec.scale}
     # Where devices store rows in tiles, those of the cache are wider.
     serves = _serves(query, cache) and query.shape[-1] == cache.shape[-1] and spec.scale > 0
-    return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, attributes, serves=serves)
+    return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, _like(state), attributes, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
@@ -110,8 +117,9 @@ def release(form: Form, total: Array, mixed: Array, kv_b: Array, layer: Array | 
       kv_b, layer: as for `absorb`.
     """
     arguments = (total, mixed, kv_b, jnp.asarray(layer, jnp.int32))
-    attributes = {"nope": spec.nope}
-    return run_kernel(_RELEASE, functools.partial(form, spec=spec), arguments, attributes, serves=_serves(kv_b))
+    run, heads = functools.partial(form, spec=spec), kv_b.shape[1]
+    results = Result((total.size // heads, heads * (kv_b.shape[2] - spec.nope)), kv_b.dtype)
+    return run_kernel(_RELEASE, run, arguments, results, {"nope": spec.nope}, serves=_serves(kv_b))
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
@@ -152,4 +160,5 @@ def attend_expanded(
     }
     width = kv_b.shape[-1] + query.shape[-1] - spec.nope
     serves = _serves(query, kv_b, cache) and width == cache.shape[-1] and spec.scale > 0
-    return run_kernel(_ATTEND_EXPANDED, functools.partial(form, spec=spec), arguments, attributes, serves=serves)
+    run = functools.partial(form, spec=spec)
+    return run_kernel(_ATTEND_EXPANDED, run, arguments, _like(state), attributes, serves=serves)

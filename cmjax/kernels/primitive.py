@@ -6,21 +6,55 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from cmjax.kernels import settings
 from cmjax.mesh import num_cores
 
 FLOATS = ("float32", "bfloat16")
+Result = jax.ShapeDtypeStruct
 _RESULTS = (*FLOATS, "int8", "int32")
 # A function of the operator's arguments, and of its keyword `spec`, what it has to know beside; its results are a tuple
 # where there are several.
 Form = Callable[..., Any]
 
 
-def _lower_form(ctx: mlir.LoweringRuleContext, *operands: Any, jaxpr: ClosedJaxpr, **_: object) -> Any:
-    return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *operands)
+class _FormOf:
+    """A form with operands of some shapes, which is traced when somebody asks: on CPU devices nobody does.
+
+    Attributes:
+        results: of each of its results.
+    """
+
+    def __init__(self, function: Callable[..., Any], operands: Sequence[Any], results: Sequence[Result]) -> None:
+        self._function = function
+        self._operands = [Result(one.shape, one.dtype) for one in operands]
+        self._mesh = jax.sharding.get_abstract_mesh()
+        self.results = tuple(results)
+
+    @functools.cached_property
+    def closed(self) -> ClosedJaxpr:
+        """Traced; AssertionError where its results are others than its operator says."""
+        with jax.sharding.use_abstract_mesh(self._mesh):
+            found = jax.make_jaxpr(self._function)(*self._operands)
+        shapes = [(one.shape, one.dtype) for one in found.out_avals]
+        assert shapes == [(one.shape, one.dtype) for one in self.results], f"results {shapes}, said: {self.results}"
+        return found
+
+    @property
+    def jaxpr(self) -> Jaxpr:
+        return self.closed.jaxpr
+
+    def __call__(self, *operands: Any) -> Any:
+        return jaxpr_as_fun(self.closed)(*operands)
+
+    def __repr__(self) -> str:
+        return str(self.closed)
+
+
+def _lower_form(ctx: mlir.LoweringRuleContext, *operands: Any, form: _FormOf, **_: object) -> Any:
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *operands)
 
 
 def _lower_cpu(
@@ -28,11 +62,11 @@ def _lower_cpu(
     aliases: dict[int, int] | None,
     ctx: mlir.LoweringRuleContext,
     *operands: Any,
-    jaxpr: ClosedJaxpr,
+    form: _FormOf,
     attributes: tuple[tuple[str, Any], ...],
 ) -> Sequence[Any]:
     if not settings.is_native():
-        return _lower_form(ctx, *operands, jaxpr=jaxpr)
+        return _lower_form(ctx, *operands, form=form)
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     num_devices = 1 if mesh is None else mesh.size
     # Devices that outnumber the threads have no use for each other's help.
@@ -41,29 +75,29 @@ def _lower_cpu(
     return lowering(ctx, *operands, is_parallel=is_parallel, **dict(attributes))
 
 
-def _abstract(*avals: Any, jaxpr: ClosedJaxpr, **_: object) -> list[Any]:
+def _abstract(*avals: Any, form: _FormOf, **_: object) -> list[Any]:
     varying = frozenset().union(*(aval.mat.varying for aval in avals))
     kind = avals[0].mat.update(varying=varying)
     return [
         avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False, manual_axis_type=kind)
-        for out in jaxpr.out_avals
+        for out in form.results
     ]
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: ClosedJaxpr, **_: object) -> tuple[Any, Any]:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, form: _FormOf, **_: object) -> tuple[Any, Any]:
     chosen = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
 
     def function(*values: jax.Array) -> list[jax.Array]:
         operands = list(primals)
         for i, value in zip(chosen, values, strict=True):
             operands[i] = value
-        return jaxpr_as_fun(jaxpr)(*operands)
+        return form(*operands)
 
     return jax.jvp(function, [primals[i] for i in chosen], [tangents[i] for i in chosen])
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: ClosedJaxpr, **_: object) -> tuple[Any, list[int]]:
-    results = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes))(*operands)
+def _batch(operands: Sequence[Any], axes: Sequence[Any], *, form: _FormOf, **_: object) -> tuple[Any, list[int]]:
+    results = jax.vmap(form, in_axes=tuple(axes))(*operands)
     return results, [0] * len(results)
 
 
@@ -74,7 +108,7 @@ class _KernelPrimitive(Primitive):
 
 
 def make_primitive(name: str, aliases: dict[int, int] | None = None) -> Primitive:
-    """`kernels_{name}`: the handler `cmjax_kernels_{name}` on CPU, its parameter `jaxpr` everywhere else.
+    """`kernels_{name}`: the handler `cmjax_kernels_{name}` on CPU, its parameter `form` everywhere else.
 
     `aliases`: operands whose memory results take.
     """
@@ -90,20 +124,26 @@ def make_primitive(name: str, aliases: dict[int, int] | None = None) -> Primitiv
 
 
 def run_kernel(
-    primitive: Primitive, form: Form, arguments: Sequence[Any], attributes: Mapping[str, int | float], *, serves: bool
+    primitive: Primitive,
+    form: Form,
+    arguments: Sequence[Any],
+    results: Any,
+    attributes: Mapping[str, int | float],
+    *,
+    serves: bool,
 ) -> Any:
     """`form(*arguments)`, as the primitive where the C++ `serves` such arguments and is wanted.
 
-    Its operands are the arguments' arrays in turn; its parameter `jaxpr` is the form, traced.
+    Its operands are the arguments' arrays in turn; its parameter `form` stands for the form, and has its `jaxpr`.
+
+    Args:
+      results: a tree of `Result`, what the form returns.
     """
-    if not (serves and settings.is_wanted()):
+    shapes, results_tree = jax.tree.flatten(results)
+    if not (serves and settings.is_wanted()) or any(one.dtype.name not in _RESULTS for one in shapes):
         return form(*arguments)
     operands, tree = jax.tree.flatten(tuple(arguments))
-    jaxpr, results = jax.make_jaxpr(lambda *values: form(*jax.tree.unflatten(tree, values)), return_shape=True)(
-        *operands
-    )
-    if any(out.dtype.name not in _RESULTS for out in jaxpr.out_avals):
-        return form(*arguments)
+    own = _FormOf(lambda *values: jax.tree.leaves(form(*jax.tree.unflatten(tree, values))), operands, shapes)
     typed = {key: (np.float32 if isinstance(value, float) else np.int32)(value) for key, value in attributes.items()}
-    outputs = primitive.bind(*operands, jaxpr=jaxpr, attributes=tuple(typed.items()))
-    return jax.tree.unflatten(jax.tree.structure(results), outputs)
+    outputs = primitive.bind(*operands, form=own, attributes=tuple(typed.items()))
+    return jax.tree.unflatten(results_tree, outputs)

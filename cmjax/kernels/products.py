@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 # Matrices, and of int8 ones the scale of each output.
@@ -23,7 +23,7 @@ def product(
     layer: Array | int,
     weight: Weights,
     x_scale: Array | None,
-    spec: Hashable,
+    spec: np.dtype,
 ) -> Array:
     """`x @ weight[layer].T`, `[rows, out]`: the weights are read where they are, without conversion.
 
@@ -35,14 +35,15 @@ def product(
       layer: `int32[]`, the index of a matrix in the stack.
       weight: `[layers, out, in]`, of the dtype of `x`; or int8: then rows of floats are quantized first.
       x_scale: `float32[rows]` of int8 rows, else None.
-      spec: what the form has to know beside.
+      spec: the dtype of the results.
     """
     run = functools.partial(form, spec=spec)
     arguments = (x, jnp.asarray(layer, jnp.int32), weight, x_scale)
     kind = weight[0].dtype
     serves = kind == np.int8 or (x.dtype == kind and x.dtype.name in FLOATS)
     serves &= x.dtype.name in (*FLOATS, "int8") and x.size > 0
-    return run_kernel(_PRODUCT, run, arguments, {}, serves=serves)
+    results = Result((x.shape[0], weight[0].shape[-2]), spec)
+    return run_kernel(_PRODUCT, run, arguments, results, {}, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec", "dtype", "scale_at"), inline=True)
@@ -76,4 +77,5 @@ def expert_mlp(
     serves = all(values.dtype in (np.int8, dtype) for values, _ in (w13, w2))
     serves &= np.dtype(dtype).name in FLOATS and messages.dtype.name in (*FLOATS, "int8")
     serves &= counts.dtype == np.int32
-    return run_kernel(_EXPERTS, run, arguments, {"scale_at": scale_at}, serves=serves)
+    results = Result((messages.shape[0], w2[0].shape[-2]), np.dtype(dtype))
+    return run_kernel(_EXPERTS, run, arguments, results, {"scale_at": scale_at}, serves=serves)

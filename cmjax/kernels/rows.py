@@ -2,18 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.kernels.primitive import FLOATS, Form, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 Scoring = Literal["sigmoid", "softmax"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
+_INT32 = np.dtype(np.int32)
 _NORM, _CHOOSE, _PACK, _LAY_OUT = (make_primitive(name) for name in ("norm", "choose", "pack", "lay_out"))
 
 
@@ -50,7 +50,8 @@ def norm(form: Form, x: Array, weight: Array, spec: float) -> Array:
       spec: what is added to the mean square.
     """
     serves = x.dtype.name in FLOATS and weight.dtype.name in FLOATS and x.size > 0
-    return run_kernel(_NORM, functools.partial(form, spec=spec), (x, weight), {"eps": float(spec)}, serves=serves)
+    run = functools.partial(form, spec=spec)
+    return run_kernel(_NORM, run, (x, weight), Result(x.shape, x.dtype), {"eps": float(spec)}, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
@@ -83,21 +84,36 @@ def choose(
     arguments = (logits, is_valid, expert_to_slot, empty if bias is None else bias)
     serves = all(array.dtype == np.float32 for array in (logits, arguments[3])) and logits.size > 0
     serves &= expert_to_slot.dtype == np.int32 and is_valid.dtype == np.bool_
-    return run_kernel(_CHOOSE, run, arguments, attributes, serves=serves)
+    shape = logits.shape[0], spec.num_topk + expert_to_slot.size - spec.num_experts
+    results = Result(shape, _INT32), Result(shape, np.dtype(np.float32))
+    return run_kernel(_CHOOSE, run, arguments, results, attributes, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec", "scale_at"), inline=True)
-def pack(
-    form: Form, x: Array, slot_idx: Array, spec: Hashable, *, scale_at: int
-) -> tuple[Array, Array, Array, Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class PackSpec:
+    """What is static about packed rows.
+
+    Attributes:
+        num_ranks, num_local: R ranks with e slots each.
+        width: of a message.
+        scale_at: where in a message the scale lies of rows that become int8, as `quant.quantize_rows` makes them; -1
+            where they stay as they are.
+    """
+
+    num_ranks: int
+    num_local: int
+    width: int
+    scale_at: int
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+def pack(form: Form, x: Array, slot_idx: Array, spec: PackSpec) -> tuple[Array, Array, Array, Array, Array]:
     """A row for each choice, sorted by the slot it goes to; those that go nowhere have none.
 
     Args:
-      form: the XLA form, `form(x, slot_idx, spec=spec)`; the shapes of its results are those of R ranks with e slots.
+      form: the XLA form, `form(x, slot_idx, spec=spec)`.
       x: `[tokens, hidden]`.
       slot_idx: `int32[tokens, topk]`, -1 for none.
-      scale_at: where in a message the scale lies of rows that become int8, as `quant.quantize_rows` makes them; -1
-        where they stay as they are.
 
     Returns:
       `(messages [tokens * topk, width], position int32[tokens, topk] among them or -1, offsets int32[R, e], counts
@@ -105,9 +121,18 @@ def pack(
       beyond those of all slots are uninitialized.
     """
     run = functools.partial(form, spec=spec)
-    kinds = FLOATS if scale_at >= 0 else (*FLOATS, "int8")
+    is_int8 = spec.scale_at >= 0
+    kinds = FLOATS if is_int8 else (*FLOATS, "int8")
     serves = x.dtype.name in kinds and slot_idx.dtype == np.int32 and x.size > 0
-    return run_kernel(_PACK, run, (x, slot_idx), {"scale_at": scale_at}, serves=serves)
+    by_rank = spec.num_ranks, spec.num_local
+    results = (
+        Result((slot_idx.size, spec.width), np.dtype(np.int8) if is_int8 else x.dtype),
+        Result(slot_idx.shape, _INT32),
+        Result(by_rank, _INT32),
+        Result(by_rank, _INT32),
+        Result((spec.num_ranks, 2, spec.num_local), _INT32),
+    )
+    return run_kernel(_PACK, run, (x, slot_idx), results, {"scale_at": spec.scale_at}, serves=serves)
 
 
 @functools.partial(jax.jit, static_argnames="form", inline=True)
@@ -121,4 +146,7 @@ def lay_out(form: Form, announced: Array) -> tuple[Array, Array, Array, Array]:
     Returns:
       `(counts, source_offsets, offsets: int32[R, e], rows of each expert: int32[e])`.
     """
-    return run_kernel(_LAY_OUT, form, (announced,), {}, serves=announced.dtype == np.int32)
+    num_ranks, _, num_local = announced.shape
+    by_rank = Result((num_ranks, num_local), _INT32)
+    results = by_rank, by_rank, by_rank, Result((num_local,), _INT32)
+    return run_kernel(_LAY_OUT, form, (announced,), results, {}, serves=announced.dtype == np.int32)

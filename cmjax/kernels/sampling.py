@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from cmjax.kernels.primitive import Form, make_primitive, run_kernel
+from cmjax.kernels.primitive import Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 _SAMPLE = make_primitive("sample")
@@ -51,4 +51,6 @@ def choose_tokens(
     """
     operands = (logits, words, positions, history, drafts)
     serves = logits.dtype == np.float32 and logits.size > 0 and all(one.dtype == np.int32 for one in operands[1:])
-    return run_kernel(_SAMPLE, functools.partial(form, spec=spec), operands, dataclasses.asdict(spec), serves=serves)
+    tokens = Result(positions.shape, np.dtype(np.int32))
+    run = functools.partial(form, spec=spec)
+    return run_kernel(_SAMPLE, run, operands, tokens, dataclasses.asdict(spec), serves=serves)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cmjax.kernels import lay_out, pack
+from cmjax.kernels import PackSpec, lay_out, pack
 from cmjax.mesh import fabric
 from cmjax.moe.exchange import ReceivedRows, SplitExchange
-from cmjax.moe.wire import WireDtype, check_wire_dtype, pack_rows, padded_row
+from cmjax.moe.wire import WireDtype, check_wire_dtype, pack_rows, padded_row, scale_slot_bytes
 
 
 def max_tokens(local_batch: int, num_topk: int, num_local_experts: int) -> int:
@@ -118,24 +118,17 @@ def pack_choices(slot_idx: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Ar
     return order // num_topk, choice_pos, bounds[:-1], bounds[1:] - bounds[:-1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _PackSpec:
-    """What the XLA form of `kernels.pack` has to know: ranks, slots a rank, and what rows become."""
-
-    num_ranks: int
-    num_local: int
-    wire: WireDtype | None
-
-
 def packed_rows(
     x: jax.Array, slot_idx: jax.Array, num_ranks: int, num_local: int, wire: WireDtype | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """The messages of `x[tokens, hidden]` for the slots `slot_idx[tokens, topk]`, and where they are: see
     `kernels.pack`."""
     is_int8 = wire == "int8"
-    spec = _PackSpec(num_ranks, num_local, "int8" if is_int8 else None)
     x = x if is_int8 else pack_rows(x, wire)
-    return pack(_pack_form, x, slot_idx, spec, scale_at=padded_row(x.shape[1]) if is_int8 else -1)
+    hidden = x.shape[1]
+    scale_at = padded_row(hidden) if is_int8 else -1
+    width = scale_at + scale_slot_bytes(hidden) if is_int8 else hidden
+    return pack(_pack_form, x, slot_idx, PackSpec(num_ranks, num_local, width, scale_at))
 
 
 def laid_out(announced: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -144,10 +137,10 @@ def laid_out(announced: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax
 
 
 def _pack_form(
-    x: jax.Array, slot_idx: jax.Array, spec: _PackSpec
+    x: jax.Array, slot_idx: jax.Array, spec: PackSpec
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     token_of_row, choice_pos, offsets, counts = pack_choices(slot_idx, spec.num_ranks * spec.num_local)
-    packed = jnp.take(pack_rows(x, spec.wire), token_of_row, axis=0)
+    packed = jnp.take(pack_rows(x, "int8" if spec.scale_at >= 0 else None), token_of_row, axis=0)
     shape = (spec.num_ranks, spec.num_local)
     offsets, counts = offsets.reshape(shape), counts.reshape(shape)
     return packed, choice_pos, offsets, counts, jnp.stack([counts, offsets], axis=1)

@@ -228,6 +228,27 @@ def test_other_platforms_lower_the_xla_form():
     assert "dot_general" in str(traced.jaxpr)
 
 
+def test_a_form_is_traced_where_somebody_asks_for_it():
+    calls = []
+
+    def form(x, weight, spec):
+        calls.append(spec)
+        return x * weight
+
+    def wrong(x, weight, spec):
+        return x[0]
+
+    arguments = np.ones((4, 12), np.float32), np.ones(12, np.float32)
+    traced = jax.jit(lambda *values: kernels.norm(form, *values, 0.0)).trace(*arguments)
+    traced.lower().compile()
+    assert not calls
+    assert "mul" in str(traced.jaxpr)
+    traced.lower(lowering_platforms=("tpu",))
+    assert calls == [0.0]
+    with pytest.raises(AssertionError, match="said: "):
+        jax.jit(lambda *values: kernels.norm(wrong, *values, 0.0)).trace(*arguments).lower(lowering_platforms=("tpu",))
+
+
 def test_the_choice_is_visible():
     before = kernels.mode()
     kernels.configure("auto")
