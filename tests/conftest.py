@@ -54,8 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run commands, servers and engines come first: where a long one comes last, a process waits for it."""
-    first = ("test_", "http/", "serve/")
+    """Long files come first, those that run commands, servers and engines among them: where a long one comes last, a
+    process waits for it."""
+    first = ("targets/test_compile", "serve/test_prefix_cache", "perf/", "test_", "http/", "serve/")
 
     def turn(item: pytest.Item) -> int:
         path = item.path.relative_to(ROOT / "tests").as_posix()

@@ -166,7 +166,7 @@ def all_kinds():
 
 
 def test_requests_end_rightly_in_hundreds_of_histories():
-    counts = run_histories(200)
+    counts = run_histories(100)
     # Which histories these are follows from the sources; a rare kind may be in none of them. The long test has all.
     missing = [kind for kind in all_kinds() if not counts[kind]]
     assert len(missing) <= 5, missing

@@ -29,9 +29,19 @@ def request(role="decode", ep_size=8, config=TINY, target="v5p", quant=None, **s
     return StepRequest(target, role, ep_size, config, {**defaults, **settings}, quant=quant)
 
 
+ALSO = pytest.mark.soak  # compiling for a TPU takes seconds each time
+
+
 @needs_libtpu
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-@pytest.mark.parametrize(("quant", "microbatches"), [(None, 1), ("int8", 2)])
+@pytest.mark.parametrize(
+    ("role", "quant", "microbatches"),
+    [
+        ("decode", "int8", 2),
+        ("prefill", None, 1),
+        pytest.param("decode", None, 1, marks=ALSO),
+        pytest.param("prefill", "int8", 2, marks=ALSO),
+    ],
+)
 def test_a_small_model_compiles_for_a_tpu(role, quant, microbatches):
     config = {**TINY, "num_nextn_predict_layers": 1}
     asked = request(role, config=config, quant=quant, microbatches=microbatches, num_speculative_tokens=1)
@@ -72,6 +82,7 @@ def test_r1_decodes_at_ep320_without_a_copy_of_its_cache_or_weights(tmp_path):
 
 
 @needs_libtpu
+@ALSO
 def test_r1_prefills_16384_tokens_at_ep32(monkeypatch):
     # libtpu's compiler crashed here: the gate's product was fused with the reshape into expert groups.
     settings = {"max_model_len": 4096, "block_size": 128, "max_num_batched_tokens": 16_384, "microbatches": 1}
