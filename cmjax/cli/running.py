@@ -73,6 +73,8 @@ def use_compilation_cache() -> None:
     processor = hashlib.sha256((features[0] if features else platform.processor()).encode()).hexdigest()[:12]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cmjax"
     jax.config.update("jax_compilation_cache_dir", str(folder / f"jax-{jax.__version__}-{processor}"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # a step is a second, what it needs less
 
 
 def seqs_per_rank(engine: Given[EngineSettings], num_prompts: int, pools: Pools) -> int:

@@ -24,22 +24,23 @@ class _FormOf:
     """A form with operands of some shapes, which is traced when somebody asks: on CPU devices nobody does.
 
     Attributes:
-        results: of each of its results.
+        results: shape and dtype of each result.
     """
 
     def __init__(self, function: Callable[..., Any], operands: Sequence[Any], results: Sequence[Result]) -> None:
         self._function = function
-        self._operands = [Result(one.shape, one.dtype) for one in operands]
+        self._operands = [jax.typeof(one) for one in operands]
         self._mesh = jax.sharding.get_abstract_mesh()
         self.results = tuple(results)
 
     @functools.cached_property
     def closed(self) -> ClosedJaxpr:
-        """Traced; AssertionError where its results are others than its operator says."""
+        """Traced; RuntimeError where its results are others than its operator says."""
         with jax.sharding.use_abstract_mesh(self._mesh):
             found = jax.make_jaxpr(self._function)(*self._operands)
         shapes = [(one.shape, one.dtype) for one in found.out_avals]
-        assert shapes == [(one.shape, one.dtype) for one in self.results], f"results {shapes}, said: {self.results}"
+        if shapes != [(one.shape, one.dtype) for one in self.results]:
+            raise RuntimeError(f"a form returns {shapes}, its operator says {self.results}")
         return found
 
     @property

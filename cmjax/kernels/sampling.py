@@ -24,12 +24,12 @@ class SamplerSpec:
             settings leave none.
     """
 
-    width: int
-    first: int
-    num_bias: int
-    num_stop: int
-    num_word_tokens: int
-    num_mask_bytes: int
+    width: int = 1
+    first: int = 0
+    num_bias: int = 0
+    num_stop: int = 0
+    num_word_tokens: int = 0
+    num_mask_bytes: int = 0
     not_finite: int
     nothing_allowed: int
 

@@ -3,7 +3,7 @@
 `fabric` is a module of its own: `from cmjax.mesh import fabric`.
 """
 
-from cmjax.mesh.compile_cache import share_compiled_programs
+from cmjax.mesh.compile_cache import programs_are_shared, share_compiled_programs
 from cmjax.mesh.devices import (
     ABSENT_TPU,
     EP_AXIS,
@@ -45,6 +45,7 @@ __all__ = [
     "is_crowded",
     "num_cores",
     "plan_instances",
+    "programs_are_shared",
     "share_compiled_programs",
     "stored_width",
     "use_huge_pages",

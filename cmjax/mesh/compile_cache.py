@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
-from jax._src import cache_key
-from jax._src.lib import xla_client
+from jax.sharding import AbstractMesh, Mesh
 
 
 class _KeyOfAnyDevices:
@@ -23,13 +25,24 @@ class _KeyOfAnyDevices:
 
 def _on_first_devices(compile_options: Any) -> Any:
     """The same options for as many devices, counted from 0; those given are what the program is compiled with."""
-    assignment = compile_options.device_assignment
-    if not assignment:
-        return compile_options
-    shape = assignment.replica_count(), assignment.computation_count()
     options = copy.deepcopy(compile_options)
-    options.device_assignment = xla_client.DeviceAssignment.create(np.arange(shape[0] * shape[1]).reshape(shape))
+    try:
+        assignment = options.device_assignment
+        count = assignment.replica_count() * assignment.computation_count()
+        shape = assignment.replica_count(), assignment.computation_count()
+        options.device_assignment = type(assignment).create(np.arange(count).reshape(shape))
+    except (AttributeError, TypeError):  # no devices, or another JAX
+        return compile_options
     return options
+
+
+def _cache_key() -> ModuleType | None:
+    """Where JAX names programs; None where it does so elsewhere."""
+    try:
+        module = import_module("jax._src.cache_key")
+    except ImportError:
+        return None
+    return module if callable(getattr(module, "get", None)) else None
 
 
 def share_compiled_programs() -> None:
@@ -38,6 +51,15 @@ def share_compiled_programs() -> None:
     A CPU program holds nothing of its devices, but JAX counts them among what it was compiled with: the second instance
     of a kind would compile all that the first one has. For the whole process; nothing where JAX has changed inside.
     """
-    original = getattr(cache_key, "get", None)
-    if original is not None and not isinstance(original, _KeyOfAnyDevices):
-        cache_key.get = _KeyOfAnyDevices(original)
+    module = _cache_key()
+    if module is not None and not isinstance(module.get, _KeyOfAnyDevices):
+        vars(module)["get"] = _KeyOfAnyDevices(module.get)
+
+
+def programs_are_shared(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether a program compiled for a mesh is found in the cache for others of its form."""
+    is_kept = jax.config.jax_compilation_cache_dir is not None and jax.config.jax_enable_compilation_cache
+    if not is_kept or isinstance(mesh, AbstractMesh):
+        return False
+    platform = mesh.devices.flat[0].platform
+    return platform == "gpu" or (platform == "cpu" and isinstance(getattr(_cache_key(), "get", None), _KeyOfAnyDevices))

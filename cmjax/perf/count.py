@@ -254,6 +254,9 @@ def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     """The jaxpr of a call: jit, shard_map and the like."""
     if eqn.primitive.name.startswith("reduce"):
         return
+    if eqn.primitive.name.startswith("kernels_"):
+        yield eqn.params["form"].jaxpr
+        return
     for value in eqn.params.values():
         if hasattr(value, "jaxpr") and hasattr(value.jaxpr, "eqns"):
             yield value.jaxpr

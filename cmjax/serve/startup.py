@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from cmjax.mesh import programs_are_shared
 from cmjax.schedule import DecodeVariant, Variant
 from cmjax.serve.fleet import Fleet
 
@@ -60,7 +61,7 @@ class Startup:
         firsts = {kind: name for name, kind in reversed(self._kinds.items())}
         names = sorted(executors, key=lambda name: firsts[self._kinds[name]] != name)
         self._steps = {name: in_order(executors[name].serving_variants()) for name in names}
-        self._under_way: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)  # by kind and step
+        self._turns: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)  # by kind and step
         self._lock = threading.Lock()
         self._num_done = 0
         self._is_stopped = False
@@ -118,16 +119,12 @@ class Startup:
 
     def _compile(self, name: str, variants: Iterable[Variant]) -> None:
         for variant in variants:
-            if self._is_stopped:
-                return
-            executor = self._fleet.executors.get(name)
-            if executor is None:
-                return  # it has been taken out meanwhile
-            with self._lock:
-                under_way = self._under_way[self._kinds[name], variant]
-            with under_way:
-                executor.prepare(variant)
             try:
+                with self._turn(name, variant):
+                    executor = self._fleet.executors.get(name)
+                    if self._is_stopped or executor is None:
+                        return  # it has been taken out meanwhile
+                    executor.prepare(variant)
                 self._fleet.use(name, variant)
             except Exception:  # whatever stopped it: of an instance that is gone nobody needs the step
                 if name not in self._fleet.executors:
@@ -136,6 +133,13 @@ class Startup:
             with self._lock:
                 self._num_done += 1
             self._report(f"{name}: {described(variant)}")
+
+    def _turn(self, name: str, variant: Variant) -> contextlib.AbstractContextManager[object]:
+        """Of an instance at a step: one at a time of a kind where the others find what it compiles, else any."""
+        if not programs_are_shared(self._kinds[name][1].mesh):
+            return contextlib.nullcontext()
+        with self._lock:
+            return self._turns[self._kinds[name], variant]
 
     def _report(self, newest: str) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cmjax.model import PrefillBatch
 from cmjax.serve import DecodeState
@@ -46,19 +47,26 @@ def _random(tree: Any, seed: int) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     made = []
     for number, leaf in enumerate(leaves):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        made.append(_drawing(leaf.shape, leaf.dtype, leaf.sharding)(key))
+        made.append(_drawing(leaf.shape, leaf.dtype, leaf.sharding)(np.uint32(1 + 1000 * seed + number)))
     return jax.tree.unflatten(structure, made)
 
 
 @functools.lru_cache(maxsize=64)  # a program for each kind of leaf: trees have many of one kind
 def _drawing(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> Callable:
-    def draw(key: jax.Array) -> jax.Array:
+    """A function of a seed. Numbers need only look random, and to compile `jax.random` took most of a small run: each
+    element's index is mixed by multiplications and shifts, as hash functions do."""
+
+    def draw(seed: np.uint32) -> jax.Array:
+        bits = jnp.full(shape, seed, jnp.uint32)
+        for axis in range(len(shape)):
+            bits = (bits ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+            bits ^= bits >> 15
+        bits = (bits * jnp.uint32(0x85EBCA6B)) ^ (bits >> 13)
         if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, -127, 128, jnp.int32).astype(dtype)
-        # Small enough that int8 values times their scales stay near 1 over a sum of any width.
-        scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 1.0
-        return (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(dtype)
+            return ((bits >> 8) % 255).astype(jnp.int32).astype(dtype) - jnp.asarray(127, dtype)
+        # Uniform around 0, so small that int8 values times their scales stay near 1 over a sum of any width.
+        scale = math.sqrt(3 / shape[-1]) if len(shape) > 1 else math.sqrt(3)
+        return (((bits >> 8).astype(jnp.float32) * 2.0**-23 - 1) * scale).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)
 

@@ -14,16 +14,16 @@ if build.load().library is None:
     pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
 
 
-def settings(rng, vocabulary, history):
-    """Of one request, any of them; bad words that end what it has generated among others."""
+def settings(rng, vocabulary, history, drafts):
+    """Of one request, any of them; bad words that end what it has generated, or its drafts, among others."""
 
     def often(value, otherwise):
         return value if rng.random() < 0.4 else otherwise
 
     token = lambda: int(rng.integers(vocabulary))  # noqa: E731
     words = [(token(),), (token(), token(), token())]
-    if len(history) > 1:
-        words += [(*history[-2:], token()), (history[-1], token())]
+    for count in range(len(drafts) + 1):
+        words += [(*[*history, *drafts[:count]][-length:], token()) for length in (1, 2, 3)]
     stops = tuple(token() for _ in range(3))
     return SamplingParams(
         temperature=often(float(rng.uniform(0.1, 2)), 1.0) * float(rng.random() < 0.8),
@@ -42,10 +42,11 @@ def settings(rng, vocabulary, history):
     )
 
 
-def requests(rng, count, vocabulary, longest, width):
+def requests(rng, count, vocabulary, longest, width, num_drafts):
     """Logits, packed settings, positions, histories and drafts of so many requests with `width` rows each."""
     histories = [rng.integers(0, vocabulary, rng.integers(0, longest + 1)).tolist() for _ in range(count)]
-    params = [settings(rng, vocabulary, history) for history in histories]
+    drafts = rng.integers(0, vocabulary, (count, num_drafts)).astype(np.int32)
+    params = [settings(rng, vocabulary, *pair) for pair in zip(histories, drafts.tolist(), strict=True)]
     prompts = [rng.integers(0, vocabulary, 5).tolist() for _ in range(count)]
     state = SamplingState.for_shape(count, SamplingShape.for_all(params), vocabulary)
     seeds = rng.integers(0, 2**63, count).tolist()
@@ -55,7 +56,6 @@ def requests(rng, count, vocabulary, longest, width):
         row[: len(history)] = history
     positions = np.repeat([5 + len(history) for history in histories], width) + np.tile(np.arange(width), count)
     logits = rng.normal(0, 3, (count * width, vocabulary)).astype(np.float32)
-    drafts = rng.integers(0, vocabulary, (count, width - 1)).astype(np.int32)
     return logits, PackedSampling.of(state), positions.astype(np.int32), table, drafts
 
 
@@ -64,7 +64,7 @@ def requests(rng, count, vocabulary, longest, width):
 def test_tokens_are_the_xla_form_s(rng, form, once, vocabulary, longest, width):
     """With whatever settings side by side, with drafts and without. Sums in another order may move a token over the
     edge of a filter, or let the other of two that tie win."""
-    arguments, run, expected = once(lambda: in_both(sample, *requests(rng, 300, vocabulary, longest, width)))
+    arguments, run, expected = once(lambda: in_both(sample, *requests(rng, 300, vocabulary, longest, width, width - 1)))
     found = np.asarray(run(*arguments))
     assert found.dtype == np.int32
     assert {*found[found < 0]} <= {NOTHING_ALLOWED}
@@ -74,13 +74,11 @@ def test_tokens_are_the_xla_form_s(rng, form, once, vocabulary, longest, width):
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_guess_is_made_behind_the_drafts_before_it(rng, form, once, drafts):
     """As the MTP module's passes ask for them: one row a request, behind so many drafts."""
-    logits, sampling, positions, history, _ = requests(rng, 100, 40, 6, 1)
-    guessed = rng.integers(0, 40, (100, drafts)).astype(np.int32)
 
     def guess(*values):
         return sample(*values, first=drafts)
 
-    arguments, run, expected = once(lambda: in_both(guess, logits, sampling, positions, history, guessed))
+    arguments, run, expected = once(lambda: in_both(guess, *requests(rng, 300, 40, 6, 1, drafts)))
     assert np.count_nonzero(np.asarray(run(*arguments)) != expected) <= 1
 
 
@@ -103,6 +101,12 @@ def test_rows_that_are_not_finite_or_have_nothing_left(form, once):
     arguments = logits, PackedSampling.of(state), np.zeros(4, np.int32)
     run = once(lambda: compiled(sample, *arguments))
     assert np.asarray(run(*arguments)).tolist() == [NOTHING_ALLOWED] * 2 + [NOT_FINITE] * 2
+
+
+def test_drafts_that_are_missing_are_an_error(rng):
+    logits, sampling, positions, history, _ = requests(rng, 4, 40, 6, 3, 2)
+    with pytest.raises(ValueError, match="3 rows a request from 0 drafts on need more than 0 drafts"):
+        sample(logits, sampling, positions, history)
 
 
 def test_other_types_take_the_xla_form(rng):

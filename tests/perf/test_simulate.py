@@ -188,10 +188,10 @@ def test_what_does_not_fit_is_priced_and_said(tmp_path):
 
 
 def test_a_plan_keeps_the_targets_and_can_be_served(tmp_path):
-    workload = Workload(devices=32, input_len=256, output_len=64, price=2.0)
+    workload = Workload(devices=8, input_len=256, output_len=64, price=2.0)
     found = search(SMALL, DIE, workload, 0.05, 2.0)
     plan = found["plan"]
-    assert plan.devices <= 32
+    assert plan.devices <= 8
     assert plan.decode.latency_s <= 0.05
     assert plan.prefill.latency_s <= 2.0
     rates = (
@@ -199,7 +199,7 @@ def test_a_plan_keeps_the_targets_and_can_be_served(tmp_path):
         plan.num_decode * plan.decode.tokens_per_s * plan.decode.layout.ep_size / 64,
     )
     assert plan.requests_per_s == pytest.approx(min(rates))
-    assert found["cost_per_million"] == pytest.approx(2.0 * 32 / 3600 / found["output_tokens_per_s"] * 1e6)
+    assert found["cost_per_million"] == pytest.approx(2.0 * 8 / 3600 / found["output_tokens_per_s"] * 1e6)
     front = found["front"]
     assert front == pareto(front)
     assert all(a.latency_s < b.latency_s and a.tokens_per_s < b.tokens_per_s for a, b in itertools.pairwise(front))
@@ -210,15 +210,15 @@ def test_a_plan_keeps_the_targets_and_can_be_served(tmp_path):
 
 def test_targets_that_nothing_keeps():
     with pytest.raises(UserError, match=r"--tpot 1ms cannot be kept; the nearest is \d+\.\dms"):
-        search(SMALL, DIE, Workload(devices=32, input_len=256, output_len=64), 0.001, 2.0)
+        search(SMALL, DIE, Workload(devices=8, input_len=256, output_len=64), 0.001, 2.0)
     with pytest.raises(UserError, match=r"--ttft 0\.1ms cannot be kept"):
-        search(SMALL, DIE, Workload(devices=32, input_len=256, output_len=64), 0.05, 0.0001)
+        search(SMALL, DIE, Workload(devices=8, input_len=256, output_len=64), 0.05, 0.0001)
     with pytest.raises(UserError, match="no layout of the model fits in the memory"):
         search(R1, DIE, Workload(devices=9), 0.05, 2.0)
     with pytest.raises(UserError, match="--devices 1 is too few"):
         search(SMALL, DIE, Workload(devices=1, input_len=256, output_len=64), 0.05, 2.0)
     with pytest.raises(UserError, match=r"are 4200 tokens; the model's max_position_embeddings are 4096"):
-        search(SMALL, DIE, Workload(devices=32, input_len=4000, output_len=200), 0.05, 2.0)
+        search(SMALL, DIE, Workload(devices=8, input_len=4000, output_len=200), 0.05, 2.0)
 
 
 def test_a_plan_of_two_devices():
@@ -229,7 +229,7 @@ def test_a_plan_of_two_devices():
 def test_plan_writes_what_serve_reads(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
     out = tmp_path / "serve.yaml"
-    sizes = ["--devices", "32", "--input-len", "256", "--output-len", "64"]
+    sizes = ["--devices", "8", "--input-len", "256", "--output-len", "64"]
     assert main(["simulate", "plan", "--model", str(tmp_path), "--out", str(out), *sizes, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert yaml.safe_load(out.read_text()) == result["config"]

@@ -165,7 +165,7 @@ def all_kinds():
     yield from ("chunks that end no prompt", "second and later rounds", "calls with growth", "calls with nothing new")
 
 
-def test_requests_end_rightly_in_hundreds_of_histories():
+def test_requests_end_rightly_in_a_hundred_histories():
     counts = run_histories(100)
     # Which histories these are follows from the sources; a rare kind may be in none of them. The long test has all.
     missing = [kind for kind in all_kinds() if not counts[kind]]

@@ -322,7 +322,7 @@ def primitives(jaxpr, depth=0):
 def test_neither_noise_nor_filters_where_no_row_asks():
     state = state_of(SamplingParams())
     logits, positions = np.zeros((1, VOCABULARY), np.float32), np.zeros(1, np.int32)
-    program = jax.make_jaxpr(lambda *values: _sampled(*values, None))(logits, state, positions)
+    program = jax.make_jaxpr(lambda *values: _sampled(*values, history=None))(logits, state, positions)
     found = list(primitives(program.jaxpr))
     # Noise where a row draws; a bisection each where, besides, a row has top-k, or top-p.
     assert {depth for name, depth in found if name.startswith(("random", "threefry"))} == {1}

@@ -1,14 +1,18 @@
 """An engine that comes up: the first requests are served while most of its steps are still to be compiled."""
 
+import collections
 import dataclasses
 import itertools
 import threading
+import time
 import types
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from cmjax.mesh import EP_AXIS
 from cmjax.schedule import SERVING_SHAPES, CompilePlan, DecodeVariant, PrefillVariant
 from cmjax.serve import SamplingParams
 from cmjax.serve.instances import JaxExecutor
@@ -38,6 +42,10 @@ def test_steps_are_compiled_by_how_soon_they_are_needed():
     assert in_order(decode[:1]) == decode[:1]
 
 
+OneSize = collections.namedtuple("OneSize", "mesh")
+OF_ONE_SIZE = OneSize(AbstractMesh((1,), (EP_AXIS,)))
+
+
 class FakeFleet:
     """Instances whose steps take a second each to compile, on a clock of their own."""
 
@@ -53,7 +61,7 @@ class FakeFleet:
     def executor(self, spec, variants):
         role = "decode" if spec == "decode" else "prefill"
         return types.SimpleNamespace(
-            role=role, spec="of one size", serving_variants=lambda: tuple(variants), prepare=self.prepare
+            role=role, spec=OF_ONE_SIZE, serving_variants=lambda: tuple(variants), prepare=self.prepare
         )
 
     def prepare(self, variant):
@@ -120,6 +128,65 @@ def test_nothing_is_compiled_after_the_end():
     startup.stop()
     startup.compile_rest()
     assert len(fleet.used) == 2
+
+
+class TwoOfAKind(FakeFleet):
+    """`meet` is called by each instance that prepares its step."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.meet, self.prepared = meet, []
+        variants = [PrefillVariant(128, ANY)]
+        self.executors = {name: self.executor("prefill", variants) for name in ("prefill0", "prefill1")}
+
+    def prepare(self, variant):
+        self.meet()
+        self.prepared.append(variant)
+
+
+def test_instances_prepare_a_step_side_by_side_where_they_share_nothing(monkeypatch):
+    monkeypatch.setattr("cmjax.serve.startup.programs_are_shared", lambda mesh: False)
+    fleet = TwoOfAKind(threading.Barrier(2, timeout=60).wait)
+    fleet.startup().compile_first()
+    assert len(fleet.prepared) == 2
+
+
+def test_instances_of_a_kind_take_turns_at_a_step_that_they_share(monkeypatch):
+    monkeypatch.setattr("cmjax.serve.startup.programs_are_shared", lambda mesh: True)
+    alone = threading.Lock()
+
+    def meet():
+        assert alone.acquire(blocking=False)
+        time.sleep(0.05)  # so that the other one would come
+        alone.release()
+
+    fleet = TwoOfAKind(meet)
+    fleet.startup().compile_first()
+    assert len(fleet.prepared) == 2
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_waits_for_a_turn_sees_what_has_happened_meanwhile(monkeypatch, leaves):
+    """The server ends, or the instance is taken out."""
+    monkeypatch.setattr("cmjax.serve.startup.programs_are_shared", lambda mesh: True)
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def meet():
+        has_begun.set()
+        assert may_go_on.wait(60)
+
+    fleet = TwoOfAKind(meet)
+    startup = fleet.startup()
+    thread = threading.Thread(target=startup._on_all, args=(lambda name: startup._compile(name, startup._steps[name]),))
+    thread.start()
+    assert has_begun.wait(60)
+    if leaves:
+        fleet.executors = {}
+    else:
+        startup.stop()
+    may_go_on.set()
+    thread.join(60)
+    assert len(fleet.prepared) == 1
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def request(role="decode", ep_size=8, config=TINY, target="v5p", quant=None, **s
     return StepRequest(target, role, ep_size, config, {**defaults, **settings}, quant=quant)
 
 
-ALSO = pytest.mark.soak  # compiling for a TPU takes seconds each time
+SLOW = pytest.mark.soak  # compiling for a TPU takes seconds each time
 
 
 @needs_libtpu
@@ -38,8 +38,8 @@ ALSO = pytest.mark.soak  # compiling for a TPU takes seconds each time
     [
         ("decode", "int8", 2),
         ("prefill", None, 1),
-        pytest.param("decode", None, 1, marks=ALSO),
-        pytest.param("prefill", "int8", 2, marks=ALSO),
+        pytest.param("decode", None, 1, marks=SLOW),
+        pytest.param("prefill", "int8", 2, marks=SLOW),
     ],
 )
 def test_a_small_model_compiles_for_a_tpu(role, quant, microbatches):
@@ -56,6 +56,7 @@ def test_a_small_model_compiles_for_a_tpu(role, quant, microbatches):
 
 
 @needs_libtpu
+@SLOW
 def test_r1_decodes_at_ep320_without_a_copy_of_its_cache_or_weights(tmp_path):
     asked = request(
         ep_size=320,
@@ -82,7 +83,7 @@ def test_r1_decodes_at_ep320_without_a_copy_of_its_cache_or_weights(tmp_path):
 
 
 @needs_libtpu
-@ALSO
+@SLOW
 def test_r1_prefills_16384_tokens_at_ep32(monkeypatch):
     # libtpu's compiler crashed here: the gate's product was fused with the reshape into expert groups.
     settings = {"max_model_len": 4096, "block_size": 128, "max_num_batched_tokens": 16_384, "microbatches": 1}

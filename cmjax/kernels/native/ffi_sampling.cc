@@ -23,11 +23,11 @@ ffi::Error HandleSample(ffi::ThreadPool pool, bool is_parallel, int32_t width, i
                     drafts.typed_data(), shape[1], width, first, width_of(history), width_of(drafts),
                     width_of(words), num_bias, num_stop, num_word_tokens, num_mask_bytes, not_finite, nothing_allowed};
   const bool is_sized = num_bias >= 0 && num_stop >= 0 && num_word_tokens >= 0 && num_mask_bytes >= 0;
-  const int64_t needed = 11 + 2 * int64_t{num_bias} + num_stop + 2 * int64_t{num_word_tokens} +
+  const int64_t needed = kSettings + 2 * int64_t{num_bias} + num_stop + 2 * int64_t{num_word_tokens} +
                          (int64_t{num_mask_bytes} + 3) / 4 * 2;
   if (!is_sized || (all.num_words != 0 && all.num_words != needed) || all.longest < 0 || all.num_drafts < 0 ||
       (num_mask_bytes != 0 && int64_t{num_mask_bytes} * 8 < shape[1]) ||
-      (all.longest > 0 && first + width - 1 > all.num_drafts) || rows != requests * width ||
+      (all.longest > 0 && int64_t{first} + width - 1 > all.num_drafts) || rows != requests * width ||
       static_cast<int64_t>(positions.element_count()) != rows ||
       static_cast<int64_t>(tokens->element_count()) != rows) {
     return Wrong("cmjax_kernels: settings of requests");

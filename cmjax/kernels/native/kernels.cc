@@ -249,8 +249,9 @@ void RunChoose(const Router& router, const float* logits, const uint8_t* is_vali
 
 void RunSample(const Sampler& all, int64_t num_rows, int32_t* tokens, const Helpers& helpers) {
   const Form& form = CurrentForm();
-  InBlocks(helpers, num_rows, 2 * all.vocabulary, [&](int64_t row) {
-    tokens[row] = form.sample(all, row, Scratch(1, SampleScratch(all)));
+  const bool is_greedy = all.num_words == 0;
+  InBlocks(helpers, num_rows, (is_greedy ? 2 : 20) * all.vocabulary, [&](int64_t row) {
+    tokens[row] = form.sample(all, row, is_greedy ? nullptr : Scratch(1, SampleScratch(all)));
   });
 }
 

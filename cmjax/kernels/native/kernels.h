@@ -69,7 +69,8 @@ struct Sequence {
 
 // How tokens are chosen of logits [rows, vocabulary]. Row r belongs to request r / width, and has first + r % width of the
 // request's drafts [requests, num_drafts] behind its history [requests, longest], -1 padded. `words` [requests, num_words]
-// are settings, see sampling.h; without any, the best token is chosen.
+// are settings, see sampling.h: kSettings of one value each, then lists. Without any, the best token is chosen.
+constexpr int64_t kSettings = 11;
 struct Sampler {
   const float* logits;
   const int32_t *words, *positions, *history, *drafts;

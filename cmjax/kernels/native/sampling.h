@@ -48,7 +48,7 @@ struct Choice {
   Choice(const Sampler& all, int64_t row) : all(all) {
     const int64_t request = row / all.width;
     words = all.words + request * all.num_words;
-    const int32_t* at = words + 11;
+    const int32_t* at = words + kSettings;
     const auto take = [&at](int64_t count) {
       const int32_t* taken = at;
       at += count;
@@ -176,6 +176,7 @@ inline void KeepWithin(float* x, const float* weights, int64_t padded, float bes
 
 // Leaves out what min-p, top-k and top-p do, of logits over temperature.
 inline void Filter(const Choice& row, float best, float* x, float* weights, int64_t padded) {
+  if (best == Infinity()) return;  // only a penalty or a temperature near zero makes it so
   if (row.min_p() > 0.0f) {
     const float least = best + Log(row.min_p());
     for (int64_t i = 0; i < padded; ++i) x[i] = x[i] >= least ? x[i] : -Infinity();

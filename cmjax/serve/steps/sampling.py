@@ -16,8 +16,8 @@ from cmjax.kernels import SamplerSpec, choose_tokens
 from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED
 from cmjax.serve.steps.sampling_state import Array, PackedSampling, SamplingState
 
-# What requests have generated, or what makes it, where it is work that only some requests need.
-History = Array | Callable[[], Array]
+# What makes an array that only some requests need.
+Maker = Callable[[], Array]
 
 
 @flax.struct.dataclass
@@ -61,9 +61,8 @@ def greedy(logits: jax.Array) -> jax.Array:
     """The best token, or `NOT_FINITE`: the index of NaN, the largest of logits that hold it, looks like any other."""
     rows = len(logits)
     nothing = jnp.zeros((rows, 0), jnp.int32)
-    return choose_tokens(
-        _form, logits, nothing, jnp.zeros(rows, jnp.int32), nothing, nothing, _spec((0, 0, 0, 0), 1, 0)
-    )
+    spec = SamplerSpec(not_finite=NOT_FINITE, nothing_allowed=NOTHING_ALLOWED)
+    return choose_tokens(_form, logits, nothing, jnp.zeros(rows, jnp.int32), nothing, nothing, spec)
 
 
 def _best(scores: jax.Array) -> jax.Array:
@@ -120,32 +119,22 @@ def sample(
             them behind its history, each further row one more.
     """
     requests = len(sampling.words)
+    width = len(logits) // requests
     nothing = jnp.zeros((requests, 0), jnp.int32)
     if history is None or drafts is None:
         drafts = nothing
-    spec = _spec(sampling.room, len(logits) // requests, first)
-    words, before = jnp.asarray(sampling.words), nothing if history is None else jnp.asarray(history)
-    return choose_tokens(_form, logits, words, positions, before, jnp.asarray(drafts), spec)
-
-
-def _spec(room: tuple[int, int, int, int], width: int, first: int) -> SamplerSpec:
-    num_bias, num_stop, num_word_tokens, num_mask_bytes = room
-    return SamplerSpec(
-        width=width,
-        first=first,
-        num_bias=num_bias,
-        num_stop=num_stop,
-        num_word_tokens=num_word_tokens,
-        num_mask_bytes=num_mask_bytes,
-        not_finite=NOT_FINITE,
-        nothing_allowed=NOTHING_ALLOWED,
+    if history is not None and drafts.shape[1] < first + width - 1:
+        raise ValueError(f"{width} rows a request from {first} drafts on need more than {drafts.shape[1]} drafts")
+    before = nothing if history is None else jnp.asarray(history)
+    spec = SamplerSpec(
+        width=width, first=first, not_finite=NOT_FINITE, nothing_allowed=NOTHING_ALLOWED, **sampling.room
     )
+    return choose_tokens(_form, logits, jnp.asarray(sampling.words), positions, before, jnp.asarray(drafts), spec)
 
 
 @functools.cache
-def _layout(spec: SamplerSpec) -> tuple[tuple[str, int | None], ...]:
-    rows = SamplingState.empty(1, spec.num_bias, spec.num_stop, spec.num_word_tokens, spec.num_mask_bytes)
-    return PackedSampling.of(rows).layout
+def _layout(**room: int) -> tuple[tuple[str, int | None], ...]:
+    return PackedSampling.of(SamplingState.empty(1, **room)).layout
 
 
 def _form(
@@ -154,21 +143,26 @@ def _form(
     """The XLA form of `sample`, and without words of `greedy`."""
     if not words.shape[1]:
         return _finite_only(_best(logits), logits)
-    state = repeat(PackedSampling(words, _layout(spec)).unpacked(), spec.width)
+    layout = _layout(
+        num_bias=spec.num_bias,
+        num_stop=spec.num_stop,
+        num_word_tokens=spec.num_word_tokens,
+        num_mask_bytes=spec.num_mask_bytes,
+    )
+    state = repeat(PackedSampling(words, layout).unpacked(), spec.width)
 
     def generated() -> jax.Array:
         counts = range(spec.first, spec.first + spec.width)
         each = [appended(history, drafts, jnp.full(len(drafts), count)) for count in counts]
         return jnp.stack(each, axis=1).reshape(-1, history.shape[1])
 
-    before: History | None = None
-    if history.shape[1]:
-        before = generated if drafts.shape[1] else jnp.repeat(history, spec.width, axis=0)
-    return _sampled(logits, state, positions, before)
+    if not history.shape[1]:
+        return _sampled(logits, state, positions, None)
+    return _sampled(logits, state, positions, generated if drafts.shape[1] else lambda: history)
 
 
-def _sampled(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None) -> jax.Array:
-    """Of as many rows of settings, and of `history[rows, any]`, as there are logits."""
+def _sampled(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Maker | None) -> jax.Array:
+    """Of as many rows of settings as there are logits; `history` makes `int32[rows, any]`."""
     adjusted = _adjusted(logits, state, positions, history)
     best = _best(adjusted)
     is_random = state.temperature > 0
@@ -182,7 +176,7 @@ def _sampled(logits: jax.Array, state: SamplingState, positions: jax.Array, hist
     return _finite_only(jnp.where(adjusted.max(-1) == -jnp.inf, NOTHING_ALLOWED, token_ids), logits)
 
 
-def _adjusted(logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None) -> jax.Array:
+def _adjusted(logits: jax.Array, state: SamplingState, positions: jax.Array, history: Maker | None) -> jax.Array:
     """`logits` with each row's settings but temperature and filters. What hardly any request has is behind a condition:
     scatters are scalar code on a CPU."""
     forbids = jnp.any(positions < state.min_positions) | (state.word_ids >= 0).any()
@@ -208,12 +202,14 @@ def _at(logits: jax.Array, token_ids: Array, values: jax.Array | float) -> jax.A
 
 
 def _without_forbidden(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, history: History | None
+    logits: jax.Array, state: SamplingState, positions: jax.Array, history: Maker | None
 ) -> jax.Array:
     if state.allowed_mask.shape[1]:
         logits = jnp.where(_unpacked(state.allowed_mask, logits.shape[1]), logits, -jnp.inf)
     if state.word_ids.shape[1]:
-        logits = _at(logits, jnp.where(_ends_word(state, _made(history)), state.word_ids, -1), -jnp.inf)
+        logits = _at(
+            logits, jnp.where(_ends_word(state, None if history is None else history()), state.word_ids, -1), -jnp.inf
+        )
     is_early = (positions < state.min_positions)[:, None]
     return _at(logits, jnp.where(is_early, state.stop_ids, -1), -jnp.inf)
 
@@ -233,14 +229,10 @@ def _ends_word(state: SamplingState, history: Array | None) -> jax.Array:
     return (ends == 0) & (num_missing == before_word)
 
 
-def _made(history: History | None) -> Array | None:
-    return history() if callable(history) else history
-
-
-def _penalized(logits: jax.Array, state: SamplingState, history: History | None) -> jax.Array:
-    counts, generated = jnp.zeros(logits.shape, jnp.int32), _made(history)
-    if generated is not None:
-        counts = _at(counts, generated, 1)
+def _penalized(logits: jax.Array, state: SamplingState, history: Maker | None) -> jax.Array:
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    if history is not None:
+        counts = _at(counts, history(), 1)
     if state.prompt_mask.shape[1]:
         is_repeated = _unpacked(state.prompt_mask, logits.shape[1]) | (counts > 0)
         penalty = jnp.where(is_repeated, state.repetition_penalty[:, None], 1)
@@ -256,7 +248,8 @@ def _unpacked(mask: Array, vocabulary: int) -> jax.Array:
 
 def _filtered(x: jax.Array, state: SamplingState) -> jax.Array:
     """`x[rows, vocabulary]`, logits over temperature, -inf where min-p, top-k or top-p leave a token out."""
-    x = jnp.where(x >= x.max(-1, keepdims=True) + jnp.log(state.min_p)[:, None], x, -jnp.inf)
+    least = jnp.where(state.min_p > 0, x.max(-1) + jnp.log(state.min_p), -jnp.inf)
+    x = jnp.where(x >= least[:, None], x, -jnp.inf)
     is_random = state.temperature > 0
     has_top_k, has_top_p = is_random & (state.top_k > 0), is_random & (state.top_p < 1)
 
@@ -299,7 +292,7 @@ def _noise(seed: Array, positions: jax.Array, vocabulary: int) -> jax.Array:
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32)
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary,), jnp.float32, mode="low")
 
     # The numbers of one token do not depend on the size of the vocabulary, or on how JAX is set up.
     with jax.threefry_partitionable(True):

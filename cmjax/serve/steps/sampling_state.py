@@ -172,13 +172,16 @@ class PackedSampling:
         return SamplingState(*fields)
 
     @property
-    def room(self) -> tuple[int, int, int, int]:
-        """Biases, stop tokens, tokens of bad words and bytes of a mask that a row has room for."""
-        widths = {
-            field.name: width for field, (_, width) in zip(dataclasses.fields(SamplingState), self.layout, strict=True)
+    def room(self) -> dict[str, int]:
+        """What a row has room for, as `SamplingState.empty` takes it."""
+        names = [field.name for field in dataclasses.fields(SamplingState)]
+        widths = {name: width or 0 for name, (_, width) in zip(names, self.layout, strict=True)}
+        return {
+            "num_bias": widths["bias_ids"],
+            "num_stop": widths["stop_ids"],
+            "num_word_tokens": widths["word_ids"],
+            "num_mask_bytes": widths["prompt_mask"],
         }
-        found = [widths[name] or 0 for name in ("bias_ids", "stop_ids", "word_ids", "prompt_mask")]
-        return found[0], found[1], found[2], found[3]
 
 
 def _mask(ids: Ragged, num_bytes: int) -> np.ndarray:
