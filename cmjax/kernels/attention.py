@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, INLINE, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 State = tuple[Array, Array, Array]  # of a running softmax: largest score, sum, values summed
@@ -61,7 +61,7 @@ def _like(state: State) -> tuple[Result, ...]:
     return tuple(Result(one.shape, one.dtype) for one in state)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def absorb(form: Form, q_nope: Array, q_pe: Array, kv_b: Array, layer: Array | int, spec: AttentionSpec) -> Array:
     """The queries that meet latents: `[requests, rows, latent + rope]` in their dtype, a token's heads side by side.
 
@@ -77,7 +77,7 @@ def absorb(form: Form, q_nope: Array, q_pe: Array, kv_b: Array, layer: Array | i
     return run_kernel(_ABSORB, run, arguments, results, {}, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def attend(
     form: Form,
     query: Array,
@@ -107,7 +107,7 @@ def attend(
     return run_kernel(_ATTEND, functools.partial(form, spec=spec), arguments, _like(state), attributes, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def release(form: Form, total: Array, mixed: Array, kv_b: Array, layer: Array | int, spec: AttentionSpec) -> Array:
     """What comes of the means, `mixed / total`, through the value part of `kv_b`: `[tokens, heads * v]` in its dtype.
 
@@ -122,7 +122,7 @@ def release(form: Form, total: Array, mixed: Array, kv_b: Array, layer: Array | 
     return run_kernel(_RELEASE, run, arguments, results, {"nope": spec.nope}, serves=_serves(kv_b))
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def attend_expanded(
     form: Form,
     query: Array,

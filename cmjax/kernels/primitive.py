@@ -14,6 +14,8 @@ from cmjax.mesh import num_cores
 
 FLOATS = ("float32", "bfloat16")
 Result = jax.ShapeDtypeStruct
+# Before, an inlined call keeps the scopes of the first one like it, and counts of lanes and stages go by scopes.
+INLINE = jax.__version_info__ >= (0, 11)
 _RESULTS = (*FLOATS, "int8", "int32")
 # A function of the operator's arguments, and of its keyword `spec`, what it has to know beside; its results are a tuple
 # where there are several.

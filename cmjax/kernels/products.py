@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, INLINE, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 # Matrices, and of int8 ones the scale of each output.
@@ -16,7 +16,7 @@ _PRODUCT, _EXPERTS = make_primitive("product"), make_primitive("experts")
 
 
 # Inlined where it is traced; called eagerly, one compiled program for all calls alike.
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def product(
     form: Form,
     x: Array,
@@ -46,7 +46,7 @@ def product(
     return run_kernel(_PRODUCT, run, arguments, results, {}, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec", "dtype", "scale_at"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec", "dtype", "scale_at"), inline=INLINE)
 def expert_mlp(
     form: Form,
     messages: Array,

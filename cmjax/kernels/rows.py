@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmjax.kernels.primitive import FLOATS, Form, Result, make_primitive, run_kernel
+from cmjax.kernels.primitive import FLOATS, INLINE, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 Scoring = Literal["sigmoid", "softmax"]
@@ -41,7 +41,7 @@ class RouterConfig:
         return self.topk_method != "greedy" and self.num_expert_groups > 1
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def norm(form: Form, x: Array, weight: Array, spec: float) -> Array:
     """`x[rows, width]` by the root mean square of each row, times `weight[width]`, in the dtype of `x`.
 
@@ -54,7 +54,7 @@ def norm(form: Form, x: Array, weight: Array, spec: float) -> Array:
     return run_kernel(_NORM, run, (x, weight), Result(x.shape, x.dtype), {"eps": float(spec)}, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def choose(
     form: Form, logits: Array, is_valid: Array, expert_to_slot: Array, bias: Array | None, spec: RouterConfig
 ) -> tuple[Array, Array]:
@@ -106,7 +106,7 @@ class PackSpec:
     scale_at: int
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def pack(form: Form, x: Array, slot_idx: Array, spec: PackSpec) -> tuple[Array, Array, Array, Array, Array]:
     """A row for each choice, sorted by the slot it goes to; those that go nowhere have none.
 
@@ -135,7 +135,7 @@ def pack(form: Form, x: Array, slot_idx: Array, spec: PackSpec) -> tuple[Array, 
     return run_kernel(_PACK, run, (x, slot_idx), results, {"scale_at": spec.scale_at}, serves=serves)
 
 
-@functools.partial(jax.jit, static_argnames="form", inline=True)
+@functools.partial(jax.jit, static_argnames="form", inline=INLINE)
 def lay_out(form: Form, announced: Array) -> tuple[Array, Array, Array, Array]:
     """Where the rows that ranks have announced will lie, grouped by local expert.
 

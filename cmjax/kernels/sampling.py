@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from cmjax.kernels.primitive import Form, Result, make_primitive, run_kernel
+from cmjax.kernels.primitive import INLINE, Form, Result, make_primitive, run_kernel
 
 Array = jax.Array
 _SAMPLE = make_primitive("sample")
@@ -34,7 +34,7 @@ class SamplerSpec:
     nothing_allowed: int
 
 
-@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=True)
+@functools.partial(jax.jit, static_argnames=("form", "spec"), inline=INLINE)
 def choose_tokens(
     form: Form, logits: Array, words: Array, positions: Array, history: Array, drafts: Array, spec: SamplerSpec
 ) -> Array:
