@@ -1,6 +1,7 @@
 """Compiled programs on disk, once for all instances of a kind."""
 
 import copy
+import math
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -28,9 +29,8 @@ def _on_first_devices(compile_options: Any) -> Any:
     options = copy.deepcopy(compile_options)
     try:
         assignment = options.device_assignment
-        count = assignment.replica_count() * assignment.computation_count()
         shape = assignment.replica_count(), assignment.computation_count()
-        options.device_assignment = type(assignment).create(np.arange(count).reshape(shape))
+        options.device_assignment = type(assignment).create(np.arange(math.prod(shape)).reshape(shape))
     except (AttributeError, TypeError):  # no devices, or another JAX
         return compile_options
     return options

@@ -5,13 +5,8 @@ constexpr int64_t kTokens = 64;  // looked at together
 
 inline float Infinity() { return __builtin_inff(); }
 
-// The largest value, which is NaN where there is one, and the first place that holds it.
-struct Best {
-  float value;
-  int32_t at;
-};
-
-inline Best BestOf(const float* x, int64_t count) {
+// The largest value, which is NaN where there is one.
+inline float PeakOf(const float* x, int64_t count) {
   constexpr int64_t kLanes = 16;
   const int64_t whole = count / kLanes * kLanes;
   float lanes[kLanes], most = -Infinity();
@@ -32,15 +27,19 @@ inline Best BestOf(const float* x, int64_t count) {
     most = x[i] > most ? x[i] : most;
     is_bad |= x[i] != x[i];
   }
-  if (is_bad) return {__builtin_nanf(""), 0};
+  return is_bad ? __builtin_nanf("") : most;
+}
+
+// The first place that holds a value which is there.
+inline int32_t PlaceOf(const float* x, int64_t count, float value) {
   int64_t at = 0;
   for (; at + kTokens <= count; at += kTokens) {
     int32_t is_here = 0;
-    for (int64_t i = 0; i < kTokens; ++i) is_here |= x[at + i] == most;
+    for (int64_t i = 0; i < kTokens; ++i) is_here |= x[at + i] == value;
     if (is_here) break;
   }
-  while (at < count && x[at] != most) ++at;
-  return {most, static_cast<int32_t>(at)};
+  while (at < count && x[at] != value) ++at;
+  return static_cast<int32_t>(at);
 }
 
 // A request's settings, in the order of cmjax's SamplingState, and the row's tokens.
@@ -228,7 +227,7 @@ inline int32_t Draw(const Choice& row, int32_t position, const float* x, int64_t
   float best = -Infinity();
   int32_t token = 0;
   for (int64_t first = 0; first < padded; first += kTokens) {
-    if (BestOf(x + first, kTokens).value == -Infinity()) continue;
+    if (PeakOf(x + first, kTokens) == -Infinity()) continue;
     float noisy[kTokens];
     for (int64_t i = 0; i < kTokens; ++i) {
       uint32_t high = 0, low = static_cast<uint32_t>(first + i);
@@ -236,10 +235,10 @@ inline int32_t Draw(const Choice& row, int32_t position, const float* x, int64_t
       const float uniform = FloatOf((high ^ low) >> 9 | 0x3f800000u) - 1.0f;
       noisy[i] = x[first + i] - Log(-Log(uniform + 1.17549435e-38f));
     }
-    const Best here = BestOf(noisy, kTokens);
-    if (here.value > best) {
-      best = here.value;
-      token = static_cast<int32_t>(first + here.at);
+    const float here = PeakOf(noisy, kTokens);
+    if (here > best) {
+      best = here;
+      token = static_cast<int32_t>(first) + PlaceOf(noisy, kTokens, here);
     }
   }
   return token;
@@ -247,24 +246,23 @@ inline int32_t Draw(const Choice& row, int32_t position, const float* x, int64_t
 
 int32_t Sample(const Sampler& all, int64_t index, char* scratch) {
   const float* logits = all.logits + index * all.vocabulary;
-  const Best best = BestOf(logits, all.vocabulary);
-  if (!(best.value - best.value == 0.0f)) return all.not_finite;
-  if (all.num_words == 0) return best.at;
+  float peak = PeakOf(logits, all.vocabulary);
+  if (!(peak - peak == 0.0f)) return all.not_finite;
+  if (all.num_words == 0) return PlaceOf(logits, all.vocabulary, peak);
   const int64_t padded = Padded(all.vocabulary);
   auto *x = reinterpret_cast<float*>(scratch), *weights = x + padded;
   const Choice row(all, index);
   const int32_t position = all.positions[index];
-  Best adjusted = best;
   if (HasSettings(row, position)) {
     std::memcpy(x, logits, all.vocabulary * sizeof(float));
     Adjust(row, position, x, reinterpret_cast<int32_t*>(weights));
-    adjusted = BestOf(x, all.vocabulary);
-    if (adjusted.value == -Infinity()) return all.nothing_allowed;
+    peak = PeakOf(x, all.vocabulary);
+    if (peak == -Infinity()) return all.nothing_allowed;
     logits = x;
   }
-  if (!(row.temperature() > 0.0f)) return adjusted.at;
+  if (!(row.temperature() > 0.0f)) return PlaceOf(logits, all.vocabulary, peak);
   for (int64_t i = 0; i < all.vocabulary; ++i) x[i] = logits[i] / row.temperature();
   for (int64_t i = all.vocabulary; i < padded; ++i) x[i] = -Infinity();
-  Filter(row, adjusted.value / row.temperature(), x, weights, padded);
+  Filter(row, peak / row.temperature(), x, weights, padded);
   return Draw(row, position, x, padded);
 }

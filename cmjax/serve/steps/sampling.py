@@ -133,8 +133,8 @@ def sample(
 
 
 @functools.cache
-def _layout(**room: int) -> tuple[tuple[str, int | None], ...]:
-    return PackedSampling.of(SamplingState.empty(1, **room)).layout
+def _layout(*room: int) -> tuple[tuple[str, int | None], ...]:
+    return PackedSampling.of(SamplingState.empty(1, *room)).layout
 
 
 def _form(
@@ -143,12 +143,7 @@ def _form(
     """The XLA form of `sample`, and without words of `greedy`."""
     if not words.shape[1]:
         return _finite_only(_best(logits), logits)
-    layout = _layout(
-        num_bias=spec.num_bias,
-        num_stop=spec.num_stop,
-        num_word_tokens=spec.num_word_tokens,
-        num_mask_bytes=spec.num_mask_bytes,
-    )
+    layout = _layout(spec.num_bias, spec.num_stop, spec.num_word_tokens, spec.num_mask_bytes)
     state = repeat(PackedSampling(words, layout).unpacked(), spec.width)
 
     def generated() -> jax.Array:
