@@ -23,3 +23,10 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _use(request.param)
     yield request.param
     _use("")
+
+
+def skip_without_kernels() -> None:
+    """For a module of tests that compare them with something: where there is no compiler there are none."""
+    loaded = build.load()
+    if loaded.library is None:
+        pytest.skip(f"no kernels: {loaded.reason}", allow_module_level=True)

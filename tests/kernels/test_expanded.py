@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmjax import kernels
-from cmjax.kernels.native import build
 from cmjax.model.cache import PagedKeys
 from cmjax.model.mla import CoreAttention, LocalSequences, Softmax, expanded_part
 from cmjax.model.params import AttentionParams
 from cmjax.quant import LayerMatrix
+from tests.forms import skip_without_kernels
 from tests.helpers import assert_close, tiny_config
 
-if build.load().library is None:
-    pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
+skip_without_kernels()
 
 DTYPES = [np.dtype(jnp.float32), np.dtype(jnp.bfloat16)]
 EXAMPLES = 6  # of each program, which takes longer to compile

@@ -17,10 +17,10 @@ from cmjax.mesh import EP_AXIS, num_cores
 from cmjax.model.mla import rms_norm
 from cmjax.moe import MlpParams, ReceivedRows, RouterConfig, expert_ffn, laid_out, packed_rows, route_to_slots
 from cmjax.quant import LayerMatrix, QuantizedRows, linear, quantize, quantize_rows
+from tests.forms import skip_without_kernels
 from tests.helpers import TOLERANCES, assert_close
 
-if build.load().library is None:
-    pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
+skip_without_kernels()
 DTYPES = [jnp.float32, jnp.bfloat16]
 SHAPES = [(1, 1, 1), (2, 3, 7), (5, 130, 65), (7, 33, 512), (49, 64, 96), (97, 70, 130), (200, 17, 31), (300, 17, 40)]
 

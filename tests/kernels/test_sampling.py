@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from cmjax.kernels.native import build
 from cmjax.schedule import NOT_FINITE, NOTHING_ALLOWED, SamplingParams, SamplingRows, SamplingShape
 from cmjax.serve.steps.sampling import greedy, sample
 from cmjax.serve.steps.sampling_state import PackedSampling, SamplingState
+from tests.forms import skip_without_kernels
 from tests.kernels.test_kernels import compiled, in_both
 
-if build.load().library is None:
-    pytest.skip(f"no kernels: {build.load().reason}", allow_module_level=True)
+skip_without_kernels()
 
 
 def settings(rng, vocabulary, history, drafts):
